@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Evaluator": "clipmerge.evaluate.evaluator",
     "Weights": "clipmerge.weights.expression",
-    "finetune": "clipmerge.finetune.methods",
+    "finetune": "clipmerge.finetuning.methods",
     "from_state_dict": "clipmerge.weights.expression",
     "greedy_soup": "clipmerge.search.soup",
     "interpolate": "clipmerge.weights.expression",
