@@ -1,0 +1,123 @@
+"""The command tree: one literal table; each command's module is imported when that command is called."""
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+from clipmerge.errors import ClipmergeError
+
+
+class Command(NamedTuple):
+    """Where a command lives, and what `clipmerge --help` says about it without importing it."""
+
+    module: str
+    help: str
+    panel: str
+
+
+START, CHOOSE, MERGE = "Start here", "Choose on held-out images", "Merge"
+MAKE, LOOK = "Make checkpoints", "Look and check"
+
+COMMANDS = {
+    "demo": Command("demo", "All of it in two minutes on real images, offline.", START),
+    "soup": Command("soup", "Average checkpoints: uniform, greedy or learned soup.", CHOOSE),
+    "interpolate": Command("interpolate", "Between a base and a finetuned checkpoint (WiSE-FT).", CHOOSE),
+    "patch": Command("patch", "Learn a new task, keep the old ones (PAINT).", CHOOSE),
+    "add": Command("add", "Add what finetuned checkpoints learned to the base (task addition).", CHOOSE),
+    "negate": Command("negate", "Make the base forget a task (task negation).", CHOOSE),
+    "analogy": Command("analogy", "base + scale * (C + B - A), all as task vectors.", MERGE),
+    "merge": Command("merge", "Any expression over checkpoints, or a TOML recipe.", MERGE),
+    "task-vector": Command("task_vector", "Write finetuned minus base as a file of its own.", MERGE),
+    "convert": Command("convert", "Between layouts: open_clip, Hugging Face.", MERGE),
+    "finetune": Command(
+        "finetune", "FLYP, cross-entropy, LP-FT, CAR-FT, linear probe, or from scratch.", MAKE
+    ),
+    "sweep": Command("sweep", "Many finetunings over a search space, ready for a soup.", MAKE),
+    "evaluate": Command("evaluate", "Score checkpoints on labelled images.", LOOK),
+    "inspect": Command("inspect", "What a checkpoint holds, and what it was merged from.", LOOK),
+    "compare": Command("compare", "How two checkpoints differ, per tower and block.", LOOK),
+    "verify": Command("verify", "Recompute a merged file from its parents.", LOOK),
+}
+
+
+def application(wanted: str | None = None) -> typer.Typer:
+    """The command tree, with the module of the command `wanted` imported and no other."""
+    tree = typer.Typer(
+        name="clipmerge",
+        add_completion=False,
+        no_args_is_help=True,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    tree.callback()(_root)
+    for name, command in COMMANDS.items():
+        function = _function(name, command) if name == wanted else _elsewhere
+        shown = {"short_help": command.help} if name == wanted else {"help": command.help}
+        tree.command(name, rich_help_panel=command.panel, **shown)(function)  # type: ignore[arg-type]
+    return tree
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    wanted = next((word for word in args if not word.startswith("-")), None)
+    try:
+        application(wanted)(args=args, prog_name="clipmerge")
+    except SystemExit as done:
+        code = done.code if isinstance(done.code, int) else int(done.code is not None)
+        if code == 130:
+            print("interrupted", file=sys.stderr)
+        return code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except ClipmergeError as error:
+        return _refuse(error.message, error.hint)
+    except Exception as error:
+        traceback.print_exc()
+        said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        return _refuse(f"clipmerge broke: {said}", "this is a bug; please report it with the traceback above")
+    return 0
+
+
+def _refuse(message: str, hint: str | None) -> int:
+    print(f"error: {message}" + (f"\n\nhint: {hint}" if hint else ""), file=sys.stderr)
+    return 1
+
+
+def _function(name: str, command: Command) -> Callable[..., Any]:
+    module = import_module(f"clipmerge_cli.{command.module}")
+    function: Callable[..., Any] = getattr(module, name.replace("-", "_"))
+    return function
+
+
+def _elsewhere() -> None:
+    """Stands for a command that was not asked for."""
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from clipmerge import __version__
+
+        typer.echo(f"clipmerge {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Merge finetuned CLIP checkpoints into one better model, chosen on held-out images.
+
+    Start with [bold]clipmerge demo[/bold]. Every command explains itself: [bold]clipmerge soup --help[/bold].
+    """
+
+
+if __name__ == "__main__":
+    sys.exit(main())

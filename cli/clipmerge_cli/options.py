@@ -1,0 +1,119 @@
+"""Options that several commands share, and the small forms they take: NAME=DATA, START:STOP:STEP."""
+
+from collections.abc import Sequence
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_INPUT, _SCORING = "Model and images", "Scoring"
+_OUTPUT = "Output"
+
+Checkpoints = Annotated[
+    list[str],
+    typer.Argument(
+        help="Checkpoints: files, folders, hf-hub:ORG/NAME.", metavar="CKPT...", show_default=False
+    ),
+]
+Output = Annotated[
+    Path,
+    typer.Option("--output", "-o", metavar="FILE", help="Where to write.", show_default=False,
+                 rich_help_panel=_OUTPUT),
+]  # fmt: skip
+MaybeOutput = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="FILE", help="Where to write.", show_default=False,
+                 rich_help_panel=_OUTPUT),
+]  # fmt: skip
+Force = Annotated[
+    bool, typer.Option("--force", help="Overwrite an output that exists.", rich_help_panel=_OUTPUT)
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document on stdout.", rich_help_panel=_OUTPUT)
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No progress, no remarks.", rich_help_panel=_OUTPUT)
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check and show the plan; write nothing.", rich_help_panel=_OUTPUT)
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", metavar="DTYPE", help="fp32, fp16 or bf16; default: the first input's.",
+                 rich_help_panel=_OUTPUT),
+]  # fmt: skip
+ShardSize = Annotated[
+    str | None,
+    typer.Option("--shard-size", metavar="SIZE", help="Write shards of at most this, e.g. 5GB.",
+                 rich_help_panel=_OUTPUT),
+]  # fmt: skip
+AllowNonfinite = Annotated[
+    bool, typer.Option("--allow-nonfinite", help="Let NaN and infinity through.", rich_help_panel=_OUTPUT)
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="Threads of the merge.", rich_help_panel=_OUTPUT)
+]
+
+Model = Annotated[
+    str | None,
+    typer.Option("--model", metavar="M", rich_help_panel=_INPUT, show_default=False,
+                 help="An open_clip model name or JSON config; default: what the checkpoint says."),
+]  # fmt: skip
+Templates = Annotated[
+    str | None,
+    typer.Option("--templates", metavar="T", rich_help_panel=_INPUT,
+                 help="Prompts: openai, simple, a file, or text such as 'a photo of a {}.'"),
+]  # fmt: skip
+Classnames = Annotated[
+    Path | None,
+    typer.Option("--classnames", metavar="FILE", help="Class names, one a line, in the order of the labels.",
+                 rich_help_panel=_INPUT),
+]  # fmt: skip
+SkipBad = Annotated[
+    bool, typer.Option("--skip-bad", help="Leave out images that cannot be used.", rich_help_panel=_INPUT)
+]
+Limit = Annotated[
+    int | None, typer.Option("--limit", min=1, help="Use at most this many images.", rich_help_panel=_INPUT)
+]
+
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps.", rich_help_panel=_SCORING)]
+Precision = Annotated[
+    str, typer.Option("--precision", help="fp32, or bf16 / fp16 autocast.", rich_help_panel=_SCORING)
+]
+BatchSize = Annotated[
+    int, typer.Option("--batch-size", min=1, help="Images at once.", rich_help_panel=_SCORING)
+]
+Metric = Annotated[
+    str,
+    typer.Option("--metric", help="top1, top5, mean_per_class, macro_f1 or worst_group.",
+                 rich_help_panel=_SCORING),
+]  # fmt: skip
+
+
+def named(values: Sequence[str], option: str) -> dict[str, str]:
+    """`["id=digits#val", "shift=x.npz"]` → `{"id": "digits#val", "shift": "x.npz"}`; wrong form: exit 2."""
+    found: dict[str, str] = {}
+    for value in values:
+        name, equals, data = value.partition("=")
+        if not equals or not name.isidentifier() or not data:
+            raise typer.BadParameter(f"{value!r} is not NAME=DATA, such as shift=images/", param_hint=option)
+        if name in found:
+            raise typer.BadParameter(f"{name!r} is given twice", param_hint=option)
+        found[name] = data
+    return found
+
+
+def numbers(text: str, option: str) -> tuple[float, ...]:
+    """`"0:1:0.25"` → `(0.0, 0.25, 0.5, 0.75, 1.0)`, exact decimals; `"0.1,0.5"` → `(0.1, 0.5)`."""
+    try:
+        if ":" not in text:
+            return tuple(float(Decimal(part)) for part in text.split(","))
+        start, stop, step = (Decimal(part) for part in text.split(":"))
+    except (InvalidOperation, ValueError):
+        raise typer.BadParameter(
+            f"{text!r} is neither START:STOP:STEP nor a list such as 0.1,0.5", param_hint=option
+        ) from None
+    if step <= 0 or stop < start or not (stop - start).is_finite():
+        raise typer.BadParameter(f"{text!r}: the step must lead from START up to STOP", param_hint=option)
+    return tuple(float(start + step * i) for i in range(int((stop - start) / step) + 1))
