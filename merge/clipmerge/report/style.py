@@ -1,0 +1,86 @@
+"""How every figure looks, and how it is written: same numbers and same matplotlib, same bytes."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clipmerge.errors import OutputError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: told apart with any colour vision. Every role has a marker of its own as well.
+BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE, GREY = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8A8A8A",
+)  # fmt: skip
+LINES = ((BLUE, "o", "-"), (VERMILION, "s", "--"), (GREEN, "^", "-."), (PURPLE, "D", ":"), (ORANGE, "v", "-"))
+"""Colour, marker and dash of the first, second … line: three ways to tell each from the others."""
+
+FORMATS = (".png", ".svg")
+
+_RC: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",  # ships with matplotlib
+    "font.size": 10.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E3E3E3",
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "legend.fontsize": 9.0,
+    "svg.hashsalt": "clipmerge",
+    "svg.fonttype": "path",
+}
+
+
+@contextmanager
+def figure(path: str | Path, *, width: float = 6.4, height: float = 4.4) -> Iterator["Figure"]:
+    """A figure to draw on; written as PNG and SVG beside each other when the block ends well."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_RC)
+        drawn = Figure(figsize=(width, height), layout="constrained")
+        yield drawn
+        for target in targets(path):
+            metadata = {"Date": None, "Creator": None} if target.suffix == ".svg" else {"Software": None}
+            content = BytesIO()
+            drawn.savefig(content, format=target.suffix[1:], dpi=150, facecolor="white", metadata=metadata)
+            _write(target, content.getvalue())
+
+
+def _write(target: Path, content: bytes) -> None:
+    """Whole or not at all."""
+    sibling = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        sibling.write_bytes(content)
+        sibling.replace(target)
+    except OSError as error:
+        sibling.unlink(missing_ok=True)
+        raise OutputError(
+            f"the figure {target} cannot be written: {error.strerror or error}",
+            hint="the folder must exist and be writable",
+        ) from error
+
+
+def targets(path: str | Path) -> list[Path]:
+    """The two files of a figure: `curve.png` (or `curve.svg`, or `curve`) → `curve.png` and `curve.svg`."""
+    whole = Path(path)
+    stem = whole.with_suffix("") if whole.suffix.lower() in FORMATS else whole
+    return [stem.with_name(stem.name + suffix) for suffix in FORMATS]
+
+
+def percent(axes: "Axes", which: str) -> None:
+    """Fractions on the axes `which` ("x", "y" or "xy") read as percentages."""
+    from matplotlib.ticker import PercentFormatter
+
+    for letter in which:
+        axis = axes.xaxis if letter == "x" else axes.yaxis
+        axis.set_major_formatter(PercentFormatter(1.0, symbol=None))
