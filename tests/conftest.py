@@ -1,0 +1,79 @@
+"""Fixtures for the whole suite: a tiny random CLIP of our own, as configuration, file and checkpoints."""
+
+import copy
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+TINY: dict[str, Any] = {
+    "embed_dim": 16,
+    "vision_cfg": {
+        "image_size": 16,
+        "layers": 2,
+        "width": 16,
+        "head_width": 8,
+        "patch_size": 4,
+        "mlp_ratio": 2.0,
+    },
+    "text_cfg": {
+        "context_length": 32,
+        "vocab_size": 49408,
+        "width": 8,
+        "heads": 2,
+        "layers": 2,
+        "mlp_ratio": 2.0,
+    },
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test reads or fills the user's cache."""
+    os.environ["CLIPMERGE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def tiny_model_config() -> dict[str, Any]:
+    """An open_clip model_cfg: both towers, the real vocabulary, 1.7 MB in fp32."""
+    return copy.deepcopy(TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as an open_clip_config.json-like file, `tiny.json`."""
+    path = tmp_path_factory.mktemp("model") / "tiny.json"
+    path.write_text(json.dumps({"model_cfg": TINY, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_spec(tiny_model_file: Path) -> Any:
+    from clipmerge.model import resolve_model
+
+    return resolve_model(tiny_model_file)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoints(tiny_spec: Any, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """`base` and five perturbations of it, `ft0` … `ft4`: open_clip's names, no metadata of ours."""
+    import torch
+    from safetensors.torch import save_file
+
+    from clipmerge.model import build_model
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    base = {k: v.clone() for k, v in build_model(tiny_spec, seed=0).state_dict().items()}
+    paths = {"base": folder / "base.safetensors"}
+    save_file(base, paths["base"], metadata={"format": "pt"})
+    for i in range(5):
+        noise = torch.Generator().manual_seed(100 + i)
+        moved = {k: v + 0.02 * torch.randn(v.shape, generator=noise) for k, v in base.items()}
+        paths[f"ft{i}"] = folder / f"ft{i}.safetensors"
+        save_file(moved, paths[f"ft{i}"], metadata={"format": "pt"})
+    return paths
