@@ -21,7 +21,7 @@ _HOME = {
     "load": "clipmerge.weights.expression",
     "mean": "clipmerge.weights.expression",
     "open_split": "clipmerge.data.split",
-    "patch": "clipmerge.search.sweep",
+    "patch": "clipmerge.search.patch",
     "sweep": "clipmerge.search.sweep",
 }
 
