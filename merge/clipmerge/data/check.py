@@ -1,0 +1,125 @@
+"""What is wrong with items, said all at once; and what identifies their content."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from blake3 import blake3
+
+from clipmerge.data.cache import cache_dir, written_whole
+from clipmerge.data.images import Images
+from clipmerge.errors import DataError, OutputError
+
+NAMED = 10
+"""How many offending items an error names."""
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Bad:
+    """An item, or a class, that cannot be used, and why."""
+
+    item: str
+    reason: str
+
+
+def refuse(source: str, bad: Sequence[Bad]) -> None:
+    """Nothing where `bad` is empty, else one DataError that counts them and names the first ten."""
+    if not bad:
+        return
+    lines = [f"  {b.item}: {b.reason}" for b in bad[:NAMED]]
+    if len(bad) > NAMED:
+        lines.append(f"  … and {len(bad) - NAMED} more")
+    count = "1 item" if len(bad) == 1 else f"{len(bad)} items"
+    raise DataError(
+        f"{source}: {count} cannot be used\n" + "\n".join(lines),
+        hint="put them right, or leave them out with --skip-bad (skip_bad=True)",
+    )
+
+
+def unreadable(
+    images: Images, names: Sequence[str], *, fully: bool, on_progress: Progress | None = None
+) -> dict[int, Bad]:
+    """The images that do not open: by their headers, or `fully`, by decoding every one."""
+
+    def problem(i: int) -> str | None:
+        try:
+            if fully:
+                images.image(i)
+            else:
+                images.glance(i)
+        except Exception as error:  # Pillow's decoders raise anything from SyntaxError to struct.error
+            return why_unreadable(error)
+        return None
+
+    found: dict[int, Bad] = {}
+    with ThreadPoolExecutor(8) as pool:
+        for i, reason in enumerate(pool.map(problem, range(len(images)))):
+            if reason is not None:
+                found[i] = Bad(names[i], reason)
+            if on_progress is not None and (i % 256 == 255 or i + 1 == len(images)):
+                on_progress("checking images", i + 1, len(images))
+    return found
+
+
+def why_unreadable(error: Exception) -> str:
+    """A few words without a path: paths are the item's own name."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    if type(error).__name__ == "UnidentifiedImageError":
+        return "not an image"
+    return str(error) or type(error).__name__
+
+
+def distinct(names: Sequence[str]) -> tuple[str, ...]:
+    """Names of which none occurs twice: the second "a.jpg" is "a.jpg (2)"."""
+    seen: Counter[str] = Counter()
+    out = []
+    for name in names:
+        seen[name] += 1
+        out.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return tuple(out)
+
+
+def content_keys(images: Images) -> npt.NDArray[np.uint8]:
+    """(n, 32) digests of the images' content, remembered for files by path, size and time."""
+    try:
+        return _content_keys(images)
+    except OSError as error:
+        raise DataError(
+            f"an image cannot be read any more: {error}", hint="was it moved meanwhile?"
+        ) from error
+
+
+def _content_keys(images: Images) -> npt.NDArray[np.uint8]:
+    stamps = _stamps(images)
+    path = None if stamps is None else cache_dir() / "keys" / f"{stamps}.keys"
+    if path is not None:
+        with suppress(OSError):
+            raw = path.read_bytes()
+            if len(raw) == 32 * (len(images) + 1) and blake3(raw[:-32]).digest() == raw[-32:]:
+                return np.frombuffer(raw[:-32], np.uint8).reshape(-1, 32)
+    with ThreadPoolExecutor(4) as pool:
+        keys = b"".join(pool.map(images.key, range(len(images))))
+    if path is not None:
+        with suppress(OutputError), written_whole(path) as sibling:  # a full disk only costs time here
+            sibling.write_bytes(keys + blake3(keys).digest())
+    return np.frombuffer(keys, np.uint8).reshape(-1, 32)
+
+
+def _stamps(images: Images) -> str | None:
+    """A digest of what files look like from outside, None where some images are not in files."""
+    hasher = blake3(b"clipmerge stamps 1")
+    for i in range(len(images)):
+        stamp = images.stamp(i)
+        if stamp is None:
+            return None
+        hasher.update(stamp.encode() + b"\n")
+    return hasher.hexdigest()

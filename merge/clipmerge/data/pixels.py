@@ -1,0 +1,174 @@
+"""Images through a model's eval transform, once: uint8 on disk, keyed by content and transform."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from blake3 import blake3
+
+from clipmerge.data.cache import cache_dir, written_whole
+from clipmerge.data.check import Bad, refuse, why_unreadable
+from clipmerge.errors import DataError, OutputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from clipmerge.data.split import Split
+
+Pixels = npt.NDArray[np.uint8]
+Progress = Callable[[str, int, int], None]
+
+_FIELDS = ("size", "interpolation", "resize_mode", "fill_color")  # all that uint8 pixels depend on
+_TAIL = 32  # bytes of the digest that ends a file
+_CHUNK = 64  # images that are handed to the threads at once
+
+
+def pixels(
+    split: "Split",
+    preprocess_cfg: Mapping[str, Any],
+    *,
+    cache: Path | None = None,
+    workers: int | None = None,
+    on_progress: Progress | None = None,
+) -> Pixels:
+    """(n, 3, H, W) uint8: open_clip's eval transform of every image, before ToTensor and Normalize.
+
+    The array is a mapped file in the cache folder. It is copy-on-write: changing it changes no file.
+
+    Args:
+        preprocess_cfg: open_clip's: size, interpolation, resize_mode, fill_color.
+        cache: the folder to keep it in, `cache_dir()` where None.
+        workers: threads that decode, one per core where None.
+        on_progress: called as ("decoding images", done, total).
+
+    Raises:
+        DataError: images that cannot be decoded; all of them are counted, ten are named.
+        OutputError: the cache cannot be written.
+    """
+    height, width = _size(preprocess_cfg)
+    shape = (len(split), 3, height, width)
+    path = (cache or cache_dir()) / "pixels" / f"{_key(split, preprocess_cfg)}.u8"
+    kept = _kept(path, shape)
+    if kept is not None:
+        return kept
+    transform = eval_transform_uint8(preprocess_cfg)
+    with written_whole(path) as sibling:
+        _decode(split, transform, sibling, shape, workers or os.cpu_count() or 1, on_progress)
+    made = _kept(path, shape)
+    if made is None:
+        raise OutputError(f"{path} does not hold what was written to it", hint="look at the cache's disk")
+    return made
+
+
+def normalise(images: "Tensor", mean: Sequence[float], std: Sequence[float]) -> "Tensor":
+    """float32 (…, 3, H, W), bit for bit what ToTensor and Normalize make of the same uint8."""
+    import torch
+
+    def numbers(values: Sequence[float]) -> "Tensor":
+        return torch.as_tensor(values, dtype=torch.float32, device=images.device)
+
+    # A Python 255 would be multiplied by its rounded inverse on CUDA; a tensor is divided by.
+    scaled = images.to(torch.float32).div_(numbers([255.0]))
+    return scaled.sub_(numbers(mean).view(-1, 1, 1)).div_(numbers(std).view(-1, 1, 1))
+
+
+def eval_transform_uint8(preprocess_cfg: Mapping[str, Any]) -> Callable[["Image"], "Image"]:
+    """open_clip's eval transform without its last two steps."""
+    from open_clip.transform import MaybeToTensor, PreprocessCfg, image_transform_v2
+    from torchvision.transforms import Compose, Normalize
+
+    known = {key: value for key, value in preprocess_cfg.items() if key in (*_FIELDS, "mean", "std", "mode")}
+    steps = image_transform_v2(PreprocessCfg(**known), is_train=False).transforms
+    if not (isinstance(steps[-2], MaybeToTensor) and isinstance(steps[-1], Normalize)):
+        raise DataError(
+            "this open_clip's eval transform does not end in ToTensor and Normalize",
+            hint="install a release of open_clip_torch that clipmerge was tested with",
+        )
+    shaped: Callable[[Image], Image] = Compose(steps[:-2])
+    return shaped
+
+
+def _size(preprocess_cfg: Mapping[str, Any]) -> tuple[int, int]:
+    size = preprocess_cfg.get("size", 224)
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[-1]))
+
+
+def _key(split: "Split", preprocess_cfg: Mapping[str, Any]) -> str:
+    """What the pixels depend on: the images' content, the transform, the library that runs it."""
+    import PIL
+
+    defaults = {"interpolation": "bicubic", "resize_mode": "shortest", "fill_color": 0}
+    given = {key: preprocess_cfg[key] for key in _FIELDS if preprocess_cfg.get(key) is not None}
+    given |= {"size": _size(preprocess_cfg), "pillow": PIL.__version__}
+    text = json.dumps(defaults | given, sort_keys=True)
+    return blake3(b"clipmerge pixels 1\0" + text.encode() + split.keys.tobytes()).hexdigest()
+
+
+def _kept(path: Path, shape: tuple[int, ...]) -> Pixels | None:
+    """The file's pixels, None where it is absent, of another size, or not what its last bytes say."""
+    count = int(np.prod(shape))
+    try:
+        if path.stat().st_size != count + _TAIL:
+            return None
+        data = np.memmap(path, np.uint8, mode="c")
+    except (OSError, ValueError):
+        return None
+    if blake3(data[:count].data, max_threads=blake3.AUTO).digest() != data[count:].tobytes():
+        return None
+    return data[:count].reshape(shape)
+
+
+def _decode(
+    split: "Split",
+    transform: Callable[["Image"], "Image"],
+    path: Path,
+    shape: tuple[int, ...],
+    workers: int,
+    on_progress: Progress | None,
+) -> None:
+    """Fills `path` with transformed images and their digest."""
+    bad: dict[int, str] = {}
+
+    def one(i: int) -> bytes | None:
+        try:
+            image = transform(split.image(i))
+        except Exception as error:  # Pillow's decoders raise anything from SyntaxError to struct.error
+            bad[i] = why_unreadable(error)
+            return None
+        return np.asarray(image).transpose(2, 0, 1).tobytes()
+
+    hasher = blake3()
+    with path.open("wb") as file, ThreadPoolExecutor(workers) as pool:
+        _reserve(file.fileno(), int(np.prod(shape)) + _TAIL)
+        for done, encoded in enumerate(_in_chunks(pool, one, len(split), workers), start=1):
+            if not bad and encoded is not None:
+                hasher.update(encoded)
+                file.write(encoded)
+            if on_progress is not None and (done % 64 == 0 or done == len(split)):
+                on_progress("decoding images", done, len(split))
+        file.write(hasher.digest())
+    refuse(split.source, [Bad(split.names[i], bad[i]) for i in sorted(bad)])
+
+
+def _in_chunks(
+    pool: ThreadPoolExecutor, one: Callable[[int], bytes | None], count: int, workers: int
+) -> Iterator[bytes | None]:
+    """Results in order, with no more of them in flight than a few chunks for each worker."""
+    ahead = _CHUNK * workers
+    waiting = [pool.submit(one, i) for i in range(min(ahead, count))]
+    for i in range(count):
+        yield waiting[i % ahead].result()
+        if i + ahead < count:
+            waiting[i % ahead] = pool.submit(one, i + ahead)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Takes the room at once, so that a full disk is met before anything is decoded."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
