@@ -1,0 +1,252 @@
+"""What a checkpoint's pickle may call, by name: a table. Nothing here imports what it names.
+
+The rule, in full:
+
+- a name in `_CALLS` is done by the few lines beside it: tensors become descriptions, containers dicts;
+- a name in `UNREADABLE` gives a marker, and the tensor that turns out to be one is refused by its name;
+- a class outside the standard library, by the convention that classes have capitals (`InterpolationMode`),
+  and the few names in `_INERT` become a `Stub`, as every instance that pickle makes without calling does;
+- any other call is refused with the name that was asked for. Nothing would run in any case: the rule is there
+  because a file that needs a function to be understood is not understood.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from clipmerge.checkpoint.pickle_reader import Malformed, Span, Unsafe
+from clipmerge.checkpoint.tensors import ITEMSIZE, Extent
+from clipmerge.checkpoint.unpickler import Global, Stub, dict_of, key, new
+
+STORAGES: Mapping[str, str] = {
+    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
+    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
+    "ByteStorage": "U8", "BoolStorage": "BOOL", "ComplexFloatStorage": "C64",
+    "UntypedStorage": "U8", "_UntypedStorage": "U8",
+}  # fmt: skip
+DTYPES: Mapping[str, str] = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
+    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL", "complex64": "C64",
+}  # fmt: skip
+UNREADABLE: Mapping[str, str] = {
+    "torch._utils._rebuild_sparse_tensor": "sparse",
+    "torch._utils._rebuild_sparse_csr_tensor": "sparse",
+    "torch._utils._rebuild_nested_tensor": "nested",
+    "torch._utils._rebuild_qtensor": "quantized",
+    "torch._utils._rebuild_meta_tensor_no_storage": "without data (device meta)",
+    "torch._utils._rebuild_wrapper_subclass": "of a wrapper class",
+    "torch._utils._rebuild_device_tensor_from_numpy": "of a device of its own",
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": "of a device of its own",
+    "torch.jit._pickle.build_tensor_from_id": "given by number",
+}
+_INERT = frozenset(
+    {
+        "argparse.Namespace",
+        "builtins.complex",
+        "builtins.object",
+        "builtins.range",
+        "builtins.slice",
+        "collections.deque",
+        "datetime.date",
+        "datetime.datetime",
+        "datetime.timedelta",
+        "datetime.timezone",
+        "decimal.Decimal",
+        "functools.partial",
+        "numpy._core.multiarray._reconstruct",
+        "numpy._core.multiarray.scalar",
+        "numpy.core.multiarray._reconstruct",
+        "numpy.core.multiarray.scalar",
+        "numpy.dtype",
+        "numpy.random._pickle.__randomstate_ctor",
+        "pathlib.Path",
+        "pathlib.PosixPath",
+        "pathlib.PurePosixPath",
+        "pathlib.PureWindowsPath",
+        "pathlib.WindowsPath",
+        "pathlib._local.PosixPath",
+        "random.Random",
+        "torch.Generator",
+        "torch.device",
+        "torch.serialization._get_layout",
+        "types.SimpleNamespace",
+        "uuid.UUID",
+    }
+)
+
+
+@dataclass(slots=True, eq=False)
+class Storage:
+    """A storage that a pickle names: `nbytes` from `start` of the one with this key, or of `extent`."""
+
+    key: str
+    dtype: str | None
+    nbytes: int
+    start: int = 0
+    extent: Extent | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RawTensor:
+    """A tensor as the pickle describes it; nothing about it has been checked yet."""
+
+    storage: Storage
+    dtype: str | None
+    offset: int
+    shape: tuple[Any, ...]
+    strides: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Unreadable:
+    """A tensor of a kind that has no plain bytes."""
+
+    kind: str
+
+
+class TorchCalls:
+    """The table, bound to the one thing it needs from the file: how to read a pickle inside a byte string."""
+
+    def __init__(self, nested: Callable[[Span | bytes], Any]) -> None:
+        self._nested = nested
+
+    def __call__(self, function: Global, args: tuple[Any, ...]) -> Any:
+        """What calling `function` gives."""
+        path = function.path
+        if path == "torch.storage._load_from_bytes":
+            (data,) = args
+            return self._nested(data)
+        if path in ("torch._tensor._rebuild_from_type_v2", "torch._tensor._rebuild_from_type"):
+            inner, _, inner_args, _ = args
+            return self._again(inner, inner_args)
+        if path in _CALLS:
+            return _CALLS[path](*args)
+        if path in UNREADABLE:
+            return Unreadable(UNREADABLE[path])
+        if path in _INERT or _is_foreign_class(path):
+            return Stub(path, args)
+        raise Unsafe(path)
+
+    def _again(self, function: Any, args: Any) -> Any:
+        if not isinstance(function, Global) or not isinstance(args, tuple):
+            raise Malformed("it rebuilds a tensor by something that is not a function")
+        if function.path.startswith("torch._tensor."):
+            raise Unsafe(function.path)
+        return self(function, args)
+
+
+def persistent(saved: Any) -> Any:
+    """The storage (or, in old files, the class) that a persistent id stands for."""
+    kind, *rest = saved if isinstance(saved, tuple) else (None,)
+    if kind == "module" and rest:
+        return rest[0]
+    if kind != "storage" or len(rest) not in (4, 5) or not isinstance(rest[0], Global | Stub):
+        raise Malformed("it refers to something that is not a storage")
+    cls, name, _, numel, *view = rest
+    word = cls.path.rpartition(".")[2] if isinstance(cls, Global) else ""
+    if not isinstance(name, str | int) or type(numel) is not int or numel < 0:
+        raise Malformed("it has a storage without a size")
+    dtype = STORAGES.get(word)
+    storage = Storage(str(name), dtype, numel * ITEMSIZE.get(dtype or "", 1))
+    return _viewed(storage, view[0]) if view and view[0] is not None else storage
+
+
+def _viewed(storage: Storage, view: Any) -> Storage:
+    _, offset, numel = view
+    width = ITEMSIZE.get(storage.dtype or "", 1)
+    if type(offset) is not int or type(numel) is not int or min(offset, numel) < 0:
+        raise Malformed("it has a malformed view of a storage")
+    if (offset + numel) * width > storage.nbytes:
+        raise Malformed("it has a view that is larger than its storage")
+    return Storage(storage.key, storage.dtype, numel * width, offset * width)
+
+
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> RawTensor | Unreadable:
+    """`_rebuild_tensor` and `_v2`: requires_grad, hooks and metadata (conjugated, negated) may follow."""
+    if len(rest) > 2 and isinstance(rest[2], dict) and rest[2]:
+        return Unreadable("a lazy " + "/".join(str(word)[:20] for word in rest[2]))
+    return _raw(storage, storage.dtype if isinstance(storage, Storage) else None, offset, shape, strides)
+
+
+def _tensor_v3(
+    storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, dtype: Any, *_: Any
+) -> RawTensor:
+    word = dtype.path.rpartition(".")[2] if isinstance(dtype, Global) else ""
+    return _raw(storage, DTYPES.get(word), offset, shape, strides)
+
+
+def _raw(storage: Any, dtype: str | None, offset: Any, shape: Any, strides: Any) -> RawTensor:
+    if not isinstance(storage, Storage) or not isinstance(shape, tuple) or not isinstance(strides, tuple):
+        raise Malformed("it rebuilds a tensor from something that is not a storage")
+    if any(type(n) is not int or n < 0 for n in (offset, *shape, *strides)) or len(shape) != len(strides):
+        raise Malformed("it has a tensor whose shape or strides are not counts")
+    return RawTensor(storage, dtype, offset, shape, strides)
+
+
+def _first(value: Any, *_: Any) -> Any:
+    return value
+
+
+def _dict(*args: Any) -> dict[Any, Any]:
+    source = args[-1] if args else ()
+    return dict_of(source.items() if isinstance(source, dict) else source)
+
+
+def _list(items: Any = ()) -> list[Any]:
+    if not isinstance(items, list | tuple | set):
+        raise Malformed("it makes a list of something else")
+    return list(items)
+
+
+def _encoded(text: Any, encoding: Any = "latin1") -> bytes:
+    """Protocol 2 writes bytes as text."""
+    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+        raise Malformed("it encodes something that is not bytes in disguise")
+    return text.encode("latin-1")
+
+
+def _attribute(owner: Any, name: Any) -> Global:
+    """How Python 3.11 pickles an enum's member; calling the result is refused under its whole name."""
+    if not isinstance(owner, Global | Stub) or not isinstance(name, str) or len(name) > 200:
+        raise Malformed("it takes an attribute of something that is not a class")
+    path = owner.path if isinstance(owner, Global) else owner.cls
+    if len(path) > 2000:
+        raise Malformed("it chains attributes without end")
+    return Global(f"{path}.{name}")
+
+
+def _is_foreign_class(path: str) -> bool:
+    parts = path.split(".")
+    return parts[0] not in sys.stdlib_module_names and parts[-1].lstrip("_")[:1].isupper()
+
+
+_CALLS: Mapping[str, Callable[..., Any]] = {
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor_v3,
+    "torch._utils._rebuild_parameter": _first,
+    "torch._utils._rebuild_parameter_with_state": _first,
+    "torch.Size": lambda items=(): tuple(_list(items)),
+    "torch.jit._pickle.build_intlist": _first,
+    "torch.jit._pickle.build_doublelist": _first,
+    "torch.jit._pickle.build_boollist": _first,
+    "torch.jit._pickle.build_tensorlist": _first,
+    "torch.jit._pickle.restore_type_tag": _first,
+    "collections.OrderedDict": _dict,
+    "collections.Counter": _dict,
+    "collections.defaultdict": lambda _factory=None, *items: _dict(*items),
+    "builtins.dict": _dict,
+    "builtins.list": _list,
+    "builtins.tuple": lambda items=(): tuple(_list(items)),
+    "builtins.set": lambda items=(): {key(item) for item in _list(items)},
+    "builtins.frozenset": lambda items=(): {key(item) for item in _list(items)},
+    "builtins.bytearray": lambda *_: Stub("builtins.bytearray"),
+    "builtins.bytes": lambda *_: Stub("builtins.bytes"),
+    "builtins.getattr": _attribute,
+    "_codecs.encode": _encoded,
+    "copyreg._reconstructor": lambda cls, *_: new(cls, ()),
+    "copyreg.__newobj__": lambda cls, *args: new(cls, args),
+    "copyreg.__newobj_ex__": lambda cls, *args: new(cls, args),
+}

@@ -1,0 +1,210 @@
+"""Files that `torch.save`, `torch.jit.save` and `pickle.dump` wrote, read without torch, running nothing.
+
+Three containers: a zip archive (torch 1.6 and later; TorchScript), the sequence of pickles and raw storages
+that came before it, and a bare pickle, whose tensors are such sequences inside byte strings. In each, the
+pickle is read by `unpickler`, and tensors become extents of the file: nothing of a tensor is read.
+"""
+
+import io
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from clipmerge.checkpoint import torchscript, zip_file
+from clipmerge.checkpoint.pickle_reader import Malformed, Reader, Span, Unsafe
+from clipmerge.checkpoint.state_dict import Found, find_state_dict
+from clipmerge.checkpoint.tensors import ITEMSIZE, Extent, Tensor
+from clipmerge.checkpoint.torch_calls import RawTensor, Storage, TorchCalls, Unreadable, persistent
+from clipmerge.checkpoint.unpickler import Budget, Machine
+from clipmerge.errors import CheckpointError, UnsafeFileError
+
+MAX_PICKLE = 256 << 20
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_MACHINE_FAULTS = (IndexError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+
+Locate = Callable[[Storage], Extent]
+
+
+def looks_like(head: bytes) -> bool:
+    """True for a zip archive, a pickle of protocol 2 or later, or one of protocol 0."""
+    return zip_file.looks_like(head) or head[:1] == b"\x80" or head[:1] in (b"c", b"(", b"}", b"]")
+
+
+def read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file by the names its state dict gives them, and the plain values beside them.
+
+    Raises:
+        UnsafeFileError: the pickle calls something that is not on the list; names it.
+        CheckpointError: the file is damaged, or holds no tensors, or a tensor without plain bytes.
+    """
+    try:
+        with path.open("rb") as file:
+            found, locate = _read(path, file)
+            return {
+                name: _tensor(path, name, raw, locate) for name, raw in found.tensors.items()
+            }, found.extra
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except Unsafe as error:
+        raise UnsafeFileError(
+            f"{path} needs code that clipmerge does not run: it calls {_shown(str(error))}",
+            hint="if you trust the file, load it with its own code and save its state_dict() alone",
+        ) from None
+    except Malformed as error:
+        raise CheckpointError(f"{path} cannot be read: {error}", hint=_HINT) from None
+    except _MACHINE_FAULTS as error:
+        raise CheckpointError(
+            f"{path} cannot be read: its pickle is damaged ({type(error).__name__})", hint=_HINT
+        ) from error
+
+
+def _read(path: Path, file: BinaryIO) -> tuple[Found, Locate]:
+    head = file.read(8)
+    if zip_file.looks_like(head):
+        return _read_zip(path, file)
+    reader = Reader(file, path, 0, file.seek(0, 2))
+    root, locate = _read_pickles(reader, Budget())
+    return find_state_dict(root), locate
+
+
+def _read_zip(path: Path, file: BinaryIO) -> tuple[Found, Locate]:
+    archive = zip_file.ZipFile(path, file)
+    roots = [name for name in archive.entries if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(roots) != 1:
+        raise Malformed("it is a zip archive, but not one that torch wrote")
+    folder = roots[0].partition("/")[0]
+    order = f"{folder}/byteorder"
+    if order in archive.entries and archive.read(order, 16).strip() != b"little":
+        raise Malformed("it was saved on a big-endian machine; save it again on a little-endian one")
+    root, _ = _read_pickles(_in_memory(archive.read(roots[0], MAX_PICKLE)), Budget(), nesting=1)
+    is_script = any(name.startswith(f"{folder}/code/") for name in archive.entries)
+    members = torchscript.Members(archive, folder) if is_script else None
+    places: dict[str, Extent] = {}
+
+    def locate(storage: Storage) -> Extent:
+        if storage.extent is not None:
+            return storage.extent
+        if storage.key not in places:
+            places[storage.key] = archive.locate(f"{folder}/data/{storage.key}")
+        return places[storage.key]
+
+    return find_state_dict(root, members), locate
+
+
+def _read_pickles(reader: Reader, budget: Budget, nesting: int = 0) -> tuple[Any, Locate]:
+    """One pickle, or the legacy sequence: magic, version, machine, object, storage keys, storages."""
+
+    def inner(data: Span | bytes) -> Any:
+        if nesting > 1:
+            raise Malformed("it nests files too deeply")
+        if isinstance(data, bytes):
+            window = _in_memory(data)
+        elif isinstance(data, Span):
+            window = Reader(reader.file, reader.source, data.offset, data.offset + data.nbytes)
+        else:
+            raise Malformed("it loads a storage from something that is not bytes")
+        root, locate = _read_pickles(window, budget, nesting + 1)
+        reader.file.seek(reader.at)
+        if isinstance(root, Storage):
+            root.extent = locate(root)
+        return root
+
+    def load() -> Any:
+        return Machine(reader, TorchCalls(inner), persistent, budget).run()
+
+    root = load()
+    if root != LEGACY_MAGIC or isinstance(root, bool):
+        return root, _nowhere
+    version, machine = load(), load()
+    if version != 1001 or not isinstance(machine, dict) or machine.get("little_endian") is not True:
+        raise Malformed("it was saved by a torch, or on a machine, whose files are not read")
+    storages: dict[str, Storage] = {}
+
+    def named(saved: Any) -> Any:
+        storage = persistent(saved)
+        if isinstance(storage, Storage):
+            storages.setdefault(storage.key, storage)
+        return storage
+
+    root = Machine(reader, TorchCalls(inner), named, budget).run()
+    return root, _legacy_storages(reader, load(), storages)
+
+
+def _legacy_storages(reader: Reader, keys: Any, storages: Mapping[str, Storage]) -> Locate:
+    """Behind the pickles: for each key a count of elements (8 bytes), then the elements."""
+    if not isinstance(keys, list):
+        raise Malformed("its list of storages is not a list")
+    places: dict[str, Extent] = {}
+    for key in keys:
+        storage = storages.get(str(key)) if isinstance(key, str | int) else None
+        if storage is None or str(key) in places:
+            raise Malformed("its list of storages does not match its tensors")
+        count = int.from_bytes(reader.take(8), "little")
+        span = reader.skip(count * ITEMSIZE.get(storage.dtype or "", 1))
+        places[storage.key] = Extent(reader.source, span.offset, span.nbytes)
+
+    def locate(storage: Storage) -> Extent:
+        if storage.extent is not None:
+            return storage.extent
+        if storage.key not in places:
+            raise Malformed("it has a tensor whose storage is missing")
+        return places[storage.key]
+
+    return locate
+
+
+def _nowhere(storage: Storage) -> Extent:
+    if storage.extent is None:
+        raise Malformed("it has a tensor whose storage is not in the file")
+    return storage.extent
+
+
+def _in_memory(data: bytes) -> Reader:
+    return Reader(io.BytesIO(data), np.frombuffer(data, np.uint8), 0, len(data))
+
+
+def _tensor(path: Path, name: str, raw: RawTensor | Unreadable, locate: Locate) -> Tensor:
+    """The raw tensor as an extent, once its storage is known to hold it."""
+    if isinstance(raw, Unreadable) or raw.dtype is None:
+        kind = raw.kind if isinstance(raw, Unreadable) else "of a dtype that clipmerge does not read"
+        raise CheckpointError(
+            f"{path}: tensor {_shown(name)!r} is {kind}",
+            hint="turn it into a dense tensor (`.to_dense()`, `.dequantize()`, `.contiguous()`) and save again",
+        )
+    width, whole = ITEMSIZE[raw.dtype], locate(raw.storage)
+    if raw.storage.start + raw.storage.nbytes > whole.nbytes:
+        raise Malformed(f"the storage of tensor {_shown(name)!r} is larger than the bytes that are there")
+    numel, reach = 1, 1
+    for size, stride in zip(raw.shape, raw.strides, strict=True):
+        numel, reach = numel * size, reach + (size - 1) * stride
+    reach = reach if numel else 0
+    if (
+        len(raw.shape) > 32
+        or (raw.offset + reach) * width > raw.storage.nbytes
+        or numel * width > whole.nbytes
+    ):
+        raise Malformed(f"tensor {_shown(name)!r} of shape {raw.shape[:8]} reaches beyond its storage")
+    begin = whole.offset + raw.storage.start + (raw.offset * width if numel else 0)
+    strides = None if _row_major(raw.shape, raw.strides) else raw.strides
+    return Tensor(raw.dtype, raw.shape, (Extent(whole.source, begin, reach * width),), strides)
+
+
+def _row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    expected = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size == 0:
+            return True
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _shown(name: str) -> str:
+    """A name from a file, fit for a terminal."""
+    return repr(name[:200])[1:-1]
+
+
+_HINT = "the file is damaged, or not a checkpoint; save it again as .safetensors"
