@@ -1,0 +1,197 @@
+"""Metrics: pure functions of predictions and labels, and how sure they are."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import exp, lgamma, log, sqrt
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "METRICS",
+    "Metric",
+    "Predictions",
+    "all_metrics",
+    "ece",
+    "interval",
+    "macro_f1",
+    "mcnemar",
+    "mean_per_class",
+    "metric_interval",
+    "top1",
+    "top5",
+    "worst_group",
+]
+
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float64]
+
+_Z = 1.959963984540054
+"""The 97.5 % quantile of the normal distribution: two-sided 95 %."""
+
+_BINS = 15
+_RESAMPLES = 200
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What a model said about n images, reduced to what every metric needs; arrays have shape (n,).
+
+    Attributes:
+        labels: the true class.
+        predicted: the class of the largest logit.
+        in_top5: whether the true class is among the five largest logits.
+        confidence: the softmax probability of the predicted class.
+        groups: the group of each image (WILDS), None where the data has none.
+    """
+
+    labels: Ints
+    predicted: Ints
+    in_top5: Bools
+    confidence: Floats
+    groups: Ints | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def right(self) -> Bools:
+        return np.equal(self.predicted, self.labels)
+
+    def take(self, indices: npt.NDArray[Any]) -> "Predictions":
+        """The predictions for some of the images, in that order."""
+        groups = None if self.groups is None else self.groups[indices]
+        return Predictions(
+            self.labels[indices],
+            self.predicted[indices],
+            self.in_top5[indices],
+            self.confidence[indices],
+            groups,
+        )
+
+
+def top1(p: Predictions) -> float:
+    """The share of images whose largest logit is the true class."""
+    return float(p.right.mean())
+
+
+def top5(p: Predictions) -> float:
+    """The share of images whose true class is among the five largest logits."""
+    return float(p.in_top5.mean())
+
+
+def mean_per_class(p: Predictions) -> float:
+    """The mean over the classes that occur of the share of their images that are right."""
+    return float(_rates(p.labels, p.right).mean())
+
+
+def macro_f1(p: Predictions) -> float:
+    """The mean of the classes' F1, over classes that occur as label or prediction."""
+    size = int(max(p.labels.max(), p.predicted.max())) + 1
+    true = np.bincount(p.labels, minlength=size)
+    said = np.bincount(p.predicted, minlength=size)
+    hits = np.bincount(p.labels[p.right], minlength=size)
+    seen = (true + said) > 0
+    return float((2 * hits[seen] / (true + said)[seen]).mean())
+
+
+def worst_group(p: Predictions) -> float:
+    """The lowest top-1 accuracy of any group. Source: Koh et al. 2021, arXiv 2012.07421 (WILDS)."""
+    if p.groups is None:
+        raise ValueError("worst_group needs groups")
+    return float(_rates(p.groups, p.right).min())
+
+
+def ece(p: Predictions) -> float:
+    """Expected calibration error: 15 bins of equal width, |accuracy - confidence| weighted by their images.
+
+    Source: Guo et al. 2017, arXiv 1706.04599.
+    """
+    inner = np.linspace(0, 1, _BINS + 1)[1:-1]
+    bins = np.digitize(p.confidence, inner, right=True)
+    gap = np.bincount(bins, p.right.astype(np.float64) - p.confidence, minlength=_BINS)
+    return float(np.abs(gap).sum() / len(p))
+
+
+def _rates(keys: Ints, right: Bools) -> Floats:
+    """Share of right answers for each key that occurs, in ascending order of keys."""
+    counts = np.bincount(keys)
+    hits = np.bincount(keys[right], minlength=len(counts))
+    there = counts > 0
+    return np.asarray(hits[there] / counts[there], np.float64)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric by name: how it is computed, which way is better, and its words in a table."""
+
+    compute: Callable[[Predictions], float]
+    title: str
+    higher_is_better: bool = True
+
+
+METRICS: Mapping[str, Metric] = {
+    "top1": Metric(top1, "top-1"),
+    "top5": Metric(top5, "top-5"),
+    "mean_per_class": Metric(mean_per_class, "mean per class"),
+    "macro_f1": Metric(macro_f1, "macro-F1"),
+    "worst_group": Metric(worst_group, "worst group"),
+    "ece": Metric(ece, "calibration error", higher_is_better=False),
+}
+
+
+def all_metrics(p: Predictions) -> dict[str, float]:
+    """Every metric that the predictions allow."""
+    return {n: m.compute(p) for n, m in METRICS.items() if n != "worst_group" or p.groups is not None}
+
+
+def interval(correct: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval for a proportion. Source: Wilson 1927.
+
+    Args:
+        correct: how many of the n, not a share.
+    """
+    if n == 0:
+        return 0.0, 1.0
+    share = correct / n
+    scale = 1 + _Z**2 / n
+    middle = (share + _Z**2 / (2 * n)) / scale
+    half = _Z * sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2)) / scale
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def metric_interval(name: str, p: Predictions) -> tuple[float, float]:
+    """A 95 % interval for a metric: Wilson's for shares of images, the bootstrap's for the rest."""
+    if name == "top1":
+        return interval(int(p.right.sum()), len(p))
+    if name == "top5":
+        return interval(int(p.in_top5.sum()), len(p))
+    draws = np.random.default_rng(0)
+    values = [METRICS[name].compute(p.take(draws.integers(0, len(p), len(p)))) for _ in range(_RESAMPLES)]
+    low, high = np.quantile(values, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def mcnemar(a: Bools, b: Bools, *, mid: bool = False) -> float:
+    """The two-sided p of McNemar's exact test that a and b are right equally often.
+
+    Args:
+        a: which images one model has right.
+        b: the same of the other model, on the same images.
+        mid: the mid-p variant, less conservative. Source: Fagerland et al. 2013, doi 10.1186/1471-2288-13-91.
+    """
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    n, k = only_a + only_b, min(only_a, only_b)
+    if n == 0:
+        return 1.0
+    below = sum(_half_binomial(n, i) for i in range(k + 1))
+    if mid:
+        return min(1.0, 2 * below - _half_binomial(n, k)) if only_a != only_b else 1 - _half_binomial(n, k)
+    return min(1.0, 2 * below)
+
+
+def _half_binomial(n: int, k: int) -> float:
+    """The probability of k heads in n tosses of a fair coin."""
+    return exp(lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1) - n * log(2))
