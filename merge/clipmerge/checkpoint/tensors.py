@@ -74,7 +74,7 @@ class Tensor:
         return self.dtype in FLOATS
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Checkpoint:
     """Named tensors, not yet read. Equal only to itself; two objects over one file share their `stamp`.
 

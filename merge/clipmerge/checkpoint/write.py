@@ -1,0 +1,202 @@
+"""Files that appear whole or not at all, and the safetensors header that goes in front."""
+
+import errno
+import fcntl
+import json
+import os
+import secrets
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from clipmerge.checkpoint.tensors import ITEMSIZE, Tensor
+from clipmerge.errors import OutputError
+
+SUFFIX = ".clipmerge-tmp"
+"""Ends the name of every unfinished file; one whose writer is gone is removed by the next run."""
+
+
+def header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
+    """The safetensors header for these tensors, each tensor's offset in the file, and the file's size.
+
+    Widest elements first, then by name: every tensor is aligned, and the order is a function of the content.
+    """
+    order = sorted(tensors, key=lambda name: (-ITEMSIZE[tensors[name].dtype], name))
+    entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    at, begins = 0, {}
+    for name in order:
+        tensor = tensors[name]
+        begins[name] = at
+        at += tensor.nbytes
+        entries[name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [begins[name], at],
+        }
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    offsets = {name: start + begin for name, begin in begins.items()}
+    return len(text).to_bytes(8, "little") + text, offsets, start + at
+
+
+def check_target(path: Path, *, force: bool, inputs: Collection[Path] = ()) -> Path:
+    """The path that will really be written (links followed), refused before any work is done.
+
+    Raises:
+        OutputError: it exists and `force` is not given, it is one of `inputs` (by any name or link), it is a
+            folder, or its folder does not exist or cannot be written to.
+    """
+    real = Path(os.path.realpath(path))
+    if real.is_dir():
+        raise OutputError(f"{path} is a folder", hint=f"name the file: -o {path}/merged.safetensors")
+    if not real.parent.is_dir():
+        raise OutputError(f"the folder {real.parent} does not exist", hint=f"mkdir -p {real.parent}")
+    for source in inputs:
+        with suppress(OSError):
+            if os.path.samestat(source.stat(), real.stat()):
+                raise OutputError(
+                    f"{path} is also an input", hint="write to another name; inputs are never replaced"
+                )
+    if real.exists() and not force:
+        raise OutputError(f"{path} already exists", hint="choose another name, or replace it with --force")
+    if not os.access(real.parent, os.W_OK):
+        raise OutputError(f"the folder {real.parent} cannot be written to", hint="check its permissions")
+    return real
+
+
+@contextmanager
+def new_files(
+    targets: Sequence[tuple[Path, int]], *, force: bool, fsync: bool = False
+) -> Iterator[list[int]]:
+    """File descriptors of sibling temporary files with their space reserved; renamed in order on leaving.
+
+    Args:
+        targets: each real path (see `check_target`) and its size in bytes.
+        force: whether an existing file may be replaced; without it the file that appeared meanwhile stays.
+        fsync: wait until the bytes are on the disk before renaming: safe against power loss, and slow.
+
+    Raises:
+        OutputError: no space, read-only, or the file appeared meanwhile. Nothing is left behind.
+    """
+    temporaries: list[tuple[Path, int]] = []
+    try:
+        with _explained(targets):
+            for target, size in targets:
+                clear_leftovers(target)
+                temporaries.append(_reserve(target, size))
+        yield [descriptor for _, descriptor in temporaries]
+        with _explained(targets):
+            for (temporary, descriptor), (target, _) in zip(temporaries, targets, strict=True):
+                if fsync:
+                    os.fsync(descriptor)
+                _rename(temporary, target, force)
+            if fsync:
+                _sync_folder(targets[0][0].parent)
+    finally:
+        for temporary, descriptor in temporaries:
+            os.close(descriptor)
+            with suppress(OSError):
+                temporary.unlink()
+
+
+def write_bytes(path: Path, content: bytes, *, force: bool = False, fsync: bool = False) -> None:
+    """A small file, whole or not at all.
+
+    Raises:
+        OutputError: it exists and `force` is not given, or it cannot be written.
+    """
+    real = check_target(path, force=force)
+    with new_files([(real, len(content))], force=force, fsync=fsync) as (descriptor,):
+        write_at(descriptor, content, 0, real)
+
+
+def write_at(descriptor: int, content: "bytes | memoryview", offset: int, path: Path) -> None:
+    """All of `content` at `offset`.
+
+    Raises:
+        OutputError: the disk is full or fails.
+    """
+    view = memoryview(content)
+    with _explained([(path, len(view))]):
+        while view:
+            count = os.pwrite(descriptor, view, offset)
+            view, offset = view[count:], offset + count
+
+
+def clear_leftovers(target: Path) -> list[Path]:
+    """Remove unfinished files of `target` whose writers are gone (nobody holds their lock); what was removed."""
+    removed = []
+    for path in target.parent.glob(f".{_escaped(target.name)}.*{SUFFIX}"):
+        with suppress(OSError):
+            descriptor = os.open(path, os.O_RDWR)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+                removed.append(path)
+            finally:
+                os.close(descriptor)
+    return removed
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def _reserve(target: Path, size: int) -> tuple[Path, int]:
+    free = os.statvfs(target.parent)
+    if size > free.f_bavail * free.f_frsize:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}{SUFFIX}")
+    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_CLOEXEC", 0), 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if size and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, size)
+        else:
+            os.ftruncate(descriptor, size)
+    except BaseException:
+        os.close(descriptor)
+        temporary.unlink()
+        raise
+    return temporary, descriptor
+
+
+def _rename(temporary: Path, target: Path, force: bool) -> None:
+    if force:
+        temporary.replace(target)
+        return
+    try:
+        os.link(temporary, target)  # unlike rename, refuses to replace what appeared meanwhile
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if target.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
+        temporary.replace(target)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _explained(targets: Sequence[tuple[Path, int]]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        path, size = targets[0][0], sum(size for _, size in targets)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OutputError(
+                f"{path} needs {size / 1e6:,.1f} MB and does not fit: {error.strerror}",
+                hint="free some space or write to another disk; nothing was left behind",
+            ) from error
+        if error.errno == errno.EEXIST:
+            raise OutputError(
+                f"{path} appeared while it was being written", hint="replace it with --force"
+            ) from error
+        raise OutputError(f"{path} cannot be written: {error.strerror}") from error

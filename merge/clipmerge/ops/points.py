@@ -1,0 +1,46 @@
+"""Rules that take models and give a model, one tensor at a time, in float64."""
+
+import numpy as np
+import numpy.typing as npt
+
+F64 = npt.NDArray[np.float64]
+
+PARALLEL = 1e-6
+"""Below this angle (radians) slerp is a straight line to float64's accuracy."""
+
+
+def slerp(a: F64, b: F64, *, t: float) -> F64:
+    """Spherical interpolation from `a` (t = 0) to `b` (t = 1): along the arc between their directions.
+
+    Falls back to the straight line where the two are nearly parallel or one is zero.
+
+    Source: Shoemake 1985.
+    """
+    length = float(np.linalg.norm(a) * np.linalg.norm(b))
+    cosine = float(np.vdot(a, b)) / length if length else 1.0
+    angle = float(np.arccos(np.clip(cosine, -1.0, 1.0)))
+    if angle < PARALLEL or np.pi - angle < PARALLEL:
+        return (1 - t) * a + t * b
+    return np.asarray((np.sin((1 - t) * angle) * a + np.sin(t * angle) * b) / np.sin(angle))
+
+
+def model_stock(base: F64, *points: F64) -> F64:
+    """Between the base and the mean of the points, as far as the points agree.
+
+    t = k·cos / ((k - 1)·cos + 1) with cos the mean pairwise cosine of the task vectors, then
+    t·mean + (1 - t)·base.
+
+    Source: Jang et al. 2024, arXiv 2403.19522.
+    """
+    vectors = [(point - base).reshape(-1) for point in points]
+    lengths = [float(np.linalg.norm(v)) for v in vectors]
+    count = len(points)
+    cosines = [
+        float(np.vdot(vectors[i], vectors[j])) / (lengths[i] * lengths[j])
+        for i in range(count)
+        for j in range(i)
+        if lengths[i] and lengths[j]
+    ]
+    cosine = max(sum(cosines) / len(cosines), 0.0) if cosines else 0.0
+    t = count * cosine / ((count - 1) * cosine + 1)
+    return np.asarray(t * (sum(points[1:], start=points[0]) / count) + (1 - t) * base)

@@ -1,0 +1,118 @@
+"""Coefficients: exact rationals, constant or per tensor name.
+
+A coefficient is a polynomial over pattern maps, kept exact with `Fraction`: `1 - 0.4 - 0.4` is 1/5, and
+`M - M` vanishes whatever the map M says. A float counts as the decimal that it prints as.
+"""
+
+from collections.abc import Mapping
+from fractions import Fraction
+from numbers import Rational
+
+from clipmerge.errors import RecipeError
+from clipmerge.weights.names import matches
+
+Scalar = float | int | Fraction
+PatternMap = tuple[tuple[str, Fraction], ...]
+"""(pattern, value) pairs in order: the first pattern that matches a name decides, no match means 0."""
+
+
+def exact(number: Scalar) -> Fraction:
+    """The rational that the number's shortest decimal form names: 0.1 is 1/10.
+
+    Raises:
+        RecipeError: the number is NaN or infinite.
+    """
+    if isinstance(number, Rational):
+        return Fraction(number)
+    try:
+        return Fraction(repr(float(number)))
+    except ValueError as error:
+        raise RecipeError(f"a coefficient must be a finite number, not {number}") from error
+
+
+class Coefficient:
+    """An exact coefficient; `at(name)` is its value for one tensor."""
+
+    __slots__ = ("_terms",)
+
+    def __init__(self, terms: Mapping[tuple[PatternMap, ...], Fraction]) -> None:
+        self._terms = {factors: value for factors, value in terms.items() if value}
+
+    @classmethod
+    def of(cls, value: "Scalar | Mapping[str, float] | Coefficient") -> "Coefficient":
+        """From a number, a mapping from name patterns to numbers, or itself."""
+        if isinstance(value, Coefficient):
+            return value
+        if isinstance(value, Mapping):
+            rules = tuple((str(pattern), exact(number)) for pattern, number in value.items())
+            return cls({(rules,): Fraction(1)})
+        return cls({(): exact(value)})
+
+    def __add__(self, other: "Coefficient") -> "Coefficient":
+        merged = dict(self._terms)
+        for factors, value in other._terms.items():
+            merged[factors] = merged.get(factors, Fraction(0)) + value
+        return Coefficient(merged)
+
+    def __mul__(self, other: "Coefficient") -> "Coefficient":
+        product: dict[tuple[PatternMap, ...], Fraction] = {}
+        for mine, a in self._terms.items():
+            for theirs, b in other._terms.items():
+                factors = tuple(sorted(mine + theirs))
+                product[factors] = product.get(factors, Fraction(0)) + a * b
+        return Coefficient(product)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Coefficient) and self._terms == other._terms
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._terms.items()))
+
+    def __bool__(self) -> bool:
+        """False where the coefficient is 0 for every name."""
+        return bool(self._terms)
+
+    @property
+    def constant(self) -> Fraction | None:
+        """The value where it is the same for every name, else None."""
+        if set(self._terms) <= {()}:
+            return self._terms.get((), Fraction(0))
+        return None
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Every pattern that it names, sorted."""
+        return tuple(sorted({p for factors in self._terms for rules in factors for p, _ in rules}))
+
+    def at(self, name: str) -> Fraction:
+        """The value for the tensor of this name."""
+        return sum((value * _product(factors, name) for factors, value in self._terms.items()), Fraction(0))
+
+    def __str__(self) -> str:
+        parts = [_term_text(factors, value) for factors, value in sorted(self._terms.items())]
+        if not parts:
+            return "0"
+        return parts[0] if len(parts) == 1 else f"({' + '.join(parts)})"
+
+    __repr__ = __str__
+
+
+def _product(factors: tuple[PatternMap, ...], name: str) -> Fraction:
+    value = Fraction(1)
+    for rules in factors:
+        value *= next((number for pattern, number in rules if matches(pattern, name)), Fraction(0))
+    return value
+
+
+def _term_text(factors: tuple[PatternMap, ...], value: Fraction) -> str:
+    maps = ["{" + ", ".join(f'"{p}": {number_text(v)}' for p, v in rules) + "}" for rules in factors]
+    return "*".join(([number_text(value)] if value != 1 or not maps else []) + maps)
+
+
+def number_text(value: Fraction) -> str:
+    """Shortest text that reads back as exactly this rational: an integer, a decimal, or `1/3`."""
+    if value.denominator == 1:
+        return str(value.numerator)
+    as_float = value.numerator / value.denominator
+    text = repr(as_float)
+    return text if Fraction(text) == value else f"{value.numerator}/{value.denominator}"

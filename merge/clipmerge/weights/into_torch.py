@@ -1,0 +1,123 @@
+"""Weights ↔ torch: a state dict, a module's own memory. The only file of this room that imports torch."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from clipmerge.checkpoint.tensors import Bytes
+from clipmerge.errors import MismatchError, ModelError, nearest
+from clipmerge.weights.plan import make_plan
+from clipmerge.weights.run import into_arrays
+
+if TYPE_CHECKING:
+    import torch
+
+    from clipmerge.weights.expression import Progress, Weights
+
+_TORCH: Mapping[str, str] = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+    "U16": "uint16", "U32": "uint32", "U64": "uint64", "C64": "complex64",
+}  # fmt: skip
+_NAMES = {torch_name: name for name, torch_name in _TORCH.items()}
+
+
+def state_dict(
+    weights: "Weights", dtype: str | None = None, *, on_progress: "Progress | None" = None
+) -> "dict[str, torch.Tensor]":
+    """See `Weights.state_dict`."""
+    import torch
+
+    plan = make_plan(weights, dtype=dtype)
+    tensors = {
+        name: torch.empty(step.shape, dtype=getattr(torch, _TORCH[step.dtype]))
+        for name, step in plan.steps.items()
+    }
+    into_arrays(plan, lambda name: _bytes(tensors[name]), on_progress=on_progress)
+    return tensors
+
+
+def load_into(weights: "Weights", module: "torch.nn.Module", *, strict: bool = True) -> "torch.nn.Module":
+    """See `Weights.load_into`."""
+    import torch
+
+    targets = module.state_dict(keep_vars=True)
+    _check_fit(weights, targets, strict)
+    plan = make_plan(weights)
+    staged: dict[str, torch.Tensor] = {}
+
+    def destination(name: str) -> Bytes:
+        want = getattr(torch, _TORCH[plan.steps[name].dtype])
+        target = targets.get(name)
+        if (
+            target is not None
+            and target.device.type == "cpu"
+            and target.dtype == want
+            and target.is_contiguous()
+        ):
+            return _bytes(target)
+        staged[name] = torch.empty(plan.steps[name].shape, dtype=want)
+        return _bytes(staged[name])
+
+    into_arrays(plan, destination)
+    with torch.no_grad():
+        for name, tensor in staged.items():
+            if name in targets:
+                targets[name].copy_(tensor)
+    return module
+
+
+def tensor_bytes(name: str, tensor: "torch.Tensor") -> tuple[str, tuple[int, ...], Bytes]:
+    """dtype name, shape and the bytes of a tensor (shared with it where it is contiguous and on the CPU).
+
+    Raises:
+        MismatchError: a dtype that safetensors cannot store, or a sparse tensor.
+    """
+    dtype = _NAMES.get(str(tensor.dtype).removeprefix("torch."))
+    if dtype is None or tensor.layout != _strided():
+        raise MismatchError(
+            f"tensor {name!r} is {tensor.dtype}, {tensor.layout}: it cannot be stored",
+            hint="convert it to a dense tensor of a plain dtype first",
+        )
+    return dtype, tuple(tensor.shape), _bytes(tensor.detach().cpu().contiguous())
+
+
+def _strided() -> Any:
+    import torch
+
+    return torch.strided
+
+
+def _bytes(tensor: "torch.Tensor") -> Bytes:
+    import torch
+
+    if tensor.numel() == 0:
+        return np.empty(0, np.uint8)
+    flat: Bytes = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return flat
+
+
+def _check_fit(weights: "Weights", targets: "Mapping[str, torch.Tensor]", strict: bool) -> None:
+    tensors = weights.checkpoints[0].tensors
+    problems = []
+    if strict:
+        problems += [f"the weights lack {name!r}" for name in sorted(targets.keys() - tensors.keys())]
+        for name in sorted(tensors.keys() - targets.keys()):
+            close = nearest(name, targets.keys() - tensors.keys())
+            problems.append(f"the model has no {name!r}" + (f" (it has {close!r})" if close else ""))
+    for name in sorted(tensors.keys() & targets.keys()):
+        if tensors[name].shape != tuple(targets[name].shape):
+            problems.append(
+                f"{name!r} is {list(tensors[name].shape)} in the weights and "
+                f"{list(targets[name].shape)} in the model"
+            )
+    if problems:
+        from clipmerge.weights.check import SHOWN
+
+        more = [f"… and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        raise ModelError(
+            "the weights do not fit the model:\n  " + "\n  ".join(problems[:SHOWN] + more),
+            hint="is it the right --model? `clipmerge inspect FILE` shows what the file holds",
+        )

@@ -1,0 +1,167 @@
+"""An expression → what each output tensor is made of. Headers only; nothing is computed here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from math import lcm
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from blake3 import blake3
+
+from clipmerge.checkpoint.read import Reader
+from clipmerge.checkpoint.tensors import FLOATS, Checkpoint, Tensor
+from clipmerge.errors import RecipeError, nearest
+from clipmerge.weights.check import check, reference_of
+from clipmerge.weights.coefficient import Coefficient
+from clipmerge.weights.expression import Weights
+from clipmerge.weights.notation import notation
+
+if TYPE_CHECKING:
+    from clipmerge.weights.expression import Leaf
+
+EXACT = 1 << 24
+"""Integer coefficients up to here keep integer · float32 exact in float64."""
+
+Kind = Literal["sum", "agree", "largest", "computed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One output tensor.
+
+    Attributes:
+        kind: "sum" is Σ factor·input / divisor; "agree" copies integers that must be equal everywhere;
+            "largest" is a mean's step counters; "computed" needs whole tensors (a nonlinear method).
+        terms: (factor, stored tensor), in an order that depends on the contents alone.
+        sources: the checkpoint of each term, for messages.
+        leaves: of a "computed" step: (coefficient, leaf).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    kind: Kind
+    terms: tuple[tuple[float, Tensor], ...]
+    divisor: float
+    sources: tuple[Checkpoint, ...]
+    leaves: "tuple[tuple[float, Leaf], ...]" = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Every output tensor by name, and the size of the work in bytes."""
+
+    steps: Mapping[str, Step]
+    read_bytes: int
+    written_bytes: int
+
+
+def make_plan(weights: Weights, *, dtype: str | None = None) -> Plan:
+    """What will be computed, after every check that headers allow.
+
+    Args:
+        dtype: the dtype of every float output; None keeps the base's, tensor by tensor.
+
+    Raises:
+        RecipeError, MismatchError: see `check`; or the dtype is not a float dtype.
+    """
+    if dtype is not None and dtype not in FLOATS:
+        close = nearest(dtype.upper(), FLOATS)
+        known = ", ".join(sorted(FLOATS))
+        raise RecipeError(
+            f"{dtype!r} is not a float dtype", hint=f"did you mean {close}?" if close else f"one of {known}"
+        )
+    check(weights, dtype=dtype)
+    reference = reference_of(weights)
+    ordered = _canonical(weights)
+    steps = {name: _step(name, weights, ordered, reference, dtype) for name in reference.tensors}
+    read = sum(tensor.nbytes for step in steps.values() for _, tensor in step.terms)
+    read += sum(
+        c.tensors[name].nbytes for name, step in steps.items() if step.leaves for c in weights.checkpoints
+    )
+    from clipmerge.checkpoint.tensors import ITEMSIZE
+
+    written = sum(reference.tensors[n].numel * ITEMSIZE[s.dtype] for n, s in steps.items())
+    return Plan(steps, read, written)
+
+
+def _step(
+    name: str,
+    weights: Weights,
+    ordered: "list[Leaf]",
+    reference: Checkpoint,
+    dtype: str | None,
+) -> Step:
+    own = reference.tensors[name]
+    if not own.is_float:
+        return _integer_step(name, weights, reference)
+    coefficients = [(leaf, weights.terms[leaf].at(name)) for leaf in ordered]
+    used = [(leaf, c) for leaf, c in coefficients if c]
+    out = dtype or own.dtype
+    if any(not isinstance(leaf, Checkpoint) for leaf, _ in used):
+        leaves = tuple((float(c), leaf) for leaf, c in used)
+        return Step(name, out, own.shape, "computed", (), 1.0, (), leaves)
+    factors, divisor = _integer_factors([c for _, c in used])
+    points = [leaf for leaf, _ in used if isinstance(leaf, Checkpoint)]
+    terms = tuple((factor, point.tensors[name]) for factor, point in zip(factors, points, strict=True))
+    return Step(name, out, own.shape, "sum", terms, divisor, tuple(points))
+
+
+def _integer_step(name: str, weights: Weights, reference: Checkpoint) -> Step:
+    """Integers are never averaged: they agree, or they are step counters."""
+    own = reference.tensors[name]
+    everywhere = weights.checkpoints
+    counter = name.endswith("num_batches_tracked")
+    kind: Kind = "agree"
+    if counter and weights.base is None:
+        kind = "largest"
+    elif counter:
+        everywhere = (reference,)
+    else:
+        everywhere = (reference, *(c for c in everywhere if c is not reference))
+    terms = tuple((1.0, c.tensors[name]) for c in everywhere)
+    return Step(name, own.dtype, own.shape, kind, terms, 1.0, everywhere)
+
+
+def _integer_factors(coefficients: list[Fraction]) -> tuple[list[float], float]:
+    """Σ c·x as (Σ n·x) / d, small integers where there are some: a mean sums exactly and divides once."""
+    divisor = lcm(*(c.denominator for c in coefficients)) if coefficients else 1
+    whole = [c * divisor for c in coefficients]
+    if divisor <= EXACT and all(abs(n) <= EXACT for n in whole):
+        return [float(n) for n in whole], float(divisor)
+    return [float(c) for c in coefficients], 1.0
+
+
+def _canonical(weights: Weights) -> "list[Leaf]":
+    """The leaves in an order that depends on what they contain, not on how they were listed or called."""
+    leaves = list(weights.terms)
+    if len(leaves) < 3:  # float64 addition commutes: two terms have one order
+        return leaves
+    with Reader() as reader:
+        keys = {
+            leaf: (0, fingerprint(leaf, reader))
+            if isinstance(leaf, Checkpoint)
+            else (1, notation(Weights({leaf: Coefficient.of(1)}, leaf)))
+            for leaf in leaves
+        }
+        if len(set(keys.values())) < len(leaves):
+            from clipmerge.weights.digest import content_digest
+
+            keys = {
+                leaf: (key[0], key[1] + content_digest(leaf) if isinstance(leaf, Checkpoint) else key[1])
+                for leaf, key in keys.items()
+            }
+    return sorted(leaves, key=lambda leaf: keys[leaf])
+
+
+def fingerprint(checkpoint: Checkpoint, reader: Reader) -> str:
+    """A cheap digest of the contents: names, shapes, dtypes and the first 64 bytes of every tensor."""
+    digest = blake3()
+    for name, tensor in checkpoint.tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+        if tensor.strides is None and tensor.nbytes:
+            head = np.empty(min(64, tensor.nbytes), np.uint8)
+            reader.into(tensor, 0, head)
+            digest.update(head.tobytes())
+    return digest.hexdigest()

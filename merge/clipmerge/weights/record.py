@@ -1,0 +1,28 @@
+"""The record that clipmerge writes into a file's metadata: one JSON document under the key `clipmerge`."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+KEY = "clipmerge"
+FORMAT = 1
+
+
+def read_record(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The record of a file, {} where there is none or it is not ours."""
+    text = metadata.get(KEY)
+    if text is None:
+        return {}
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(record, dict) or record.get("total", 1) not in (0, 1):
+        return {}
+    return record
+
+
+def write_record(record: Mapping[str, Any]) -> dict[str, str]:
+    """File metadata that holds the record: keys sorted, so that the same record is the same bytes."""
+    text = json.dumps(record, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return {"format": "pt", KEY: text}

@@ -1,0 +1,217 @@
+"""Plan → bytes: the streaming pass, into a file or into memory. Same bytes for any order and thread count."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from clipmerge.checkpoint.read import Reader
+from clipmerge.checkpoint.tensors import Bytes, Checkpoint, Tensor, storage_dtype
+from clipmerge.checkpoint.write import check_target, new_files, write_at
+from clipmerge.errors import MismatchError, NonFiniteError
+from clipmerge.ops.cast import LARGEST, narrow, to_float64
+from clipmerge.weights.blocks import Run, Sink, join, run_blocks
+from clipmerge.weights.expression import Progress, Weights
+from clipmerge.weights.plan import Plan, Step, make_plan
+from clipmerge.weights.shards import shard_paths, split_into_shards
+
+if TYPE_CHECKING:
+    from clipmerge.weights.expression import Leaf
+
+
+def save(
+    weights: Weights,
+    path: Path,
+    *,
+    force: bool = False,
+    dtype: str | None = None,
+    allow_nonfinite: bool = False,
+    shard_size: int | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    digests: bool = True,
+    fsync: bool = False,
+    threads: int | None = None,
+    on_progress: Progress | None = None,
+) -> Path:
+    """See `Weights.save`."""
+    from clipmerge.weights.provenance import file_metadata
+
+    inputs = [file for checkpoint in weights.checkpoints for file in checkpoint.files()]
+    real = check_target(path, force=force, inputs=inputs)
+    plan = make_plan(weights, dtype=dtype)
+    record = file_metadata(weights, dtype=dtype, extra=metadata, digests=digests, on_progress=on_progress)
+    tensors = {name: Tensor(step.dtype, step.shape, ()) for name, step in plan.steps.items()}
+    shards = split_into_shards(tensors, shard_size, record)
+    targets = shard_paths(real, shards)
+    for target, _size in targets[:-1]:
+        check_target(target, force=force, inputs=inputs)
+    with Reader() as reader, new_files(targets, force=force, fsync=fsync) as descriptors:
+        placed: list[tuple[Step, Sink, int]] = []
+        for shard, descriptor, (target, _size) in zip(shards, descriptors, targets, strict=True):
+            write_at(descriptor, shard.head, 0, target)
+            sink = _file_sink(descriptor, target)
+            placed += [(plan.steps[name], sink, offset) for name, offset in shard.offsets.items()]
+        execute(
+            plan, placed, reader, threads=threads, allow_nonfinite=allow_nonfinite, on_progress=on_progress
+        )
+    return targets[-1][0]
+
+
+def execute(
+    plan: Plan,
+    placed: list[tuple[Step, Sink, int]],
+    reader: Reader,
+    *,
+    threads: int | None = None,
+    allow_nonfinite: bool = False,
+    on_progress: Progress | None = None,
+) -> None:
+    """Compute every step into its sink.
+
+    Args:
+        placed: (step, sink, byte offset in the sink); neighbours are joined where they can be.
+        threads: worker threads; None takes the cores this process may use, at most four.
+
+    Raises:
+        MismatchError: integer tensors that should agree do not.
+        NonFiniteError: see `Weights.save`.
+        CheckpointError: an input ends early or changed while it was read.
+    """
+    whole = [item for item in placed if not _streams(item[0])]
+    runs = join(item for item in placed if _streams(item[0]))
+    for step, sink, offset in whole:
+        sink(offset, _whole(step, reader, allow_nonfinite))
+
+    def not_finite(run: Run, low: int, high: int) -> None:
+        if not allow_nonfinite:
+            _locate(run, low, high, reader)
+
+    def report(done: int) -> None:
+        if on_progress:
+            on_progress("merging", done, plan.written_bytes)
+
+    count = threads or min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
+    run_blocks(runs, reader, threads=count, not_finite=not_finite, on_done=report if on_progress else None)
+    reader.unchanged()
+
+
+def into_arrays(
+    plan: Plan, destination: Callable[[str], Bytes], *, on_progress: Progress | None = None
+) -> None:
+    """Compute every step into memory.
+
+    Args:
+        destination: name → a writable, contiguous (nbytes,) view of where the tensor goes.
+    """
+    with Reader() as reader:
+        placed = [(step, _memory_sink(destination(name)), 0) for name, step in plan.steps.items()]
+        execute(plan, placed, reader, on_progress=on_progress)
+
+
+def _streams(step: Step) -> bool:
+    return step.kind == "sum" and not any(tensor.strides for _, tensor in step.terms)
+
+
+def _file_sink(descriptor: int, path: Path) -> Sink:
+    def write(offset: int, data: Bytes) -> None:
+        write_at(descriptor, data.data, offset, path)
+
+    return write
+
+
+def _memory_sink(target: Bytes) -> Sink:
+    def write(offset: int, data: Bytes) -> None:
+        target[offset : offset + data.size] = data
+
+    return write
+
+
+def _whole(step: Step, reader: Reader, allow_nonfinite: bool) -> Bytes:
+    """One tensor that is not streamed: integers, transposed inputs, nonlinear methods."""
+    if step.kind in ("agree", "largest"):
+        return _integers(step, reader)
+    if step.kind == "computed":
+        numbers = sum_of(step, reader)
+    else:
+        total = np.zeros(step.shape, np.float64)
+        for factor, tensor in step.terms:
+            total += factor * to_float64(reader.dense(tensor), tensor.dtype)
+        numbers = total / step.divisor
+    flat = np.ascontiguousarray(numbers, np.float64).reshape(-1)
+    out = np.empty(flat.size, storage_dtype(step.dtype))
+    if not narrow(flat.copy(), step.dtype, out, np.empty(flat.size)) and not allow_nonfinite:
+        _explain(step, flat, reader)
+    return out.view(np.uint8)
+
+
+def sum_of(step: Step, reader: Reader) -> npt.NDArray[np.float64]:
+    """Σ coefficient · leaf for a step that holds nonlinear leaves, in float64."""
+    total = np.zeros(step.shape, np.float64)
+    for coefficient, leaf in step.leaves:
+        total += coefficient * evaluate(leaf, step.name, reader)
+    return total
+
+
+def evaluate(leaf: "Leaf", name: str, reader: Reader) -> npt.NDArray[np.float64]:
+    """One tensor of a leaf, in float64."""
+    if isinstance(leaf, Checkpoint):
+        tensor = leaf.tensors[name]
+        return to_float64(reader.dense(tensor), tensor.dtype)
+    return leaf.evaluate([evaluate_weights(operand, name, reader) for operand in leaf.operands])
+
+
+def evaluate_weights(weights: Weights, name: str, reader: Reader) -> npt.NDArray[np.float64]:
+    """One tensor of an expression, in float64."""
+    parts = [float(c.at(name)) * evaluate(leaf, name, reader) for leaf, c in weights.terms.items()]
+    return np.asarray(sum(parts[1:], start=parts[0]))
+
+
+def _integers(step: Step, reader: Reader) -> Bytes:
+    arrays = [reader.dense(tensor) for _, tensor in step.terms]
+    if step.kind == "largest":
+        return np.asarray(np.maximum.reduce(arrays)).reshape(-1).view(np.uint8)
+    for source, other in zip(step.sources[1:], arrays[1:], strict=True):
+        if not np.array_equal(arrays[0], other):
+            raise MismatchError(
+                f"{step.name!r} holds integers that differ between "
+                f"{step.sources[0].path or step.sources[0].name} and {source.path or source.name}",
+                hint="integers are never averaged; the checkpoints must agree on them",
+            )
+    return arrays[0].reshape(-1).view(np.uint8)
+
+
+def _locate(run: Run, low: int, high: int, reader: Reader) -> NoReturn:
+    """Say which tensor of which input is not finite, or which output overflows."""
+    begin = 0
+    for step in run.steps:
+        end = begin + int(np.prod(step.shape, dtype=np.int64))
+        if begin < high and low < end:
+            total = np.zeros(step.shape, np.float64)
+            for factor, tensor in step.terms:
+                with np.errstate(invalid="ignore", over="ignore"):
+                    total += factor * to_float64(reader.dense(tensor), tensor.dtype)
+            total /= step.divisor
+            if not np.all(np.abs(total) <= LARGEST[step.dtype]):
+                _explain(step, total.reshape(-1), reader)
+        begin = end
+    raise NonFiniteError(f"the output of {run.head.name!r} is not finite")
+
+
+def _explain(step: Step, numbers: npt.NDArray[np.float64], reader: Reader) -> NoReturn:
+    for source, (_, tensor) in zip(step.sources, step.terms, strict=True):
+        bad = ~np.isfinite(to_float64(reader.dense(tensor), tensor.dtype))
+        if bad.any():
+            first = [int(i) for i in np.argwhere(bad)[0]]
+            raise NonFiniteError(
+                f"{source.path or source.name}: tensor {step.name!r} holds {int(bad.sum())} values "
+                f"that are not finite, the first at {first}",
+                hint="that checkpoint is damaged or diverged; leave it out, or pass --allow-nonfinite",
+            )
+    worst = float(np.nanmax(np.abs(numbers))) if numbers.size else 0.0
+    raise NonFiniteError(
+        f"tensor {step.name!r} reaches {worst:.6g}, more than {step.dtype} holds ({LARGEST[step.dtype]:.6g})",
+        hint="write a wider dtype: --dtype F32",
+    )

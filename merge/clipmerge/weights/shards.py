@@ -1,0 +1,69 @@
+"""One file, or several with an index, as Hugging Face lays them out."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from clipmerge.checkpoint.tensors import Tensor
+from clipmerge.checkpoint.write import header
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file to write: its first bytes, where each tensor goes, and its size (the index has no tensors)."""
+
+    head: bytes
+    offsets: Mapping[str, int]
+    size: int
+
+
+def split_into_shards(
+    tensors: Mapping[str, Tensor], shard_size: int | None, metadata: Mapping[str, str]
+) -> list[Shard]:
+    """The files to write: one, or shards of at most `shard_size` bytes of tensors followed by their index.
+
+    Tensors go to shards in name order; one that is larger than `shard_size` has a shard to itself.
+    """
+    groups = _groups(tensors, shard_size)
+    if len(groups) == 1:
+        return [_shard(tensors, metadata)]
+    shards = [_shard(group, metadata) for group in groups]
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    names = {name: number for number, group in enumerate(groups, 1) for name in group}
+    index = {"metadata": {**metadata, "total_size": total}, "weight_map": names}
+    text = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False).encode()
+    return [*shards, Shard(text, {}, len(text))]
+
+
+def shard_paths(path: Path, shards: list[Shard]) -> list[tuple[Path, int]]:
+    """The path and size of each file; the index comes last: it appears only when all that it names is there."""
+    if len(shards) == 1:
+        return [(path, shards[0].size)]
+    count = len(shards) - 1
+    stem = path.name.removesuffix(".safetensors")
+    names = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    index = json.loads(shards[-1].head)
+    index["weight_map"] = {name: names[number - 1] for name, number in index["weight_map"].items()}
+    text = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False).encode()
+    shards[-1] = Shard(text, {}, len(text))
+    sized = [(path.with_name(name), shard.size) for name, shard in zip(names, shards, strict=False)]
+    return [*sized, (path.with_name(f"{stem}.safetensors.index.json"), len(text))]
+
+
+def _groups(tensors: Mapping[str, Tensor], shard_size: int | None) -> list[dict[str, Tensor]]:
+    groups: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name in sorted(tensors):
+        size = tensors[name].nbytes
+        if shard_size is not None and groups[-1] and filled + size > shard_size:
+            groups.append({})
+            filled = 0
+        groups[-1][name] = tensors[name]
+        filled += size
+    return groups
+
+
+def _shard(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Shard:
+    head, offsets, size = header(tensors, metadata)
+    return Shard(head, offsets, size)
