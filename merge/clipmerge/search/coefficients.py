@@ -229,10 +229,9 @@ def _cmaes(first: Vector, low: float, high: float, budget: int, seed: int) -> Se
     except ImportError as error:
         raise MissingExtraError("optuna and cmaes", extra="sweep", what="CMA-ES search") from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    start = {str(i): x for i, x in enumerate(first)}
-    sampler = optuna.samplers.CmaEsSampler(x0=start, sigma0=(high - low) / 4, seed=seed)
+    sampler = optuna.samplers.CmaEsSampler(sigma0=(high - low) / 4, seed=seed)
     study = optuna.create_study(direction="maximize", sampler=sampler)
-    study.enqueue_trial(start)
+    study.enqueue_trial({str(i): x for i, x in enumerate(first)})
     while True:
         trial = study.ask()
         vector = tuple(round(trial.suggest_float(str(i), low, high), _DIGITS) for i in range(len(first)))

@@ -3,11 +3,12 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Protocol
 
+from clipmerge.checkpoint.tensors import Checkpoint
 from clipmerge.errors import SelectionError, nearest
 from clipmerge.search.journal import Bits, Journal, pack_bits, unpack_bits
 
@@ -44,6 +45,7 @@ class Judge(Protocol):
     def splits(self) -> Mapping[str, Any]: ...
     @property
     def metric(self) -> str: ...
+    def load(self, weights: "Weights") -> None: ...
     def data_key(self, split: str | None = None) -> str: ...
     def score(self, weights: "Weights", split: str | None = None) -> Any: ...
     def scores(self, weights: "Weights") -> Mapping[str, Any]: ...
@@ -73,6 +75,7 @@ class Scorer:
         self.saved = 0
         self._data: dict[str, str] = {}
         self._paid: dict[str, Any] = {}
+        self._digests: dict[Checkpoint, str] = {}
 
     @property
     def metric(self) -> str:
@@ -149,11 +152,26 @@ class Scorer:
     def key(self, weights: "Weights", split: str) -> str:
         """What a score is filed under: the recipe, and all that it depends on beside the weights."""
         if split not in self._data:
-            self._data[split] = self.judge.data_key(split)
-        return f"{recipe_digest(weights)}:{self._data[split]}"
+            if self.journal is not None:
+                self.judge.load(weights)  # the model may be what the first weights record
+            self._data[split] = split if self.journal is None else self.judge.data_key(split)
+        return f"{recipe_digest(weights, self._digest)}:{self._data[split]}"
+
+    def _digest(self, checkpoint: Checkpoint) -> str:
+        """The content digest; without a journal nobody else will compare, and identity will do."""
+        if checkpoint not in self._digests:
+            from clipmerge.weights.digest import content_digest
+
+            alone = self.journal is None
+            self._digests[checkpoint] = str(id(checkpoint)) if alone else content_digest(checkpoint)
+        return self._digests[checkpoint]
 
     def _write(self, key: str, weights: "Weights", split: str, record: Mapping[str, Any]) -> None:
-        if self.journal is not None and _rank() == 0:
+        if self.journal is None:
+            return
+        from clipmerge.evaluate.parallel import is_writer
+
+        if is_writer():
             self.journal.put(key, {"split": split, "weights": repr(weights), **record})
 
 
@@ -164,7 +182,7 @@ def scorer_of(evaluator: "Judge | Scorer", journal: "Journal | str | os.PathLike
 
 def read_record(record: Mapping[str, Any], metric: str) -> Any:
     """A journal's record as the Mark or Bound that it was; None where it lacks the metric or is damaged."""
-    from clipmerge.evaluate.evaluator import Score
+    from clipmerge.evaluate.score import Score
 
     try:
         n = int(record["n"])
@@ -207,37 +225,30 @@ def mcnemar_p(first: Any, second: Any) -> float:
     return float(mcnemar(first.bits, second.bits))
 
 
-def recipe_digest(weights: "Weights") -> str:
+def recipe_digest(weights: "Weights", digest: Callable[[Checkpoint], str]) -> str:
     """What weights are made of: content digests and exact coefficients, whatever was written to say it."""
-    return hashlib.sha256(json.dumps(_recipe(weights)).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(_recipe(weights, digest)).encode()).hexdigest()[:32]
 
 
-def _recipe(weights: "Weights") -> list[list[Any]]:
-    from clipmerge.checkpoint.tensors import Checkpoint
-    from clipmerge.weights.provenance import digest
-
+def _recipe(weights: "Weights", digest: Callable[[Checkpoint], str]) -> list[list[Any]]:
     terms: list[list[Any]] = []
     for leaf, coefficient in weights.terms.items():
         if isinstance(leaf, Checkpoint):
             terms.append([str(coefficient), digest(leaf)])
         else:
-            operands = [_recipe(operand) for operand in leaf.operands]
+            operands = [_recipe(operand, digest) for operand in leaf.operands]
             terms.append([str(coefficient), leaf.method, repr(leaf.params), operands])
     return sorted(terms, key=json.dumps)
 
 
-def _rank() -> int:
-    import torch.distributed as dist
-
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
 def _from_first(value: Any) -> Any:
     """The first process's value, in every process: machines need not share a disk."""
+    from clipmerge.evaluate.parallel import world
+
+    if world() == 1:
+        return value
     import torch.distributed as dist
 
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return value
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
