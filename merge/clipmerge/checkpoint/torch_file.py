@@ -18,6 +18,7 @@ from clipmerge.checkpoint.state_dict import Found, find_state_dict
 from clipmerge.checkpoint.tensors import ITEMSIZE, Extent, Tensor
 from clipmerge.checkpoint.torch_calls import RawTensor, Storage, TorchCalls, Unreadable, persistent
 from clipmerge.checkpoint.unpickler import Budget, Machine
+from clipmerge.checkpoint.views import row_major
 from clipmerge.errors import CheckpointError, UnsafeFileError
 
 MAX_PICKLE = 256 << 20
@@ -171,7 +172,7 @@ def _tensor(path: Path, name: str, raw: RawTensor | Unreadable, locate: Locate) 
         kind = raw.kind if isinstance(raw, Unreadable) else "of a dtype that clipmerge does not read"
         raise CheckpointError(
             f"{path}: tensor {_shown(name)!r} is {kind}",
-            hint="turn it into a dense tensor (`.to_dense()`, `.dequantize()`, `.contiguous()`) and save again",
+            hint="make it a dense tensor (`.to_dense()`, `.dequantize()`, `.float()`) and save it again",
         )
     width, whole = ITEMSIZE[raw.dtype], locate(raw.storage)
     if raw.storage.start + raw.storage.nbytes > whole.nbytes:
@@ -187,19 +188,8 @@ def _tensor(path: Path, name: str, raw: RawTensor | Unreadable, locate: Locate) 
     ):
         raise Malformed(f"tensor {_shown(name)!r} of shape {raw.shape[:8]} reaches beyond its storage")
     begin = whole.offset + raw.storage.start + (raw.offset * width if numel else 0)
-    strides = None if _row_major(raw.shape, raw.strides) else raw.strides
+    strides = None if row_major(raw.shape, raw.strides) else raw.strides
     return Tensor(raw.dtype, raw.shape, (Extent(whole.source, begin, reach * width),), strides)
-
-
-def _row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    expected = 1
-    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if size == 0:
-            return True
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def _shown(name: str) -> str:

@@ -1,0 +1,69 @@
+"""Shards: a JSON index that says which file of the folder holds which tensor."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from clipmerge.checkpoint.safetensors import parse_json
+from clipmerge.checkpoint.tensors import Tensor
+from clipmerge.errors import CheckpointError
+
+MAX_INDEX = 100_000_000
+SUFFIX = ".index.json"
+
+ReadFile = Callable[[Path], tuple[Mapping[str, str], Mapping[str, Tensor]]]
+
+
+def read_index(path: Path, read_file: ReadFile) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of all shards together.
+
+    Raises:
+        CheckpointError: the index is malformed, names a file outside its folder, or disagrees with its shards.
+    """
+    places = _weight_map(path)
+    metadata: dict[str, str] = {}
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(places.values())):
+        if not (path.parent / shard).is_file():
+            raise CheckpointError(
+                f"{path} names {shard!r}, which is not there", hint="fetch the missing shard"
+            )
+        own, found = read_file(path.parent / shard)
+        metadata |= own
+        for name, tensor in found.items():
+            if places.get(name) != shard:
+                raise CheckpointError(f"{path} does not list tensor {name!r} of {shard!r}", hint=_HINT)
+            tensors[name] = tensor
+    if missing := sorted(places.keys() - tensors.keys()):
+        raise CheckpointError(
+            f"{path} lists tensor {missing[0]!r} in {places[missing[0]]!r}, where it is not", hint=_HINT
+        )
+    return metadata, tensors
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_INDEX + 1)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if len(text) > MAX_INDEX:
+        raise CheckpointError(f"{path} is too large for an index of shards", hint=_HINT)
+    document: Any = parse_json(path, text)
+    found = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(found, dict) or not found:
+        raise CheckpointError(f"{path} has no weight_map: it is JSON, but not an index of shards", hint=_HINT)
+    for name, shard in found.items():
+        if not isinstance(shard, str) or not _is_plain(shard):
+            raise CheckpointError(
+                f"{path} places tensor {name!r} in {shard!r}, which is not a file of its folder",
+                hint="an index may only name files beside it; this one was not written by a tool you want to trust",
+            )
+    return found
+
+
+def _is_plain(name: str) -> bool:
+    return name not in ("", ".", "..") and not any(c in "/\\:" or ord(c) < 32 for c in name)
+
+
+_HINT = "index and shards do not belong together; fetch the folder again"

@@ -1,0 +1,83 @@
+"""Tensors made of other tensors' bytes: transposed, joined, cut. No byte is read, but of strided tensors."""
+
+from collections.abc import Sequence
+from math import prod
+
+import numpy as np
+
+from clipmerge.checkpoint.tensors import ITEMSIZE, Bytes, Extent, Mapped, Tensor
+
+
+def row_major(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """True where these strides are those of a dense array in C order."""
+    expected = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size == 0:
+            return True
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    """The matrix with its axes exchanged."""
+    rows, columns = tensor.shape
+    tensor = _one_extent(tensor)
+    down, across = tensor.strides or (columns, 1)
+    strides = None if row_major((columns, rows), (across, down)) else (across, down)
+    return Tensor(tensor.dtype, (columns, rows), tensor.extents, strides)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors of one dtype and one shape behind the first axis, one below the other."""
+    extents = tuple(extent for part in parts for extent in dense(part).extents)
+    rows = sum(part.shape[0] for part in parts)
+    return Tensor(parts[0].dtype, (rows, *parts[0].shape[1:]), _merged(extents))
+
+
+def cut(tensor: Tensor, count: int) -> list[Tensor]:
+    """The tensor in `count` equal parts along its first axis."""
+    rows = tensor.shape[0] // count
+    shape = (rows, *tensor.shape[1:])
+    nbytes = prod(shape) * ITEMSIZE[tensor.dtype]
+    extents = dense(tensor).extents
+    return [Tensor(tensor.dtype, shape, _between(extents, i * nbytes, nbytes)) for i in range(count)]
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The same tensor without strides; one that has them is read into memory."""
+    return tensor if tensor.strides is None else _read(tensor)
+
+
+def _one_extent(tensor: Tensor) -> Tensor:
+    return tensor if len(tensor.extents) == 1 else _read(tensor)
+
+
+def _read(tensor: Tensor) -> Tensor:
+    with Mapped() as mapped:
+        array = np.array(mapped.array(tensor), order="C", copy=True)
+    data: Bytes = array.reshape(-1).view(np.uint8)
+    return Tensor(tensor.dtype, tensor.shape, (Extent(data, 0, data.size),))
+
+
+def _between(extents: Sequence[Extent], start: int, nbytes: int) -> tuple[Extent, ...]:
+    found = []
+    for extent in extents:
+        begin, end = max(start, 0), min(start + nbytes, extent.nbytes)
+        if begin < end:
+            found.append(Extent(extent.source, extent.offset + begin, end - begin))
+        start -= extent.nbytes
+    return tuple(found)
+
+
+def _merged(extents: Sequence[Extent]) -> tuple[Extent, ...]:
+    """Neighbours in one file become one extent: longer runs to read."""
+    found: list[Extent] = []
+    for extent in extents:
+        last = found[-1] if found else None
+        if last and last.source is extent.source and last.offset + last.nbytes == extent.offset:
+            found[-1] = Extent(last.source, last.offset, last.nbytes + extent.nbytes)
+        else:
+            found.append(extent)
+    return tuple(found)
