@@ -107,13 +107,16 @@ def named(values: Sequence[str], option: str) -> dict[str, str]:
 def numbers(text: str, option: str) -> tuple[float, ...]:
     """`"0:1:0.25"` → `(0.0, 0.25, 0.5, 0.75, 1.0)`, exact decimals; `"0.1,0.5"` → `(0.1, 0.5)`."""
     try:
-        if ":" not in text:
-            return tuple(float(Decimal(part)) for part in text.split(","))
-        start, stop, step = (Decimal(part) for part in text.split(":"))
-    except (InvalidOperation, ValueError):
+        parts = [Decimal(part) for part in text.split(":" if ":" in text else ",")]
+    except InvalidOperation:
+        parts = []
+    if (":" in text and len(parts) != 3) or not parts or not all(part.is_finite() for part in parts):
         raise typer.BadParameter(
             f"{text!r} is neither START:STOP:STEP nor a list such as 0.1,0.5", param_hint=option
-        ) from None
-    if step <= 0 or stop < start or not (stop - start).is_finite():
+        )
+    if ":" not in text:
+        return tuple(float(part) for part in parts)
+    start, stop, step = parts
+    if step <= 0 or stop < start or (stop - start) / step > 10_000:
         raise typer.BadParameter(f"{text!r}: the step must lead from START up to STOP", param_hint=option)
     return tuple(float(start + step * i) for i in range(int((stop - start) / step) + 1))

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clipmerge.report import progress
 from clipmerge.report.style import BLACK, BLUE, GREY, LINES, ORANGE, VERMILION, figure, percent
 
 if TYPE_CHECKING:
@@ -12,10 +13,10 @@ if TYPE_CHECKING:
 Document = Mapping[str, Any]
 
 _ROLES: Mapping[str, tuple[tuple[str, str], tuple[str, str]]] = {
-    "best_id": (("id", "in-distribution"), ("shifts", "shift")),
-    "best_mean": (("id", "in-distribution"), ("shifts", "shift")),
+    "best-id": (("id", "in-distribution"), ("shift", "shift")),
+    "best-mean": (("id", "in-distribution"), ("shift", "shift")),
     "paint": (("supported", "supported"), ("patching", "patching")),
-    "keep_control": (("control", "control"), ("target", "target, to be forgotten")),
+    "keep-control": (("control", "control"), ("target", "target, to be forgotten")),
 }
 """Rule → the role on the x axis and the role on the y axis, each with the words of its label."""
 
@@ -29,11 +30,12 @@ def sweep(document: Document, path: str | Path) -> None:
 
 
 def patch(document: Document, path: str | Path) -> None:
-    """One panel for each patching step, supported against patching."""
+    """One panel for each patching step, supported against patching; parallel patching as its search."""
+    if document.get("search"):
+        progress.search(document["search"], path)
+        return
     steps = document["steps"]
-    with figure(path, width=0.4 + 6.0 * max(1, len(steps))) as page:
-        if not steps:
-            _coefficients(page.add_subplot(), document)
+    with figure(path, width=0.4 + 6.0 * len(steps)) as page:
         for i, step in enumerate(steps):
             axes = page.add_subplot(1, len(steps), i + 1)
             _sweep(axes, step)
@@ -41,30 +43,21 @@ def patch(document: Document, path: str | Path) -> None:
                 axes.set_title(f"step {i + 1}", loc="left")
 
 
-def _coefficients(axes: "Axes", document: Document) -> None:
-    values = document["coefficients"]
-    axes.barh(list(values), [float(v) for v in values.values()], color=BLUE)
-    axes.invert_yaxis()
-    axes.set_xlabel("coefficient")
-
-
 def _sweep(axes: "Axes", document: Document) -> None:
-    rule = document["rule"]
-    roles = _ROLES.get(rule["name"])
-    sides = [_splits(document, rule, role) for role, _ in roles] if roles else []
+    roles = _ROLES.get(document["rule"]["name"])
+    sides = [_splits(document, role) for role, _ in roles] if roles else []
     if roles and all(sides):
         _tradeoff(axes, document, sides, [words for _, words in roles])
     else:
         _lines(axes, document)
 
 
-def _splits(document: Document, rule: Document, role: str) -> list[str]:
-    """The splits that play a role; shifts are everything but the ID split where the rule does not say."""
-    given = rule.get(role)
-    if given is None and role == "shifts":
-        return [name for name in document["splits"] if name != rule.get("id")]
-    names = [given] if isinstance(given, str) else list(given or ())
-    return [name for name in names if name in document["splits"]]
+def _splits(document: Document, role: str) -> list[str]:
+    """The splits that play a role; shifts are everything but the ID split where the rule looks at none."""
+    roles = document["rule"]["roles"]
+    if role == "shift" and role not in roles:
+        return [name for name in document["splits"] if name not in roles["id"]]
+    return [name for name in roles.get(role, ()) if name in document["splits"]]
 
 
 def _mean(point: Document, splits: Sequence[str]) -> float:
@@ -83,11 +76,11 @@ def _tradeoff(axes: "Axes", document: Document, sides: Sequence[Sequence[str]], 
     )
     for i, marker, colour, name in ((0, "s", BLACK, ends[0]), (-1, "D", VERMILION, ends[1])):
         axes.plot(x[i], y[i], marker, color=colour, markersize=9, label=name, linestyle="none")
-    refused = [i for i, point in enumerate(points) if not point.get("feasible", True)]
+    refused = [i for i, point in enumerate(points) if not point["allowed"]]
     if refused:
         axes.plot([x[i] for i in refused], [y[i] for i in refused], "x", color=GREY, markersize=9,
-                  linestyle="none", label="outside the rule")  # fmt: skip
-    chosen = next((i for i, point in enumerate(points) if point.get("chosen")), None)
+                  linestyle="none", label="not allowed by the rule")  # fmt: skip
+    chosen = next((i for i, point in enumerate(points) if point["chosen"]), None)
     if chosen is not None:
         name = f"chosen, {symbol} = {points[chosen]['alpha']:g}"
         axes.plot(x[chosen], y[chosen], "*", color=ORANGE, markeredgecolor=BLACK, markersize=17,

@@ -30,7 +30,7 @@ def soup(document: Document, path: str | Path) -> None:
             axes.plot([s["number"] for s in refused], [s["value"] for s in refused], "x", color=VERMILION,
                       markersize=8, markeredgewidth=2, label=f"refused ({len(refused)})")  # fmt: skip
         if cut:
-            axes.plot([s["number"] for s in cut], [_ceiling(s, document["n"]) for s in cut], "v",
+            axes.plot([s["number"] for s in cut], [s["at_most"] for s in cut], "v",
                       color=VERMILION, markerfacecolor="white", markersize=8,
                       label=f"refused early, at most this ({len(cut)})")  # fmt: skip
         axes.set_xlabel("checkpoints tried")
@@ -40,13 +40,9 @@ def soup(document: Document, path: str | Path) -> None:
         axes.legend(loc="best")
 
 
-def _ceiling(step: Document, images: int) -> float:
-    return float(step["at_most"]) / images if step.get("at_most") is not None else float(step["best"])
-
-
 def coefficients(document: Document, path: str | Path) -> None:
     """The learned coefficient of every ingredient; a box of them where each has one per tensor."""
-    values = {name: _flat(value) for name, value in document["coefficients"].items()}
+    values = _columns(document["coefficients"])
     with figure(path, height=1.6 + 0.32 * len(values)) as page:
         axes = page.add_subplot()
         if all(len(column) == 1 for column in values.values()):
@@ -60,13 +56,18 @@ def coefficients(document: Document, path: str | Path) -> None:
         axes.legend(loc="best")
 
 
-def _flat(value: Any) -> list[float]:
-    return [float(v) for v in value.values()] if isinstance(value, Mapping) else [float(value)]
+def _columns(coefficients: Document) -> dict[str, list[float]]:
+    """{name: number}, or {group: {name: number}} → each name's numbers."""
+    columns: dict[str, list[float]] = {}
+    for key, value in coefficients.items():
+        for name, number in value.items() if isinstance(value, Mapping) else [(key, value)]:
+            columns.setdefault(name, []).append(float(number))
+    return columns
 
 
 def search(document: Document, path: str | Path) -> None:
     """Every evaluation of a search over several coefficients, and the best so far."""
-    values = [float(step["value"]) for step in document["history"] if step["value"] is not None]
+    values = [float(point["value"]) for point in document["points"]]
     with figure(path) as page:
         axes = page.add_subplot()
         tried = range(1, len(values) + 1)

@@ -1,0 +1,125 @@
+"""The frame of the command: what it imports, how it fails, which code it exits with."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from clipmerge.errors import CheckpointError
+from clipmerge_cli.app import COMMANDS, main
+
+HEAVY = ("torch", "open_clip", "torchvision", "sklearn", "matplotlib", "pandas")
+
+
+def run(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "clipmerge", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """`clipmerge inspect` is a command that raises `error`."""
+    module = ModuleType("clipmerge_cli.inspect")
+
+    def inspect(path: str = "x") -> None:
+        raise error
+
+    module.inspect = inspect  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "clipmerge_cli.inspect", module)
+
+
+def test_help_lists_every_command_with_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for name, command in COMMANDS.items():
+        assert f"{name} " in shown
+        assert " ".join(command.help.split()[:4]) in shown
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself_with_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == 0
+    assert f"clipmerge {name}" in capsys.readouterr().out.split("Usage:")[1].split("\n", 1)[1]
+
+
+def test_neither_help_nor_import_loads_a_heavy_library() -> None:
+    code = (
+        "import sys, clipmerge\n"
+        "from clipmerge_cli.app import COMMANDS, main\n"
+        "codes = [main(['--help']), *(main([name, '--help']) for name in COMMANDS)]\n"
+        f"loaded = [name for name in {HEAVY!r} if name in sys.modules]\n"
+        "print('RESULT', set(codes), loaded)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "RESULT {0} []"
+
+
+def test_no_words_show_the_help_and_are_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "Usage: clipmerge" in "".join(capsys.readouterr())
+
+
+def test_an_unknown_command_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["soop"]) == 2
+    assert "No such command 'soop'" in capsys.readouterr().err
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    from clipmerge import __version__
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"clipmerge {__version__}\n"
+
+
+def test_an_error_of_ours_is_one_sentence_and_a_hint(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in(monkeypatch, CheckpointError("a.pt is empty", hint="copy it again"))
+    assert main(["inspect"]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "error: a.pt is empty\n\nhint: copy it again\n")
+
+
+def test_an_error_without_a_hint_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in(monkeypatch, CheckpointError("a.pt is empty"))
+    assert main(["inspect"]) == 1
+    assert capsys.readouterr().err == "error: a.pt is empty\n"
+
+
+def test_an_unexpected_error_asks_for_a_report_with_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in(monkeypatch, KeyError("visual.proj"))
+    assert main(["inspect"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback (most recent call last):")
+    assert err.endswith(
+        "error: clipmerge broke: KeyError: 'visual.proj'\n\n"
+        "hint: this is a bug; please report it with the traceback above\n"
+    )
+
+
+def test_an_interruption_is_one_line_and_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in(monkeypatch, KeyboardInterrupt())
+    assert main(["inspect"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    command = f"{sys.executable} -m clipmerge --help | head -c 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_other_door(tmp_path: Path) -> None:
+    done = run("--version", cwd=tmp_path, env={**os.environ, "NO_COLOR": "1"})
+    assert done.returncode == 0
+    assert done.stdout.startswith("clipmerge ")
+    assert run("inspect").returncode == 2
