@@ -1,7 +1,9 @@
 """Sources of images: one small function each, from a place to what was found there."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import re
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -9,46 +11,16 @@ import numpy as np
 import numpy.typing as npt
 
 from clipmerge.data.choose import name_hash
+from clipmerge.data.found import PART_NAMES, Found, Pick, pick_part
 from clipmerge.data.images import Decoded, Encoded, Images, Indexed, InFiles, Picked, slices
+from clipmerge.data.shards import parquet, webdataset
+from clipmerge.data.tables import table
 from clipmerge.errors import DataError, nearest
 
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif"}
 )
 """Files in class folders that count as images."""
-
-_ROLES = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "dev", "holdout"),
-    "test": ("test", "testing", "eval", "val", "valid", "validation"),
-}
-_PART_NAMES = frozenset(name for names in _ROLES.values() for name in names)
-
-Pick = Callable[[Sequence[str]], str]
-"""From the names of the parts that a source has to the one to take; raises where that is not among them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What an adapter found: items of one part, as the source has them.
-
-    Attributes:
-        labels: indices (an array), words, or None where there are only captions.
-        classes: names by index, or the words in their order; None where the source does not say.
-        elsewhere: labels that other parts of the source have: a class that only they have is not empty.
-        empty: classes that the source has a place for but no image.
-    """
-
-    images: Images
-    names: Sequence[str]
-    labels: npt.NDArray[np.int64] | Sequence[str] | None
-    classes: tuple[str, ...] | None = None
-    elsewhere: Iterable[Any] = ()
-    empty: tuple[str, ...] = ()
-    groups: Sequence[int] | npt.NDArray[np.int64] | None = None
-    group_names: tuple[str, ...] | None = None
-    captions: Sequence[str] | None = None
-    templates: tuple[str, ...] | None = None
 
 
 def find(place: str, part: str | None, role: str) -> Found:
@@ -64,38 +36,12 @@ def find(place: str, part: str | None, role: str) -> Found:
     return _adapter_of(place)(place, pick)
 
 
-def pick_part(place: str, parts: Sequence[str], part: str | None, role: str) -> str:
-    """The one of `parts` that `part` names, or, where it is None, that suits the role.
-
-    A single part suits every role. Validation images stand in for test images where there are none, never the
-    other way round.
-
-    Raises:
-        DataError: there is none; the hint lists those there are.
-    """
-    if part is None and len(parts) == 1:
-        return parts[0]
-    names = _ROLES.get(part or role, (part or role,))
-    candidates = [part] if part in parts else [name for name in names if name in parts]
-    if part == "test" and part not in parts:
-        candidates = [name for name in ("testing", "eval") if name in parts]
-    if candidates and candidates[0] is not None:
-        return candidates[0]
-    listed = ", ".join(f"#{name}" for name in parts if name) or "none"
-    if part is not None:
-        close = nearest(part, parts)
-        guess = f"; did you mean {place}#{close}?" if close else ""
-        raise DataError(f"{place} has no split {part!r}", hint=f"its splits: {listed}{guess}")
-    hold = f", or hold some out: {place}#train --holdout 2%" if role == "val" and "train" in parts else ""
-    raise DataError(f"{place} has no {role} split", hint=f"name one of its splits: {listed}{hold}")
-
-
 def _adapter_of(place: str) -> Callable[[str, Pick], Found]:
     path = Path(place)
-    if place == "digits" and not path.exists():
-        return digits
     if place.startswith("torchvision:"):
         return torchvision
+    if place == "digits" and not path.exists():
+        return digits
     if not path.exists():
         raise DataError(
             f"there are no images at {place}",
@@ -103,18 +49,14 @@ def _adapter_of(place: str) -> Callable[[str, Pick], Found]:
             "a folder of WebDataset shards, torchvision:NAME:ROOT, or digits",
         )
     if path.is_dir():
-        return _folder_kind(path)
-    table: dict[str, Callable[[str, Pick], Found]] = {".npz": npz}
-    if path.suffix.lower() in table:
-        return table[path.suffix.lower()]
-    raise DataError(
-        f"{place} is not a data file that can be read",
-        hint="files end in .csv, .tsv, .npz, .tar or .parquet; images go in a folder of class folders",
-    )
-
-
-def _folder_kind(path: Path) -> Callable[[str, Pick], Found]:
-    return folder
+        within = {entry.suffix for pattern in ("*", "*/*") for entry in path.glob(pattern) if entry.is_file()}
+        return webdataset if ".tar" in within else parquet if ".parquet" in within else folder
+    if path.suffix.lower() not in BY_SUFFIX:
+        raise DataError(
+            f"{place} is not a file of images that can be read",
+            hint=f"such files end in {', '.join(BY_SUFFIX)}; images go in a folder of class folders",
+        )
+    return BY_SUFFIX[path.suffix.lower()]
 
 
 def digits(place: str, pick: Pick) -> Found:
@@ -143,7 +85,7 @@ def folder(place: str, pick: Pick) -> Found:
     """A folder of class folders, or of parts (`train`, `val`, `test`) that hold class folders."""
     root = Path(place)
     parts = _subfolders(root)
-    if parts and all(name in _PART_NAMES for name in parts):
+    if parts and all(name in PART_NAMES for name in parts):
         root = root / pick(parts)
     else:
         pick([""])
@@ -218,7 +160,6 @@ def _npz_problem(arrays: dict[str, npt.NDArray[Any]], wrong: Sequence[str]) -> s
 
 
 def _arrays(place: str) -> dict[str, npt.NDArray[Any]]:
-    import zipfile
 
     wanted = {"labels", "images", "blob", "offsets", "split", "classes", "groups", "group_names"}
     try:
@@ -232,8 +173,62 @@ def _arrays(place: str) -> dict[str, npt.NDArray[Any]]:
 
 
 def torchvision(place: str, pick: Pick) -> Found:
-    """`torchvision:NAME:ROOT`: a data set that torchvision has already downloaded to ROOT."""
-    raise DataError(place)
+    """`torchvision:NAME:ROOT`: a data set of torchvision's that was downloaded to ROOT."""
+    import torchvision.datasets as known
+
+    name, _, root = place.removeprefix("torchvision:").partition(":")
+    kind = getattr(known, name, None)
+    if not isinstance(kind, type) or not root:
+        close = nearest(name, known.__all__)
+        guess = f"; did you mean {close}?" if close and not isinstance(kind, type) else ""
+        raise DataError(
+            f"{place} names no data set of torchvision's", hint=f"write torchvision:CIFAR10:ROOT{guess}"
+        )
+    try:
+        data = kind(root, **_torchvision_part(kind, root, pick))
+        labels = _torchvision_labels(data)
+    except (RuntimeError, OSError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{place} cannot be opened: {error}",
+            hint=f"download it first: torchvision.datasets.{name}({root!r}, download=True)",
+        ) from error
+    names = getattr(data, "classes", None) or getattr(data, "categories", None)
+    return Found(
+        Indexed(len(labels), lambda i: data[i][0]),
+        [f"{i:06d}" for i in range(len(labels))],
+        labels,
+        None if names is None else tuple(n if isinstance(n, str) else str(n[0]) for n in names),
+    )
 
 
-__all__ = ["Found", "Indexed", "digits", "find", "folder", "npz", "pick_part", "torchvision"]
+def _torchvision_part(kind: type, root: str, pick: Pick) -> dict[str, Any]:
+    """The argument by which a data set of torchvision's takes its part."""
+    arguments = signature(kind).parameters
+    if "train" in arguments:
+        return {"train": pick(["train", "test"]) == "train"}
+    if "split" not in arguments:
+        pick([""])
+        return {}
+    try:
+        kind(root, split="?")
+    except ValueError as error:  # "Unknown value '?' for argument split. Valid values are {'train', 'test'}."
+        return {"split": pick(re.findall(r"'(\w+)'", str(error)))}
+    return {"split": pick(["train", "val", "test"])}
+
+
+def _torchvision_labels(data: Any) -> npt.NDArray[np.int64]:
+    for attribute in ("targets", "labels", "_labels", "y"):
+        if hasattr(data, attribute):
+            return np.asarray(getattr(data, attribute), np.int64)
+    pairs = getattr(data, "_samples", None) or [data[i] for i in range(len(data))]
+    return np.asarray([label for _, label in pairs], np.int64)
+
+
+BY_SUFFIX: Mapping[str, Callable[[str, Pick], Found]] = {
+    ".csv": table,
+    ".tsv": table,
+    ".npz": npz,
+    ".parquet": parquet,
+    ".tar": webdataset,
+}
+"""How a file's name ends → what reads it."""

@@ -14,7 +14,7 @@ from clipmerge.data.check import Bad
 from clipmerge.errors import DataError, nearest
 
 if TYPE_CHECKING:
-    from clipmerge.data.adapters import Found
+    from clipmerge.data.found import Found
 
 Labels = npt.NDArray[np.int64]
 _WORDNET = re.compile(r"n\d{8}")
@@ -38,7 +38,7 @@ def resolve(found: "Found", classnames: str | Path | Sequence[str] | None = None
     """
     given = None if classnames is None else names_from(classnames)
     if found.labels is None:
-        return Resolved((), np.full(len(found.names), -1, np.int64))
+        return Resolved((), np.full(len(found.names), -1, np.int64), None, list(found.bad))
     labels = found.labels
     if isinstance(labels, np.ndarray):
         return _numbered(found, labels.astype(np.int64), given, found.classes)
@@ -106,7 +106,7 @@ def _numbered(
     known = given or declared
     names = tuple(map(str, range(int(labels.max(initial=-1)) + 1))) if known is None else tuple(known)
     outside = (labels < 0) | (labels >= len(names))
-    bad = [
+    bad = list(found.bad) + [
         Bad(found.names[int(i)], f"label {labels[i]} is not in 0 … {len(names) - 1}")
         for i in np.flatnonzero(outside)
     ]
@@ -121,7 +121,7 @@ def _named(
     found: "Found", labels: list[str], words: Sequence[str], names: tuple[str, ...], index: dict[str, int]
 ) -> Resolved:
     """Labels that are words, through `index` from word to place in `names`."""
-    bad = [Bad(f"class {w!r}", _unknown(w, names)) for w in words if w not in index]
+    bad = list(found.bad) + [Bad(f"class {w!r}", _unknown(w, names)) for w in words if w not in index]
     bad += [Bad(f"class {w!r}", "no images") for w in found.empty]
     numbers = np.array([index.get(label, -1) for label in labels], np.int64)
     present = {index[str(word)] for word in [*labels, *found.elsewhere] if str(word) in index}

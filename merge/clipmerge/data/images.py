@@ -79,10 +79,11 @@ class InFiles:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Encoded images in memory, behind a function from the number to the bytes."""
+    """Encoded images behind a function from the number to the bytes."""
 
     count: int
     fetch: Callable[[int], bytes]
+    stamp_of: Callable[[int], str] | None = None
 
     def __len__(self) -> int:
         return self.count
@@ -96,8 +97,8 @@ class Encoded:
     def key(self, i: int) -> bytes:
         return blake3(self.fetch(i)).digest()
 
-    def stamp(self, i: int) -> None:
-        return None
+    def stamp(self, i: int) -> str | None:
+        return None if self.stamp_of is None else self.stamp_of(i)
 
     def glance(self, i: int) -> None:
         with Image.open(io.BytesIO(self.fetch(i))):

@@ -170,11 +170,13 @@ def _usable(
 def parse_source(text: str) -> tuple[str, str | None, list[str]]:
     """`SOURCE#part@shift@shift` → SOURCE, part or None, shifts; a path that exists is never cut."""
     place, shifts = text, list[str]()
-    while not Path(place).exists() and "@" in place and "/" not in place.rpartition("@")[2]:
-        place, _, shift = place.rpartition("@")
-        parse_shift(shift)
-        shifts.insert(0, shift)
-    if not Path(place).exists() and "#" in place and "/" not in place.rpartition("#")[2]:
-        place, _, part = place.rpartition("#")
-        return place, part, shifts
+    while not Path(place).exists():
+        cut = max(place.rfind("#"), place.rfind("@"))
+        if cut < 0 or "/" in place[cut:]:
+            break
+        place, sign, word = place[:cut], place[cut], place[cut + 1 :]
+        if sign == "#":
+            return place, word, shifts
+        parse_shift(word)
+        shifts.insert(0, word)
     return place, None, shifts
