@@ -1,0 +1,46 @@
+"""`clipmerge convert`: any layout in, open_clip's or Hugging Face's names out."""
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from clipmerge_cli.options import Force, Output, Quiet
+
+
+class Layout(StrEnum):
+    """Whose names the output has."""
+
+    open_clip = "open_clip"
+    huggingface = "huggingface"
+
+
+def convert(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CKPT", help="File, folder, hf-hub:ORG/NAME or MODEL:TAG.")
+    ],
+    output: Output,
+    to: Annotated[Layout, typer.Option("--to", help="Whose names to write.")] = Layout.open_clip,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """Rewrite a checkpoint as safetensors under open_clip's or Hugging Face's names, bit for bit.
+
+    Reads OpenAI's TorchScript archives, training checkpoints, pickled modules and Hugging Face folders
+    without running any code in them.
+
+        clipmerge convert ViT-B-32.pt -o vit-b-32.safetensors
+        clipmerge convert soup.safetensors --to huggingface -o model.safetensors
+    """
+    from clipmerge.checkpoint.convert import convert as write
+    from clipmerge.checkpoint.open import open_checkpoint
+    from clipmerge_cli.progress import progress
+    from clipmerge_cli.show import say, wrote
+
+    opened = open_checkpoint(checkpoint)
+    with progress(quiet=quiet) as on_progress:
+        path = write(opened, output, to.value, force=force, on_progress=on_progress)
+    if dropped := opened.extra.get("dropped"):
+        say(f"left out, as {to.value} has no place for them: {', '.join(dropped)}", quiet=quiet)
+    say(f"{opened.layout} → {to.value}, {len(opened.tensors)} tensors", quiet=quiet)
+    wrote(path, quiet=quiet)
