@@ -229,7 +229,7 @@ def _cmaes(first: Vector, low: float, high: float, budget: int, seed: int) -> Se
     except ImportError as error:
         raise MissingExtraError("optuna and cmaes", extra="sweep", what="CMA-ES search") from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    sampler = optuna.samplers.CmaEsSampler(sigma0=(high - low) / 4, seed=seed)
+    sampler = optuna.samplers.CmaEsSampler(seed=seed)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     study.enqueue_trial({str(i): x for i, x in enumerate(first)})
     while True:

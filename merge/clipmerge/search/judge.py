@@ -237,7 +237,9 @@ def _recipe(weights: "Weights", digest: Callable[[Checkpoint], str]) -> list[lis
             terms.append([str(coefficient), digest(leaf)])
         else:
             operands = [_recipe(operand, digest) for operand in leaf.operands]
-            terms.append([str(coefficient), leaf.method, repr(leaf.params), operands])
+            terms.append(
+                [str(coefficient), leaf.method.name, json.dumps(leaf.options, sort_keys=True), operands]
+            )
     return sorted(terms, key=json.dumps)
 
 

@@ -86,7 +86,7 @@ class SoupResult:
             return Table(("checkpoint",), tuple((name,) for name in self.names), "uniform soup")
         return Table(
             ("", "checkpoint", "alone", "with it", "95 %", "p", "", "best"),
-            tuple(_row(step) for step in self.history),
+            tuple(step_row(step) for step in self.history),
             f"greedy soup: {len(self.ingredients)} of {len(self.names)}",
         )
 
@@ -238,7 +238,8 @@ def step_document(step: SoupStep) -> dict[str, Any]:
     return document | {"stopped": step.stopped, "interval": interval}
 
 
-def _row(step: SoupStep) -> tuple[str, ...]:
+def step_row(step: SoupStep) -> tuple[str, ...]:
+    """A step for a table."""
     shown = f"≤ {percent(step.at_most)}" if step.stopped else percent(step.value)
     verdict = "accepted" if step.accepted else "refused"
     return (

@@ -64,7 +64,7 @@ class SweepResult:
     def table(self) -> Table:
         """One row a point; the chosen one is marked in words."""
         splits = list(self.chosen.scores)
-        headers = ("alpha" if self.family in {"interpolate", "patch"} else "scale",)
+        headers: tuple[str, ...] = ("alpha" if self.family in {"interpolate", "patch"} else "scale",)
         headers += tuple(cell for split in splits for cell in (split, "95 %"))
         rows = tuple(self._row(point) for point in self.history)
         return Table((*headers, self.rule.name, ""), rows, f"{self.family}: {self.rule.says}")
