@@ -62,7 +62,8 @@ _CROP: Crop = ((0.9, 1.0), (3 / 4, 4 / 3))
 
 
 def _from_text(text: str) -> tuple[Crop, list[Change]] | None:
-    crop, changes = _CROP, []
+    crop = _CROP
+    changes: list[Change] = []
     if text == "none":
         return None
     for step in text.split("+"):
@@ -74,7 +75,7 @@ def _from_text(text: str) -> tuple[Crop, list[Change]] | None:
             changes.append(_flip)
         elif name == "jitter" and numbers:
             changes.append(
-                _jitter((numbers * 3)[:3] + [numbers[0] / 4] if len(numbers) == 1 else numbers, 0.8)
+                _jitter([*(numbers * 3)[:3], numbers[0] / 4] if len(numbers) == 1 else numbers, 0.8)
             )
         elif name == "gray" and numbers:
             changes.append(_gray(numbers[0]))
@@ -206,7 +207,7 @@ _timm_lock = Lock()
 def _timm(cfg: Mapping[str, Any], size: tuple[int, int], interpolation: str) -> Augmenter:
     """timm's training transform. It draws from global generators, so one image is made at a time."""
     import torch
-    from timm.data import create_transform
+    from timm.data.transforms_factory import create_transform
 
     options = {k: v for k, v in cfg.items() if k not in ("use_timm", "color_jitter_prob", "gray_scale_prob")}
     if options.get("re_prob"):

@@ -60,7 +60,7 @@ def class_prompts(
 
 def caption_prompts(split: "Split", tokenizer: "Tokenizer", model: "nn.Module") -> Prompts:
     """One prompt an item: its caption; equal captions are one row."""
-    texts = {text: None for text in split.captions or ()}
+    texts = dict.fromkeys(split.captions or ())
     row = {text: i for i, text in enumerate(texts)}
     tokens = tokenizer(list(texts))
     first = np.array([row[text] for text in split.captions or ()], dtype=np.int64)

@@ -46,7 +46,7 @@ def gather(x: "Tensor") -> "Tensor":
     communication in the backward pass. Times the world, because gradients of parameters are averaged afterwards
     while this one is a sum over ranks.
     """
-    return x if world() == 1 else _Gather.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+    return x if world() == 1 else _Gather.apply(x)
 
 
 def average_gradients(parameters: Iterable["Tensor"]) -> None:

@@ -44,12 +44,12 @@ def backward(
         states.append(states_of)
         sizes.append([len(piece) for piece in kept])
     value = loss(features)
-    scale(value).backward()
+    scale(value).backward()  # type: ignore[no-untyped-call]
     after = _generators()
     turns = [
         turn
         for tower, states_of, feature, rows in zip(pieces, states, features, sizes, strict=True)
-        for turn in zip(tower, states_of, _gradient(feature).split(rows), strict=True)
+        for turn in zip(tower, states_of, torch.split(_gradient(feature), rows), strict=True)
     ]
     for encode, state, gradient in turns:
         _restore(state)

@@ -49,10 +49,13 @@ METHODS: Mapping[str, Method] = {
 
 
 RECORDED = frozenset(
-    "method towers templates contexts lr wd decay batch_size accumulate chunk epochs steps warmup shots seed augment "
-    "mixup label_smoothing clip_grad ema multi_positive logit_scale car_weight precision score_every select "
-    "select_by trajectory".split()
-)
+    {
+        "method", "towers", "templates", "contexts", "lr", "wd", "decay", "batch_size",
+        "accumulate", "chunk", "epochs", "steps", "warmup", "shots", "seed", "augment", "mixup",
+        "label_smoothing", "clip_grad", "ema", "multi_positive", "logit_scale", "car_weight",
+        "precision", "score_every", "select", "select_by", "trajectory"
+    }
+)  # fmt: skip
 """The hyperparameters: written into the checkpoint's metadata, and what a resumed run must agree on."""
 
 

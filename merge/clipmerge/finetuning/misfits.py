@@ -36,7 +36,7 @@ def refuse_misfits(
     rules = [
         (towers not in ("both", "image", "text"), f"there is no tower {towers!r}", "both, image or text"),
         (not headless and towers == "text", f"{name} trains a head over images, not the text tower",
-         "--train text goes with --method flyp"),
+         "--towers text goes with --method flyp"),
         (headless and mixup > 0, f"{name} has no label to mix", "mixup goes with ce, car-ft and lp-ft"),
         (not headless and chunk is not None, f"{name} has no contrastive batch to cut into pieces",
          "use --accumulate: it is exact for this loss"),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -113,8 +113,8 @@ class Contrastive:
         scale: Scale,
     ) -> Tensor:
         assert self.chunk is not None
-        images = [_call(self.module, (piece,), 0) for piece in pixels.split(self.chunk)]
-        texts = [_call(self.module, (None, piece, length), 1) for piece in tokens.split(self.chunk)]
+        images = [_call(self.module, (piece,), 0) for piece in torch.split(pixels, self.chunk)]
+        texts = [_call(self.module, (None, piece, length), 1) for piece in torch.split(tokens, self.chunk)]
         if self.trains_image and self.trains_text:
             return gradient_cache.backward([images, texts], lambda f: loss(f[0], f[1]), scale=scale)
         if self.trains_image:

@@ -78,7 +78,8 @@ def load_state(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 def generators() -> dict[str, Any]:
     """The state of every global random generator of this process, as plain numbers and tensors."""
     version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    legacy: Any = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, cached = legacy
     return {
         "python": (version, numbers, gauss),
         "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),

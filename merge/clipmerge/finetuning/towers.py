@@ -120,7 +120,7 @@ def wrapped(towers: Towers, *, sharded: bool, synced: bool, compiled: bool) -> n
 
         prefix = "_orig_mod.model." if compiled else "model."
         names = [prefix + name for name, _ in towers.model.named_parameters() if is_outside(name)]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)  # type: ignore[no-untyped-call]
         device = next(towers.parameters()).device
         module = DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
     return module
