@@ -9,10 +9,11 @@ OnProgress = Callable[[str, int, int], None]
 
 
 @contextmanager
-def progress(*, quiet: bool = False) -> Iterator[OnProgress | None]:
+def progress(*, quiet: bool = False, title: str | None = None) -> Iterator[OnProgress | None]:
     """A callback for long work while the block runs, or None where stderr is no terminal or `quiet`.
 
-    Each distinct `what` is one bar; bars vanish when the block ends, so that the result stands alone.
+    Each distinct `what` is one bar, with `title` before it; bars vanish when the block ends, so that the result
+    stands alone.
     """
     if quiet or not sys.stderr.isatty():
         yield None
@@ -31,10 +32,14 @@ def progress(*, quiet: bool = False) -> Iterator[OnProgress | None]:
     def update(what: str, done: int, total: int) -> None:
         with lock:
             if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total or None, count="")
+                tasks[what] = bars.add_task(
+                    f"{title}: {what}" if title else what, total=total or None, count=""
+                )
             bars.update(tasks[what], completed=done, total=total or None, count=_count(done, total))
 
     with bars:
+        if title:
+            tasks[""] = bars.add_task(title, total=None, count="")
         yield update
 
 
