@@ -5,6 +5,7 @@ SIGBUS; a short `pread` is an error we can name.
 """
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -12,22 +13,30 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clipmerge.checkpoint.tensors import Bytes, Mapped, Tensor, storage_dtype
+from clipmerge.checkpoint.tensors import Bytes, Checkpoint, Stamp, Tensor, stamp, storage_dtype
 from clipmerge.errors import CheckpointError
 
 
 class Reader:
-    """Open files by path, shared between threads; closed, and checked for changes, at the end."""
+    """Open files by path, shared between threads; closed at the end.
 
-    def __init__(self) -> None:
-        self._open: dict[Path, tuple[int, os.stat_result]] = {}
+    Args:
+        checkpoints: whose files must still be as they were when their headers were read.
+    """
+
+    def __init__(self, checkpoints: Iterable[Checkpoint] = ()) -> None:
+        self._expected: dict[Path, set[Stamp]] = {}
+        for checkpoint in checkpoints:
+            for path, found in checkpoint.stamps.items():
+                self._expected.setdefault(path, set()).add(found)
+        self._open: dict[Path, tuple[int, Stamp]] = {}
         self._lock = Lock()
 
     def __enter__(self) -> "Reader":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for descriptor, _stat in self._open.values():
+        for descriptor, _stamp in self._open.values():
             os.close(descriptor)
         self._open.clear()
 
@@ -55,12 +64,14 @@ class Reader:
 
     def dense(self, tensor: Tensor) -> npt.NDArray[Any]:
         """The whole tensor in row-major order, strides resolved; BF16 and F8 as raw bits."""
-        if tensor.strides is not None:
-            with Mapped() as mapped:
-                return np.array(mapped.array(tensor), order="C", copy=True)
-        out = np.empty(tensor.nbytes, np.uint8)
+        dtype = storage_dtype(tensor.dtype)
+        out = np.empty(sum(extent.nbytes for extent in tensor.extents), np.uint8)
         self.into(tensor, 0, out)
-        return out.view(storage_dtype(tensor.dtype)).reshape(tensor.shape)
+        flat = out.view(dtype)
+        if tensor.strides is None:
+            return flat.reshape(tensor.shape)
+        apart = tuple(step * dtype.itemsize for step in tensor.strides)
+        return np.array(np.lib.stride_tricks.as_strided(flat, tensor.shape, apart), order="C", copy=True)
 
     def unchanged(self) -> None:
         """Refuse files that were written to while they were read.
@@ -69,8 +80,7 @@ class Reader:
             CheckpointError: size or modification time differ from when the file was opened.
         """
         for path, (descriptor, before) in self._open.items():
-            now = os.fstat(descriptor)
-            if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            if stamp(os.fstat(descriptor)) != before:
                 raise CheckpointError(
                     f"{path} changed while it was read", hint="run again when it is complete"
                 )
@@ -96,6 +106,10 @@ class Reader:
             with self._lock:
                 found = self._open.get(path)
                 if found is None:
-                    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-                    found = self._open[path] = (descriptor, os.fstat(descriptor))
+                    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                    found = self._open[path] = (descriptor, stamp(os.fstat(descriptor)))
+                    if self._expected.get(path, {found[1]}) != {found[1]}:
+                        raise CheckpointError(
+                            f"{path} changed after it was opened", hint="load it again when it is complete"
+                        )
         return found[0]

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from keyword import iskeyword
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,14 @@ _NUMPY: Mapping[str, str] = {
     "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?", "C64": "<c8",
 }  # fmt: skip
+
+
+Stamp = tuple[int, int, int, int]
+
+
+def stamp(stat: os.stat_result) -> Stamp:
+    """Device, inode, size and time of modification: a file with the same stamp holds the same bytes."""
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def storage_dtype(dtype: str) -> np.dtype[Any]:
@@ -85,6 +94,7 @@ class Checkpoint:
         layout: whose names the file used: "open_clip", "huggingface", "openai", "model-soups", "wise-ft" …
         path: the file or folder, None for tensors in memory.
         extra: what else the file carried and a reader understood (epoch, dropped names …).
+        stamps: each file's `stamp` when it was opened; reading it later in another state is refused.
     """
 
     name: str
@@ -93,11 +103,28 @@ class Checkpoint:
     layout: str = "open_clip"
     path: Path | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    stamps: Mapping[Path, Stamp] = field(default_factory=dict)
 
     def files(self) -> tuple[Path, ...]:
         """Every file that holds bytes of this checkpoint, sorted."""
         found = {e.source for t in self.tensors.values() for e in t.extents if isinstance(e.source, Path)}
         return tuple(sorted(found))
+
+    def stamps_now(self) -> dict[Path, Stamp]:
+        """The stamp of each of its files as they are now.
+
+        Raises:
+            CheckpointError: one of them has gone.
+        """
+        found = {}
+        for file in self.files():
+            try:
+                found[file] = stamp(file.stat())
+            except OSError as error:
+                raise CheckpointError(
+                    f"{file} cannot be read: {error.strerror}", hint="it was there when it was opened"
+                ) from error
+        return found
 
     def read(self, name: str) -> npt.NDArray[Any]:
         """One tensor as an array of its own (BF16 and F8 as raw bits)."""
@@ -164,7 +191,7 @@ def identifiers(stems: list[str]) -> list[str]:
     out = []
     for stem in stems:
         word = "".join(c if c.isascii() and c.isalnum() else "_" for c in stem).strip("_") or "weights"
-        word = f"w_{word}" if word[0].isdigit() else word
+        word = f"w_{word}" if word[0].isdigit() or iskeyword(word) else word
         name, count = word, 1
         while name in taken:
             count += 1

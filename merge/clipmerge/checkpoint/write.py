@@ -1,25 +1,24 @@
 """Files that appear whole or not at all, and the safetensors header that goes in front."""
 
 import errno
-import fcntl
 import json
 import os
-import secrets
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from clipmerge.checkpoint.temporary import clear_leftovers, reserve
 from clipmerge.checkpoint.tensors import ITEMSIZE, Tensor
 from clipmerge.errors import OutputError
-
-SUFFIX = ".clipmerge-tmp"
-"""Ends the name of every unfinished file; one whose writer is gone is removed by the next run."""
 
 
 def header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
     """The safetensors header for these tensors, each tensor's offset in the file, and the file's size.
 
     Widest elements first, then by name: every tensor is aligned, and the order is a function of the content.
+
+    Raises:
+        OutputError: a name holds half a surrogate pair, which no file of this format can hold.
     """
     order = sorted(tensors, key=lambda name: (-ITEMSIZE[tensors[name].dtype], name))
     entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
@@ -33,7 +32,13 @@ def header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[
             "shape": list(tensor.shape),
             "data_offsets": [begins[name], at],
         }
-    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    try:
+        text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError as error:
+        raise OutputError(
+            f"a name or text is not Unicode and cannot be stored: {error.object[error.start - 20 : error.end]!r}",
+            hint="rename that tensor, or take that text out of the metadata",
+        ) from None
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
     offsets = {name: start + begin for name, begin in begins.items()}
@@ -47,22 +52,34 @@ def check_target(path: Path, *, force: bool, inputs: Collection[Path] = ()) -> P
         OutputError: it exists and `force` is not given, it is one of `inputs` (by any name or link), it is a
             folder, or its folder does not exist or cannot be written to.
     """
-    real = Path(os.path.realpath(path))
-    if real.is_dir():
-        raise OutputError(f"{path} is a folder", hint=f"name the file: -o {path}/merged.safetensors")
-    if not real.parent.is_dir():
-        raise OutputError(f"the folder {real.parent} does not exist", hint=f"mkdir -p {real.parent}")
-    for source in inputs:
-        with suppress(OSError):
-            if os.path.samestat(source.stat(), real.stat()):
-                raise OutputError(
-                    f"{path} is also an input", hint="write to another name; inputs are never replaced"
-                )
-    if real.exists() and not force:
-        raise OutputError(f"{path} already exists", hint="choose another name, or replace it with --force")
-    if not os.access(real.parent, os.W_OK):
+    if "\0" in str(path):
+        raise OutputError(f"{str(path)!r} is no name for a file", hint="take the NUL character out")
+    with _explained([(path, 0)]):
+        real = Path(os.path.realpath(path))
+        if real.is_dir():
+            raise OutputError(f"{path} is a folder", hint=f"name the file: -o {path / 'merged.safetensors'}")
+        if not real.parent.is_dir():
+            raise OutputError(f"the folder {real.parent} does not exist", hint=f"mkdir -p {real.parent}")
+        exists = real.exists()
+        if exists and not real.is_file():
+            raise OutputError(f"{path} is not a regular file", hint="write to a file of its own")
+        if exists and any(_same(source, real) for source in inputs):
+            raise OutputError(
+                f"{path} is also an input", hint="write to another name; inputs are never replaced"
+            )
+        if exists and not force:
+            raise OutputError(
+                f"{path} already exists", hint="choose another name, or replace it with --force"
+            )
+    if not os.access(real.parent, os.W_OK | os.X_OK):
         raise OutputError(f"the folder {real.parent} cannot be written to", hint="check its permissions")
     return real
+
+
+def _same(left: Path, right: Path) -> bool:
+    with suppress(OSError):
+        return left.samefile(right)
+    return False
 
 
 @contextmanager
@@ -72,7 +89,9 @@ def new_files(
     """File descriptors of sibling temporary files with their space reserved; renamed in order on leaving.
 
     Args:
-        targets: each real path (see `check_target`) and its size in bytes.
+        targets: each real path (see `check_target`) and its size in bytes. Of several, the last one is the
+            index that names the others: an old one is taken away before the first of them is replaced, so
+            that no index ever names a mixture of old and new files.
         force: whether an existing file may be replaced; without it the file that appeared meanwhile stays.
         fsync: wait until the bytes are on the disk before renaming: safe against power loss, and slow.
 
@@ -84,13 +103,13 @@ def new_files(
         with _explained(targets):
             for target, size in targets:
                 clear_leftovers(target)
-                temporaries.append(_reserve(target, size))
+                temporaries.append(reserve(target, size))
         yield [descriptor for _, descriptor in temporaries]
         with _explained(targets):
-            for (temporary, descriptor), (target, _) in zip(temporaries, targets, strict=True):
-                if fsync:
+            if fsync:
+                for _, descriptor in temporaries:
                     os.fsync(descriptor)
-                _rename(temporary, target, force)
+            _publish([temporary for temporary, _ in temporaries], [path for path, _ in targets], force)
             if fsync:
                 _sync_folder(targets[0][0].parent)
     finally:
@@ -124,42 +143,18 @@ def write_at(descriptor: int, content: "bytes | memoryview", offset: int, path: 
             view, offset = view[count:], offset + count
 
 
-def clear_leftovers(target: Path) -> list[Path]:
-    """Remove unfinished files of `target` whose writers are gone (nobody holds their lock); what was removed."""
-    removed = []
-    for path in target.parent.glob(f".{_escaped(target.name)}.*{SUFFIX}"):
-        with suppress(OSError):
-            descriptor = os.open(path, os.O_RDWR)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
-                removed.append(path)
-            finally:
-                os.close(descriptor)
-    return removed
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
-
-
-def _reserve(target: Path, size: int) -> tuple[Path, int]:
-    free = os.statvfs(target.parent)
-    if size > free.f_bavail * free.f_frsize:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}{SUFFIX}")
-    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_CLOEXEC", 0), 0o666)
+def _publish(temporaries: Sequence[Path], targets: Sequence[Path], force: bool) -> None:
+    if force and len(targets) > 1:
+        targets[-1].unlink(missing_ok=True)
+    placed: list[Path] = []
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if size and hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(descriptor, 0, size)
-        else:
-            os.ftruncate(descriptor, size)
+        for temporary, target in zip(temporaries, targets, strict=True):
+            _rename(temporary, target, force)
+            placed.append(target)
     except BaseException:
-        os.close(descriptor)
-        temporary.unlink()
+        for target in placed if not force else ():
+            target.unlink(missing_ok=True)
         raise
-    return temporary, descriptor
 
 
 def _rename(temporary: Path, target: Path, force: bool) -> None:
@@ -199,4 +194,5 @@ def _explained(targets: Sequence[tuple[Path, int]]) -> Iterator[None]:
             raise OutputError(
                 f"{path} appeared while it was being written", hint="replace it with --force"
             ) from error
-        raise OutputError(f"{path} cannot be written: {error.strerror}") from error
+        hint = "choose a shorter name" if error.errno == errno.ENAMETOOLONG else "write to another folder"
+        raise OutputError(f"{path} cannot be written: {error.strerror}", hint=hint) from error

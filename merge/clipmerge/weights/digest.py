@@ -51,7 +51,7 @@ def tensor_digests(
     """BLAKE3 of each tensor's row-major bytes, by name."""
     total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     mine = local()
-    with Reader() as reader, ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+    with Reader([checkpoint]) as reader, ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
 
         def one(tensor: Tensor) -> str:
             if not hasattr(mine, "buffer"):
@@ -90,8 +90,7 @@ def _known_path(checkpoint: Checkpoint) -> Path | None:
         not isinstance(e.source, Path) for t in checkpoint.tensors.values() for e in t.extents
     ):
         return None
-    stats = [file.stat() for file in files]
-    stamp = "\n".join(f"{s.st_dev} {s.st_ino} {s.st_size} {s.st_mtime_ns}" for s in stats)
+    stamp = "\n".join(" ".join(map(str, now)) for now in checkpoint.stamps_now().values())
     key = blake3(f"{stamp}\n{names_digest(checkpoint.tensors)}".encode()).hexdigest()[:32]
     return cache_dir() / "digests" / key
 

@@ -7,6 +7,7 @@ one streaming weighted sum that reads every input once.
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -234,12 +235,10 @@ def load(path: str | Path, name: str | None = None) -> Weights:
     from clipmerge.checkpoint.open import open_checkpoint
 
     checkpoint = open_checkpoint(path)
-    if name is not None and name != checkpoint.name:
-        checkpoint = _renamed(checkpoint, name)
-    stats = [file.stat() for file in checkpoint.files()]
-    key = (checkpoint.name, *((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in stats))
-    if stats:
-        checkpoint = _opened.setdefault(key, checkpoint)
+    stamps = checkpoint.stamps_now()
+    checkpoint = replace(checkpoint, name=name or checkpoint.name, stamps=stamps)
+    if stamps:
+        checkpoint = _opened.setdefault((checkpoint.name, *stamps.values()), checkpoint)
     return Weights({checkpoint: Coefficient.of(1)}, checkpoint)
 
 
@@ -273,7 +272,7 @@ def from_state_dict(
     return Weights({checkpoint: Coefficient.of(1)}, checkpoint)
 
 
-def interpolate(a: Weights, b: Weights, alpha: Scalar | Mapping[str, float]) -> Weights:
+def interpolate(a: Weights, b: Weights, alpha: Scalar | Mapping[str, float] | Coefficient) -> Weights:
     """(1 - alpha)·a + alpha·b, tensor by tensor.
 
     Args:
@@ -282,8 +281,7 @@ def interpolate(a: Weights, b: Weights, alpha: Scalar | Mapping[str, float]) -> 
 
     Source: Wortsman et al. 2022, arXiv 2109.01903 (WiSE-FT).
     """
-    blended = a + Coefficient.of(alpha) * (b - a) if isinstance(alpha, Coefficient) else a + alpha * (b - a)
-    return Weights(blended.terms, a.base)
+    return Weights((a + (b - a) * alpha).terms, a.base)
 
 
 def mean(weights: Iterable[Weights]) -> Weights:
@@ -302,9 +300,3 @@ def mean(weights: Iterable[Weights]) -> Weights:
         summed = summed + item
     averaged = summed / len(items)
     return Weights(averaged.terms, None if len(items) > 1 else averaged.base)
-
-
-def _renamed(checkpoint: Checkpoint, name: str) -> Checkpoint:
-    from dataclasses import replace
-
-    return replace(checkpoint, name=name)

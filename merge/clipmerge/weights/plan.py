@@ -50,9 +50,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Every output tensor by name, and the size of the work in bytes."""
+    """Every output tensor by name, what is read for them, and the size of the work in bytes."""
 
     steps: Mapping[str, Step]
+    checkpoints: tuple[Checkpoint, ...]
     read_bytes: int
     written_bytes: int
 
@@ -83,7 +84,7 @@ def make_plan(weights: Weights, *, dtype: str | None = None) -> Plan:
     from clipmerge.checkpoint.tensors import ITEMSIZE
 
     written = sum(reference.tensors[n].numel * ITEMSIZE[s.dtype] for n, s in steps.items())
-    return Plan(steps, read, written)
+    return Plan(steps, weights.checkpoints, read, written)
 
 
 def _step(
@@ -100,7 +101,7 @@ def _step(
     used = [(leaf, c) for leaf, c in coefficients if c]
     out = dtype or own.dtype
     if any(not isinstance(leaf, Checkpoint) for leaf, _ in used):
-        leaves = tuple((float(c), leaf) for leaf, c in used)
+        leaves = tuple((_float(c), leaf) for leaf, c in used)
         return Step(name, out, own.shape, "computed", (), 1.0, (), leaves)
     factors, divisor = _integer_factors([c for _, c in used])
     points = [leaf for leaf, _ in used if isinstance(leaf, Checkpoint)]
@@ -130,7 +131,14 @@ def _integer_factors(coefficients: list[Fraction]) -> tuple[list[float], float]:
     whole = [c * divisor for c in coefficients]
     if divisor <= EXACT and all(abs(n) <= EXACT for n in whole):
         return [float(n) for n in whole], float(divisor)
-    return [float(c) for c in coefficients], 1.0
+    return [_float(c) for c in coefficients], 1.0
+
+
+def _float(coefficient: Fraction) -> float:
+    try:
+        return float(coefficient)
+    except OverflowError:
+        raise RecipeError("a coefficient is larger than float64 holds") from None
 
 
 def _canonical(weights: Weights) -> "list[Leaf]":
@@ -138,7 +146,7 @@ def _canonical(weights: Weights) -> "list[Leaf]":
     leaves = list(weights.terms)
     if len(leaves) < 3:  # float64 addition commutes: two terms have one order
         return leaves
-    with Reader() as reader:
+    with Reader(weights.checkpoints) as reader:
         keys = {
             leaf: (0, fingerprint(leaf, reader))
             if isinstance(leaf, Checkpoint)

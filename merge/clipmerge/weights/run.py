@@ -46,9 +46,9 @@ def save(
     tensors = {name: Tensor(step.dtype, step.shape, ()) for name, step in plan.steps.items()}
     shards = split_into_shards(tensors, shard_size, record)
     targets = shard_paths(real, shards)
-    for target, _size in targets[:-1]:
+    for target, _size in targets if len(targets) > 1 else ():
         check_target(target, force=force, inputs=inputs)
-    with Reader() as reader, new_files(targets, force=force, fsync=fsync) as descriptors:
+    with Reader(plan.checkpoints) as reader, new_files(targets, force=force, fsync=fsync) as descriptors:
         placed: list[tuple[Step, Sink, int]] = []
         for shard, descriptor, (target, _size) in zip(shards, descriptors, targets, strict=True):
             write_at(descriptor, shard.head, 0, target)
@@ -106,7 +106,7 @@ def into_arrays(
     Args:
         destination: name → a writable, contiguous (nbytes,) view of where the tensor goes.
     """
-    with Reader() as reader:
+    with Reader(plan.checkpoints) as reader:
         placed = [(step, _memory_sink(destination(name)), 0) for name, step in plan.steps.items()]
         execute(plan, placed, reader, on_progress=on_progress)
 
