@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipmerge.data.choose import name_hash
-from clipmerge.data.found import PART_NAMES, Found, Pick, pick_part
+from clipmerge.data.found import Found, Pick, is_part, pick_part
 from clipmerge.data.images import Decoded, Encoded, Images, Indexed, InFiles, Picked, slices
 from clipmerge.data.shards import parquet, webdataset
 from clipmerge.data.tables import table
@@ -84,8 +84,8 @@ def digits(place: str, pick: Pick) -> Found:
 def folder(place: str, pick: Pick) -> Found:
     """A folder of class folders, or of parts (`train`, `val`, `test`) that hold class folders."""
     root = Path(place)
-    parts = _subfolders(root)
-    if parts and all(name in PART_NAMES for name in parts):
+    parts = [name for name in _subfolders(root) if is_part(name) and _subfolders(root / name)]
+    if parts:
         root = root / pick(parts)
     else:
         pick([""])

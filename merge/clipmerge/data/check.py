@@ -1,5 +1,6 @@
 """What is wrong with items, said all at once; and what identifies their content."""
 
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from clipmerge.data.cache import cache_dir, written_whole
-from clipmerge.data.images import Images
+from clipmerge.data.images import Images, Picked
 from clipmerge.errors import DataError, OutputError
 
 NAMED = 10
@@ -45,25 +46,59 @@ def refuse(source: str, bad: Sequence[Bad]) -> None:
 def unreadable(
     images: Images, names: Sequence[str], *, fully: bool, on_progress: Progress | None = None
 ) -> dict[int, Bad]:
-    """The images that do not open: by their headers, or `fully`, by decoding every one."""
+    """The images that do not open: by their headers, or `fully`, by decoding every one.
+
+    What was found is remembered: headers by the files' size and time, decoding by content.
+    """
+    headers = _remembered(
+        "headers",
+        _stamps(images),
+        lambda: _problems(images.glance, len(images), "opening images", on_progress),
+    )
+    found = dict(headers)
+    if fully:
+        good = np.array([i for i in range(len(images)) if i not in headers], np.int64)
+        rest = Picked(images, good)
+        content = blake3(content_keys(rest).tobytes()).hexdigest()
+        decoding = _remembered(
+            "decoding", content, lambda: _problems(rest.image, len(rest), "checking images", on_progress)
+        )
+        found |= {int(good[i]): reason for i, reason in decoding.items()}
+    return {i: Bad(names[i], found[i]) for i in sorted(found)}
+
+
+def _problems(
+    read: Callable[[int], object], count: int, what: str, on_progress: Progress | None
+) -> dict[int, str]:
+    """Number → why `read` raised."""
 
     def problem(i: int) -> str | None:
         try:
-            if fully:
-                images.image(i)
-            else:
-                images.glance(i)
+            read(i)
         except Exception as error:  # Pillow's decoders raise anything from SyntaxError to struct.error
             return why_unreadable(error)
         return None
 
-    found: dict[int, Bad] = {}
+    found = {}
     with ThreadPoolExecutor(8) as pool:
-        for i, reason in enumerate(pool.map(problem, range(len(images)))):
+        for i, reason in enumerate(pool.map(problem, range(count))):
             if reason is not None:
-                found[i] = Bad(names[i], reason)
-            if on_progress is not None and (i % 256 == 255 or i + 1 == len(images)):
-                on_progress("checking images", i + 1, len(images))
+                found[i] = reason
+            if on_progress is not None and (i % 256 == 255 or i + 1 == count):
+                on_progress(what, i + 1, count)
+    return found
+
+
+def _remembered(kind: str, key: str | None, make: Callable[[], dict[int, str]]) -> dict[int, str]:
+    """What `make` found, kept in the cache where there is a key to keep it by."""
+    if key is None:
+        return make()
+    path = cache_dir() / kind / f"{key}.json"
+    with suppress(OSError, ValueError, AttributeError):
+        return {int(i): str(reason) for i, reason in json.loads(path.read_text("utf-8")).items()}
+    found = make()
+    with suppress(OutputError), written_whole(path) as sibling:  # a full disk only costs time here
+        sibling.write_text(json.dumps(found), "utf-8")
     return found
 
 
@@ -89,16 +124,11 @@ def distinct(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def content_keys(images: Images) -> npt.NDArray[np.uint8]:
-    """(n, 32) digests of the images' content, remembered for files by path, size and time."""
-    try:
-        return _content_keys(images)
-    except OSError as error:
-        raise DataError(
-            f"an image cannot be read any more: {error}", hint="was it moved meanwhile?"
-        ) from error
+    """(n, 32) digests of the images' content, remembered for files by path, size and time.
 
-
-def _content_keys(images: Images) -> npt.NDArray[np.uint8]:
+    Raises:
+        DataError: a file that was there is not there any more.
+    """
     stamps = _stamps(images)
     path = None if stamps is None else cache_dir() / "keys" / f"{stamps}.keys"
     if path is not None:
@@ -106,19 +136,27 @@ def _content_keys(images: Images) -> npt.NDArray[np.uint8]:
             raw = path.read_bytes()
             if len(raw) == 32 * (len(images) + 1) and blake3(raw[:-32]).digest() == raw[-32:]:
                 return np.frombuffer(raw[:-32], np.uint8).reshape(-1, 32)
-    with ThreadPoolExecutor(4) as pool:
-        keys = b"".join(pool.map(images.key, range(len(images))))
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            keys = b"".join(pool.map(images.key, range(len(images))))
+    except OSError as error:
+        raise DataError(
+            f"an image cannot be read any more: {error}", hint="was it moved meanwhile?"
+        ) from error
     if path is not None:
-        with suppress(OutputError), written_whole(path) as sibling:  # a full disk only costs time here
+        with suppress(OutputError), written_whole(path) as sibling:
             sibling.write_bytes(keys + blake3(keys).digest())
     return np.frombuffer(keys, np.uint8).reshape(-1, 32)
 
 
 def _stamps(images: Images) -> str | None:
-    """A digest of what files look like from outside, None where some images are not in files."""
+    """A digest of what files look like from outside, None where some images are in no file, or in none now."""
     hasher = blake3(b"clipmerge stamps 1")
     for i in range(len(images)):
-        stamp = images.stamp(i)
+        try:
+            stamp = images.stamp(i)
+        except OSError:
+            return None
         if stamp is None:
             return None
         hasher.update(stamp.encode() + b"\n")

@@ -1,5 +1,6 @@
 """What an adapter finds, and which part of a source is meant."""
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,7 @@ _SAME = (
     ("val", "valid", "validation", "dev", "holdout"),
     ("test", "testing", "eval"),
 )
-PART_NAMES = frozenset(name for names in _SAME for name in names)
-"""Names of folders and files that are parts of a source, not classes."""
+_PARTS = re.compile(rf"({'|'.join(name for names in _SAME for name in names)})([-_].*)?")
 
 Pick = Callable[[Sequence[str]], str]
 """From the names of the parts that a source has to the one to take; raises where that is not among them."""
@@ -46,6 +46,11 @@ class Found:
     group_names: tuple[str, ...] | None = None
     captions: Sequence[str] | None = None
     templates: tuple[str, ...] | None = None
+
+
+def is_part(name: str) -> bool:
+    """Whether a folder of this name is a part of a source: "train", "val", "test_blurred" …"""
+    return _PARTS.fullmatch(name) is not None
 
 
 def pick_part(place: str, parts: Sequence[str], part: str | None, role: str) -> str:

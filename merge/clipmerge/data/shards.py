@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from clipmerge.data.check import Bad
-from clipmerge.data.found import PART_NAMES, Found, Pick
+from clipmerge.data.found import Found, Pick, is_part
 from clipmerge.data.images import Encoded, InFiles
 from clipmerge.data.prompts import checked
 from clipmerge.errors import DataError, MissingExtraError
@@ -87,7 +87,7 @@ def _part(root: Path, suffix: str, pick: Pick) -> list[Path]:
     for path in files:
         word = path.name.replace("_", "-").replace(".", "-").partition("-")[0]
         below = path.parent.name if path.parent != root else ""
-        part = below if below in PART_NAMES else word if word in PART_NAMES else ""
+        part = below if is_part(below) else word if is_part(word) else ""
         parts.setdefault(part, []).append(path)
     return parts[pick(sorted(parts))]
 

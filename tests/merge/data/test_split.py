@@ -63,6 +63,18 @@ def test_folders_of_parts(folder: MakeFolder) -> None:
     assert open_split(root, role="test").names == ("cat/0.jpg", "dog/0.jpg"), "val stands in for test"
 
 
+def test_folders_beside_parts_and_parts_of_other_names(folder: MakeFolder) -> None:
+    root = folder("photos/train", cat=1, train=2).parent
+    folder("photos/test_blurred", cat=1, train=1)
+    folder("photos/annotations", xml=0)
+    assert open_split(root, role="train").classes == ("cat", "train")
+    assert open_split(f"{root}#test_blurred").names == ("cat/0.jpg", "train/0.jpg")
+
+
+def test_a_class_may_be_called_train(folder: MakeFolder) -> None:
+    assert open_split(folder(plane=1, train=1)).classes == ("plane", "train")
+
+
 def test_test_images_never_stand_in_for_held_out_ones(folder: MakeFolder) -> None:
     root = folder("photos/train", cat=1, dog=2).parent
     folder("photos/test", cat=1, dog=1)
@@ -140,6 +152,19 @@ def test_skip_bad_leaves_them_out_and_keeps_the_order_of_classes(folder: MakeFol
     assert split.class_subset is not None
     assert split.class_subset.tolist() == [1, 2]
     assert split.labels.tolist() == [1, 1, 2, 2]
+
+
+def test_what_does_not_decode_is_remembered(folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = folder(cat=3, dog=2)
+    whole = (root / "cat" / "1.jpg").read_bytes()
+    (root / "cat" / "1.jpg").write_bytes(whole[: len(whole) * 9 // 10])
+    names = open_split(root, skip_bad=True).names
+    monkeypatch.setattr("clipmerge.data.images.decode", None)
+    assert open_split(root, skip_bad=True).names == names
+    assert "cat/1.jpg" not in names
+    (root / "cat" / "1.jpg").write_bytes(whole)
+    monkeypatch.undo()
+    assert len(open_split(root, skip_bad=True)) == 5
 
 
 def test_nothing_left_is_an_error(folder: MakeFolder) -> None:
