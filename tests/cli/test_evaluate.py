@@ -1,0 +1,63 @@
+"""`clipmerge evaluate`, as it is typed."""
+
+import json
+from typing import Any
+
+import pytest
+
+from clipmerge_cli.app import main
+
+
+@pytest.fixture
+def files(tiny_checkpoints: Any) -> list[str]:
+    return [str(tiny_checkpoints["base"]), str(tiny_checkpoints["ft0"])]
+
+
+def test_a_table_with_intervals_for_each_checkpoint_and_split(files, tiny_model_file, capsys):
+    data = ["--data", "id=digits#val", "--data", "digits#val@invert"]
+    assert main(["evaluate", *files, "--model", str(tiny_model_file), *data, "--limit", "50"]) == 0
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines() if line.split()[:1] in (["base"], ["ft0"])]
+    assert [row[:3] for row in rows] == [
+        ["base", "id", "50"],
+        ["base", "digits#val@invert", "50"],
+        ["ft0", "id", "50"],
+        ["ft0", "digits#val@invert", "50"],
+    ]
+    assert "top-1" in out
+    assert "95 %" in out
+
+
+def test_json_holds_what_the_library_says(files, tiny_model_file, tiny_spec, capsys):
+    from clipmerge.data.split import open_split
+    from clipmerge.evaluate.evaluator import Evaluator
+    from clipmerge.weights.expression import load
+
+    arguments = ["--model", str(tiny_model_file), "--data", "digits#val", "--metric", "macro_f1", "--json"]
+    assert main(["evaluate", *files, *arguments]) == 0
+    document = json.loads(capsys.readouterr().out)
+    evaluator = Evaluator(tiny_spec, open_split("digits#val"), metric="macro_f1")
+    for row, path in zip(document["checkpoints"], files, strict=True):
+        score = evaluator.score(load(path))
+        assert row["scores"]["digits#val"] == {
+            **score.to_dict(),
+            "p": pytest.approx(row["scores"]["digits#val"]["p"]),
+        }
+    assert document["metric"] == "macro_f1"
+    assert document["checkpoints"][0]["scores"]["digits#val"]["p"] == 1.0
+
+
+def test_mistakes_are_told(files, tiny_model_file, capsys):
+    assert main(["evaluate", *files, "--data", "digits"]) == 1
+    assert "error: no model is named" in capsys.readouterr().err
+    assert main(["evaluate", *files, "--model", "ViT-B-23", "--data", "digits"]) == 1
+    assert "hint: did you mean ViT-B-32?" in capsys.readouterr().err
+    assert main(["evaluate", *files, "--model", "ViT-B-32", "--data", "digits", "--limit", "3"]) == 1
+    assert "the weights do not fit the model" in capsys.readouterr().err
+    assert main(["evaluate", *files, "--data", "a=digits", "--data", "a=digits#val"]) == 2
+    assert "given twice" in capsys.readouterr().err
+    assert (
+        main(["evaluate", *files, "--model", str(tiny_model_file), "--data", "digits", "--metric", "acc"])
+        == 1
+    )
+    assert "there is no metric 'acc'" in capsys.readouterr().err

@@ -1,0 +1,89 @@
+"""Two processes score together and say what one says."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clipmerge.evaluate import parallel
+
+TASK = """
+import json, sys
+from clipmerge.data.split import open_split
+from clipmerge.evaluate import parallel
+from clipmerge.evaluate.evaluator import Evaluator
+from clipmerge.weights.expression import load
+
+def said(model, *paths):
+    evaluator = Evaluator(model, open_split("digits#val", limit=101), batch_size=16)
+    weights = [load(path) for path in paths]
+    scores = [evaluator.score(w).to_dict(arrays=True) for w in weights]
+    trial = evaluator.trial(strict=True)
+    trial.begin(weights[0])
+    accepted = [trial.propose(w, 0.5).accepted for w in weights]
+    return {"scores": scores, "accepted": accepted, "logits": evaluator.logits(weights[1]).double().sum(0).tolist()}
+
+if __name__ == "__main__":
+    parallel.start()
+    place = {"rank": parallel.rank(), "writer": parallel.is_writer(), "world": parallel.world()}
+    print(json.dumps({**place, "said": said(*sys.argv[1:])}))
+    parallel.finish()
+"""
+
+
+def run(task: Path, arguments: list[str], world: int) -> list[dict]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared["OMP_NUM_THREADS"] = "1"
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(task), *arguments],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    answers = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * world
+    return [json.loads(answer) for answer in answers]
+
+
+def test_two_processes_give_the_answer_of_one(tmp_path, tiny_model_file, tiny_checkpoints):
+    task = tmp_path / "task.py"
+    task.write_text(TASK)
+    arguments = [str(tiny_model_file), *(str(tiny_checkpoints[name]) for name in ("ft0", "ft1", "ft2"))]
+    here: dict = {"__name__": "task"}
+    exec(TASK, here)
+    alone = here["said"](*arguments)
+    first, second = run(task, arguments, 2)
+    assert (first["world"], second["world"]) == (2, 2)
+    assert (first["writer"], second["writer"]) == (True, False)
+    assert first["said"] == second["said"]
+    assert first["said"].pop("logits") == pytest.approx(alone.pop("logits"), rel=1e-6)
+    assert _rounded(first["said"]) == _rounded(alone)
+
+
+def _rounded(said: dict) -> dict:
+    """Calibration error is a sum of rounded confidences; everything else is a count."""
+    for score in said["scores"]:
+        score["metrics"]["ece"] = round(score["metrics"]["ece"], 6)
+    return said
+
+
+def test_without_torchrun_there_is_one_process(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    parallel.start()
+    assert (parallel.rank(), parallel.world(), parallel.is_writer()) == (0, 1, True)
+    parallel.barrier()
+    parallel.finish()
+    assert parallel.local_device("cuda") == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert parallel.local_device("cuda") == "cuda:3"
+    assert parallel.local_device("cpu") == "cpu"
