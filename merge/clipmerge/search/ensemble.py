@@ -149,7 +149,8 @@ def _choose(
 ) -> tuple[list[int], tuple[SoupStep, ...], Any]:
     chosen: list[int] = []
     steps: list[SoupStep] = []
-    total, best = np.zeros(()), None
+    total: npt.NDArray[Any] = np.zeros(())
+    best: Any = None
     for number, turn in enumerate(turns, 1):
         proposed = total + np.load(kept[turn]).astype(np.float64)
         mark = score_of_logits(proposed / (len(chosen) + 1), evaluator, split)
