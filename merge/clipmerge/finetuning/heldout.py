@@ -32,14 +32,9 @@ def held_out_score(
     training = towers.training
     towers.eval()
     images = image_features(towers, pixels, device, batch_size)
-    logits = class_logits(towers, images, prompts)
+    logits = split.covered(class_logits(towers, images, prompts))
     towers.train(training)
     labels = torch.from_numpy(split.labels).to(device)
-    if split.class_subset is not None:
-        shown = torch.from_numpy(split.class_subset).to(device)
-        hidden = torch.full_like(logits, float("-inf"))
-        hidden[:, shown] = logits[:, shown]
-        logits = hidden
     right = (logits.argmax(dim=1) == labels).float().mean()
     return {"top1": right.item(), "loss": F.cross_entropy(logits, labels).item()}
 

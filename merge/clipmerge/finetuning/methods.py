@@ -181,7 +181,8 @@ def finetune(
     rank, ranks = parallel.rank(), parallel.world()
     train = train if shots is None else few_shot(train, shots, seed)
     net, spec = setup.starting_model(base, model, seed, place)
-    outputs = Outputs(Path(out), spec, given, metadata or {}, writer=parallel.is_writer())
+    record = {**given, "base": setup.parents(base), "images": len(train)}
+    outputs = Outputs(Path(out), spec, record, metadata or {}, writer=parallel.is_writer())
     outputs.check(force=force, resume=resume)
     images = Images(train, val, spec.preprocess, place, augmenter(augment, spec.preprocess), on_progress)
     prompts = setup.training_prompts(net, spec, train, templates, place)

@@ -69,6 +69,6 @@ class Outputs:
         from clipmerge.weights.record import FORMAT, write_record
 
         record = {"format": FORMAT, "total": 1, "model": self.spec.to_metadata()}
-        weights = from_state_dict(tensors, path.stem, write_record(record))
+        weights = from_state_dict(tensors, "trained", write_record(record))
         extra = {**self.metadata, "training": {**self.training, **found}}
         weights.save(path, metadata=extra, force=True)

@@ -1,7 +1,9 @@
 """What a run starts from: the model, its prompts, its pixels, its head, and what frozen towers give once."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
     from clipmerge.data.split import Split
     from clipmerge.finetuning.images import Images, Pixels
-    from clipmerge.model import ModelSpec
+    from clipmerge.model import ModelSpec, Tokenizer
     from clipmerge.weights.expression import Weights
 
 __all__ = ["give_head", "pick_device", "starting_model", "training_prompts"]
@@ -76,9 +78,8 @@ def training_prompts(
 
     from clipmerge.data.prompts import prompts
     from clipmerge.data.prompts import templates as find_templates
-    from clipmerge.model import get_tokenizer
 
-    tokenizer = get_tokenizer(spec)
+    tokenizer = _tokenizer(json.dumps(spec.to_metadata()))
     if split.classes:
         found = class_prompts(
             split, prompts(split.classes, find_templates(templates, split)), tokenizer, model
@@ -88,6 +89,14 @@ def training_prompts(
     else:
         raise TrainingError(f"{split.source} has neither classes nor captions", hint="name its classes")
     return replace(found, tokens=found.tokens.to(device))
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(model: str) -> "Tokenizer":
+    """The tokenizer of a model's record; reading its vocabulary takes longer than a tiny model's step."""
+    from clipmerge.model import ModelSpec, get_tokenizer
+
+    return get_tokenizer(ModelSpec.from_metadata(json.loads(model)))
 
 
 def give_head(model: nn.Module, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -167,6 +176,14 @@ def fingerprint(model: nn.Module, split: "Split") -> str:
         hasher.update(name.encode())
         hasher.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
     return hasher.hexdigest()
+
+
+def parents(base: "Weights | None") -> list[dict[str, str | None]]:
+    """What a base was read from, by file name and content, for the record of what is trained from it."""
+    from clipmerge.weights.digest import content_digest
+
+    checkpoints = base.checkpoints if base is not None else ()
+    return [{"file": c.path.name if c.path else None, "digest": content_digest(c)} for c in checkpoints]
 
 
 def likes_channels_last(model: nn.Module, device: torch.device) -> bool:

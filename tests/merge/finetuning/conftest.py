@@ -1,0 +1,46 @@
+"""A finetuning small enough to run many times: 60 digits, the tiny model, seconds on one core."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def train() -> Any:
+    from clipmerge.data.split import open_split
+
+    return open_split("digits#train", limit=60)
+
+
+@pytest.fixture(scope="session")
+def val() -> Any:
+    from clipmerge.data.split import open_split
+
+    return open_split("digits#val", limit=40)
+
+
+@pytest.fixture(scope="session")
+def base(tiny_checkpoints: Any) -> Any:
+    from clipmerge.weights.expression import load
+
+    return load(tiny_checkpoints["base"])
+
+
+@pytest.fixture
+def tune(base: Any, train: Any, tiny_spec: Any, tmp_path: Path) -> Callable[..., Any]:
+    """`finetune` with small settings; a name and what is to be different."""
+    from clipmerge.finetuning.methods import finetune
+
+    def run(name: str = "ft", **changed: Any) -> Any:
+        options = {"lr": 1e-3, "batch_size": 16, "steps": 6, "augment": "none", "model": tiny_spec, **changed}
+        start = options.pop("base", base)
+        split = options.pop("train", train)
+        return finetune(start, split, out=tmp_path / f"{name}.safetensors", **options)
+
+    return run
+
+
+def tensors(weights: Any) -> dict[str, Any]:
+    return dict(weights.state_dict())
