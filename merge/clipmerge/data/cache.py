@@ -1,4 +1,4 @@
-"""Where caches live, and how a file appears in one: whole, or not at all."""
+"""How a file appears in a cache: whole, or not at all."""
 
 import os
 from collections.abc import Iterator
@@ -6,17 +6,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 
+from clipmerge.checkpoint.cache import cache_dir
 from clipmerge.errors import OutputError
 
-
-def cache_dir() -> Path:
-    """`CLIPMERGE_CACHE` where it is set, else the platform's cache folder for clipmerge."""
-    chosen = os.environ.get("CLIPMERGE_CACHE")
-    if chosen:
-        return Path(chosen)
-    from platformdirs import user_cache_dir
-
-    return Path(user_cache_dir("clipmerge"))
+__all__ = ["cache_dir", "written_whole"]
 
 
 @contextmanager

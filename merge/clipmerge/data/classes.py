@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from clipmerge.data.found import Found
 
 Labels = npt.NDArray[np.int64]
+Names = str | Path | Sequence[str] | Mapping[str, str | Sequence[str]]
+"""A file, "imagenet", names in the order of labels, or the data's words (or numbers) → one name or several."""
+
 _WORDNET = re.compile(r"n\d{8}")
 
 
@@ -28,9 +31,10 @@ class Resolved:
     labels: Labels
     subset: Labels | None = None
     bad: list[Bad] = field(default_factory=list)
+    counts_as: Labels | None = None
 
 
-def resolve(found: "Found", classnames: str | Path | Sequence[str] | None = None) -> Resolved:
+def resolve(found: "Found", classnames: Names | None = None) -> Resolved:
     """Names and indices for what an adapter found.
 
     Labels that are numbers are indices. Labels that are words are matched with the names given (blind to
@@ -40,6 +44,8 @@ def resolve(found: "Found", classnames: str | Path | Sequence[str] | None = None
     if found.labels is None:
         return Resolved((), np.full(len(found.names), -1, np.int64), None, list(found.bad))
     labels = found.labels
+    if isinstance(given, Mapping):
+        return _translated(found, [str(label) for label in labels], given)
     if isinstance(labels, np.ndarray):
         return _numbered(found, labels.astype(np.int64), given, found.classes)
     words = found.classes or tuple(sorted(set(labels)))
@@ -53,8 +59,8 @@ def resolve(found: "Found", classnames: str | Path | Sequence[str] | None = None
     return _named(found, list(labels), words, given, _matches(words, given))
 
 
-def names_from(classnames: str | Path | Sequence[str]) -> tuple[str, ...]:
-    """The names in a file (one a line, or a JSON list), ImageNet's for "imagenet", or those given.
+def names_from(classnames: Names) -> tuple[str, ...] | Mapping[str, tuple[str, ...]]:
+    """The names in a file (one a line, or JSON), ImageNet's for "imagenet", or those given.
 
     Raises:
         DataError: no such file, or no names in it, or a name twice.
@@ -62,10 +68,12 @@ def names_from(classnames: str | Path | Sequence[str]) -> tuple[str, ...]:
     if isinstance(classnames, str) and classnames == "imagenet":
         return imagenet_names()
     if isinstance(classnames, str | Path):
-        source = str(classnames)
-        names = _lines(Path(classnames))
+        source, read = str(classnames), _read(Path(classnames))
     else:
-        source, names = "class names", tuple(classnames)
+        source, read = "class names", classnames
+    if isinstance(read, Mapping):
+        return {word: (name,) if isinstance(name, str) else tuple(name) for word, name in read.items()}
+    names = tuple(map(str, read))
     twice = sorted({n for n in names if names.count(n) > 1}) if len(set(names)) < len(names) else []
     if not names or twice:
         problem = f"names {twice[0]!r} twice" if twice else "holds no names"
@@ -81,7 +89,7 @@ def imagenet_names() -> tuple[str, ...]:
     return tuple(IMAGENET_CLASSNAMES)
 
 
-def _lines(path: Path) -> tuple[str, ...]:
+def _read(path: Path) -> Sequence[str] | Mapping[str, str | Sequence[str]]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -90,12 +98,14 @@ def _lines(path: Path) -> tuple[str, ...]:
             f"class names cannot be read from {path}: {reason}",
             hint="give a text file with one name a line, a JSON list, or the word imagenet",
         ) from error
-    if text.lstrip().startswith("["):
+    if text.lstrip()[:1] in ("[", "{"):
         try:
-            parsed = json.loads(text)
+            parsed: list[str] | dict[str, str | list[str]] = json.loads(text)
         except json.JSONDecodeError as error:
-            raise DataError(f"{path} is not a JSON list: {error}") from error
-        return tuple(str(name) for name in parsed)
+            raise DataError(
+                f"{path} is not JSON: {error}", hint="a list of names, or an object from words to names"
+            ) from error
+        return parsed
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
@@ -142,6 +152,34 @@ def _wordnet(found: "Found", labels: list[str], ids: Sequence[str]) -> Resolved:
         known = set()
     names = tuple(lemmas.label_name_to_description(w).split(",")[0] if w in known else w for w in ids)
     return _named(found, labels, ids, names, {w: i for i, w in enumerate(ids)})
+
+
+def _translated(found: "Found", labels: list[str], table: Mapping[str, tuple[str, ...]]) -> Resolved:
+    """Words by a table of names; ImageNet's full head where all of the names are ImageNet's."""
+    spoken = tuple(dict.fromkeys(name for names in table.values() for name in names))
+    imagenet = imagenet_names()
+    names = imagenet if set(spoken) <= set(imagenet) else spoken
+    place = {name: i for i, name in enumerate(names)}
+    index = {word: place[meant[0]] for word, meant in table.items() if meant}
+    words = tuple(dict.fromkeys([*(found.classes or ()), *labels])) if _words(found) else sorted(set(labels))
+    named = _named(found, labels, words, names, index)
+    counts: dict[int, int] = {}
+    for word in sorted({*labels, *map(str, found.elsewhere)} & index.keys()):
+        for name in table[word]:
+            if counts.setdefault(place[name], index[word]) != index[word]:
+                raise DataError(
+                    f"class names: {name!r} stands for {word!r} and for another word with another first name",
+                    hint="words that share a name must share the first of their names",
+                )
+    subset = np.array(sorted(counts), np.int64)
+    target = np.array([counts[int(c)] for c in subset], np.int64)
+    if (target == subset).all():
+        return Resolved(names, named.labels, _subset(set(counts), len(names)), named.bad)
+    return Resolved(names, named.labels, subset, named.bad, target)
+
+
+def _words(found: "Found") -> bool:
+    return not isinstance(found.labels, np.ndarray)
 
 
 def _matches(words: Sequence[str], names: tuple[str, ...]) -> dict[str, int]:

@@ -98,5 +98,5 @@ def _from_file(path: Path) -> tuple[str, ...]:
         try:
             return tuple(map(str, json.loads(text)))
         except json.JSONDecodeError as error:
-            raise DataError(f"{path} is not a JSON list: {error}", hint=_HINT) from error
+            raise DataError(f"{path} is not JSON: {error}", hint=_HINT) from error
     return tuple(line.strip() for line in text.splitlines() if line.strip())

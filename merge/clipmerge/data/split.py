@@ -13,13 +13,14 @@ from blake3 import blake3
 from clipmerge.data.adapters import find
 from clipmerge.data.check import Bad, content_keys, distinct, refuse, unreadable
 from clipmerge.data.choose import fraction_of, held_out, limited
-from clipmerge.data.classes import resolve
+from clipmerge.data.classes import Names, resolve
 from clipmerge.data.images import Images, Picked
 from clipmerge.data.shifts import parse_shift, shifted
 from clipmerge.errors import DataError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
 Labels = npt.NDArray[np.int64]
 Progress = Callable[[str, int, int], None]
@@ -37,8 +38,10 @@ class Split:
         images: where the images lie.
         groups: (n,) indices into `group_names`, None where the data has no groups.
         captions: one text per image, None where the data has none.
-        class_subset: sorted indices into `classes` that the data covers; None means all. A prediction is
-            `class_subset[logits[:, class_subset].argmax(1)]`.
+        class_subset: sorted indices into `classes` that the data covers; None means all. `covered` hides the
+            logits of the others.
+        counts_as: for each of `class_subset` the label that it counts as: ObjectNet's "alarm clock" is both
+            "analog clock" and "digital clock" of ImageNet. None where each counts as itself.
         templates: the data's own prompt templates with `{}`, None where it has none.
     """
 
@@ -51,6 +54,7 @@ class Split:
     group_names: tuple[str, ...] | None = None
     captions: tuple[str, ...] | None = None
     class_subset: Labels | None = None
+    counts_as: Labels | None = None
     templates: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
@@ -79,6 +83,21 @@ class Split:
             captions=None if self.captions is None else tuple(self.captions[i] for i in index),
         )
 
+    def covered(self, logits: "Tensor") -> "Tensor":
+        """Logits (batch, classes) with -inf for classes that the data does not cover.
+
+        A class that counts as another gives it its own logit where that is higher.
+        """
+        if self.class_subset is None:
+            return logits
+        import torch
+
+        target = self.class_subset if self.counts_as is None else self.counts_as
+        shown = torch.from_numpy(self.class_subset).to(logits.device)
+        index = torch.from_numpy(target).to(logits.device).expand(len(logits), -1)
+        hidden = torch.full_like(logits, -torch.inf)
+        return hidden.scatter_reduce_(1, index, logits[:, shown], "amax")
+
     @cached_property
     def keys(self) -> npt.NDArray[np.uint8]:
         """(n, 32): a digest of each image's content."""
@@ -88,8 +107,8 @@ class Split:
     def digest(self) -> str:
         """A digest of names, labels, groups, captions, classes and images; no path or time enters it."""
         hasher = blake3(b"clipmerge split 1")
-        subset = None if self.class_subset is None else self.class_subset.tolist()
-        hasher.update(repr((self.classes, subset, self.names, self.captions, self.group_names)).encode())
+        scored = [None if a is None else a.tolist() for a in (self.class_subset, self.counts_as)]
+        hasher.update(repr((self.classes, scored, self.names, self.captions, self.group_names)).encode())
         for numbers in (self.labels, self.groups):
             hasher.update(b"-" if numbers is None else numbers.astype("<i8").tobytes())
         return hasher.update(self.keys.tobytes()).hexdigest()
@@ -98,7 +117,7 @@ class Split:
 def open_split(
     source: str | Path,
     *,
-    classnames: str | Path | Sequence[str] | None = None,
+    classnames: Names | None = None,
     role: str | None = None,
     holdout: str | float | None = None,
     keep: Literal["holdout", "rest"] = "holdout",
@@ -112,7 +131,8 @@ def open_split(
     CLIP_benchmark's layout, Parquet as Hugging Face stores images, `torchvision:CIFAR10:ROOT` or `digits`.
 
     Args:
-        classnames: a file (one name a line, or a JSON list), "imagenet", or the names themselves.
+        classnames: a file (one name a line, a JSON list, or a JSON object from the data's words to names),
+            "imagenet", or the names themselves.
         role: the part to take where the text names none: "train", "val" or "test" (the default).
         holdout: "2%" or 0.02 of the items; a hash of the item's name decides which.
         keep: the held-out items, or the rest.
@@ -138,6 +158,7 @@ def open_split(
         group_names=found.group_names,
         captions=None if found.captions is None else tuple(found.captions),
         class_subset=resolved.subset,
+        counts_as=resolved.counts_as,
         templates=found.templates,
     )
     chosen = np.ones(len(split), bool) if holdout is None else held_out(found.names, fraction_of(holdout))

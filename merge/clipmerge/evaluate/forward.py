@@ -148,13 +148,7 @@ class Forward:
 
     def _masked(self, indices: Order, images: Tensor) -> Tensor:
         """Logits in which classes that the data does not cover are -inf."""
-        logits = self._logits(indices, images)
-        if self.split.class_subset is None:
-            return logits
-        covered = torch.from_numpy(self.split.class_subset).to(logits.device)
-        out = torch.full_like(logits, -torch.inf)
-        out[:, covered] = logits[:, covered]
-        return out
+        return self.split.covered(self._logits(indices, images))
 
     def _reduce(self, indices: Order, images: Tensor) -> Tensor:
         """(batch, 3): predicted class, whether the true one is among the top five, confidence."""

@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from clipmerge.data.classes import imagenet_names
 from clipmerge.data.split import open_split
@@ -74,9 +76,50 @@ def test_imagenets_names_for_folders_of_names(folder: MakeFolder) -> None:
     assert len(split.classes) == 1000
 
 
+def test_words_by_a_table_that_names_several_classes_of_imagenet(folder: MakeFolder, tmp_path: Path) -> None:
+    table = {"alarm_clock": ["analog clock", "digital clock"], "tench": "tench", "unused": "goldfish"}
+    (tmp_path / "names.json").write_text(json.dumps(table))
+    split = open_split(folder(tench=1, alarm_clock=2), classnames=tmp_path / "names.json")
+    assert split.labels.tolist() == [409, 409, 0]
+    assert split.class_subset is not None
+    assert split.class_subset.tolist() == [0, 409, 530]
+    assert split.counts_as is not None
+    assert split.counts_as.tolist() == [0, 409, 409]
+    logits = torch.zeros(1, 1000)
+    logits[0, [1, 409, 530]] = torch.tensor([9.0, 1.0, 3.0])
+    scored = split.covered(logits)
+    assert scored[0, [0, 409]].tolist() == [0.0, 3.0]
+    assert scored.isfinite().sum() == 2
+
+
+def test_words_by_a_table_of_other_names(folder: MakeFolder) -> None:
+    split = open_split(folder(a=1, b=1), classnames={"a": "great ape", "b": "bee", "c": "sea"})
+    assert (split.classes, split.labels.tolist()) == (("great ape", "bee", "sea"), [0, 1])
+    assert split.class_subset is not None
+    assert split.class_subset.tolist() == [0, 1]
+    numbered = open_split("digits#val", classnames={str(i): f"figure {i}" for i in range(10)})
+    assert numbered.classes[7] == "figure 7"
+    assert np.array_equal(numbered.labels, open_split("digits#val").labels)
+
+
+def test_words_that_the_table_lacks_or_confuses(folder: MakeFolder) -> None:
+    root = folder(a=1, b=1)
+    with pytest.raises(DataError, match="class 'b': not among the class names"):
+        open_split(root, classnames={"a": "ape"})
+    with pytest.raises(DataError, match="'ape' stands for 'b' and for another word"):
+        open_split(root, classnames={"a": ["ape"], "b": ["bee", "ape"]})
+
+
+def test_uncovered_classes_are_hidden_and_a_full_split_hides_none(folder: MakeFolder) -> None:
+    logits = torch.tensor([[3.0, 1.0, 2.0]])
+    some = open_split(folder(a=1, b=1), classnames=["c", "b", "a"])
+    assert some.covered(logits).tolist() == [[-torch.inf, 1.0, 2.0]]
+    assert open_split("digits#val").covered(logits) is logits
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
-    [("", "holds no names"), ("cat\ndog\ncat\n", "names 'cat' twice"), ("[1,", "is not a JSON list")],
+    [("", "holds no names"), ("cat\ndog\ncat\n", "names 'cat' twice"), ("[1,", "is not JSON")],
 )
 def test_a_file_of_names_that_is_wrong(tmp_path: Path, text: str, problem: str) -> None:
     (tmp_path / "names.txt").write_text(text)

@@ -63,7 +63,7 @@ def test_no_file_of_templates() -> None:
 
 def test_a_json_file_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "t.json").write_text("[1,")
-    with pytest.raises(DataError, match="is not a JSON list"):
+    with pytest.raises(DataError, match="is not JSON"):
         templates(tmp_path / "t.json")
 
 
