@@ -10,6 +10,16 @@ import typer
 _INPUT, _SCORING = "Model and images", "Scoring"
 _OUTPUT = "Output"
 
+HUB_FILE = "open_clip_model.safetensors"
+"""What a folder's weights are called where open_clip and the Hub look for them."""
+
+
+def _output(text: str) -> Path:
+    """`DIR/`, or a folder that exists, is the weights file of a Hub-ready folder."""
+    path = Path(text).expanduser()
+    return path / HUB_FILE if text.endswith(("/", "\\")) or path.is_dir() else path
+
+
 Checkpoints = Annotated[
     list[str],
     typer.Argument(
@@ -18,13 +28,13 @@ Checkpoints = Annotated[
 ]
 Output = Annotated[
     Path,
-    typer.Option("--output", "-o", metavar="FILE", help="Where to write.", show_default=False,
-                 rich_help_panel=_OUTPUT),
+    typer.Option("--output", "-o", metavar="FILE", parser=_output, show_default=False,
+                 help="Where to write; DIR/ makes a Hub-ready folder.", rich_help_panel=_OUTPUT),
 ]  # fmt: skip
 MaybeOutput = Annotated[
     Path | None,
-    typer.Option("--output", "-o", metavar="FILE", help="Where to write.", show_default=False,
-                 rich_help_panel=_OUTPUT),
+    typer.Option("--output", "-o", metavar="FILE", parser=_output, show_default=False,
+                 help="Where to write; DIR/ makes a Hub-ready folder.", rich_help_panel=_OUTPUT),
 ]  # fmt: skip
 Force = Annotated[
     bool, typer.Option("--force", help="Overwrite an output that exists.", rich_help_panel=_OUTPUT)

@@ -83,7 +83,7 @@ def _float_dtypes(checkpoints: Sequence[Checkpoint]) -> list[str]:
 
 def _hint(problems: Sequence[str]) -> str:
     if all(" is F" in p or " is BF16" in p for p in problems):
-        return "a mean has no base to take the dtype from; choose one: --dtype F32"
+        return "a mean has no base to take the dtype from; choose one: --dtype fp32"
     if any("'classification_head" in p for p in problems):
         return "a trained head is merged like any tensor: every checkpoint must have it, or none"
     return "all checkpoints must come from one architecture; `clipmerge inspect FILE` shows what each holds"

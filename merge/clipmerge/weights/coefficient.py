@@ -4,6 +4,7 @@ A coefficient is a polynomial over pattern maps, kept exact with `Fraction`: `1 
 `M - M` vanishes whatever the map M says. A float counts as the decimal that it prints as.
 """
 
+import json
 from collections.abc import Mapping
 from fractions import Fraction
 from numbers import Rational
@@ -39,7 +40,9 @@ class Coefficient:
         self._terms = {factors: value for factors, value in terms.items() if value}
 
     @classmethod
-    def of(cls, value: "Scalar | Mapping[str, float] | Coefficient") -> "Coefficient":
+    def of(
+        cls, value: "Scalar | Mapping[str, float] | Mapping[str, Fraction] | Coefficient"
+    ) -> "Coefficient":
         """From a number, a mapping from name patterns to numbers, or itself."""
         if isinstance(value, Coefficient):
             return value
@@ -84,15 +87,31 @@ class Coefficient:
         """Every pattern that it names, sorted."""
         return tuple(sorted({p for factors in self._terms for rules in factors for p, _ in rules}))
 
+    @property
+    def size(self) -> int:
+        """How many products of pattern maps it sums."""
+        return len(self._terms)
+
+    @property
+    def bits(self) -> int:
+        """The length of the longest integer in it."""
+        return max(
+            (max(v.numerator.bit_length(), v.denominator.bit_length()) for v in self._terms.values()),
+            default=0,
+        )
+
     def at(self, name: str) -> Fraction:
         """The value for the tensor of this name."""
         return sum((value * _product(factors, name) for factors, value in self._terms.items()), Fraction(0))
 
     def __str__(self) -> str:
-        parts = [_term_text(factors, value) for factors, value in sorted(self._terms.items())]
-        if not parts:
-            return "0"
-        return parts[0] if len(parts) == 1 else f"({' + '.join(parts)})"
+        text = ""
+        for factors, value in sorted(self._terms.items()):
+            if text:
+                text += f" {'-' if value < 0 else '+'} {_term_text(factors, abs(value))}"
+            else:
+                text = _term_text(factors, value)
+        return f"({text})" if len(self._terms) > 1 else text or "0"
 
     __repr__ = __str__
 
@@ -105,14 +124,21 @@ def _product(factors: tuple[PatternMap, ...], name: str) -> Fraction:
 
 
 def _term_text(factors: tuple[PatternMap, ...], value: Fraction) -> str:
-    maps = ["{" + ", ".join(f'"{p}": {number_text(v)}' for p, v in rules) + "}" for rules in factors]
+    maps = ["{" + ", ".join(f"{_quoted(p)}: {number_text(v)}" for p, v in rules) + "}" for rules in factors]
     return "*".join(([number_text(value)] if value != 1 or not maps else []) + maps)
+
+
+def _quoted(pattern: str) -> str:
+    """A string literal in double quotes, of Python and JSON alike."""
+    return json.dumps(pattern, ensure_ascii=False)
 
 
 def number_text(value: Fraction) -> str:
     """Shortest text that reads back as exactly this rational: an integer, a decimal, or `1/3`."""
     if value.denominator == 1:
         return str(value.numerator)
-    as_float = value.numerator / value.denominator
-    text = repr(as_float)
+    try:
+        text = repr(value.numerator / value.denominator)
+    except OverflowError:
+        text = "0"
     return text if Fraction(text) == value else f"{value.numerator}/{value.denominator}"

@@ -1,5 +1,6 @@
-"""Text ↔ Weights: the same notation in Python, on the command line, in TOML and inside every file."""
+"""Weights → text: the same notation in Python, on the command line, in TOML and inside every file."""
 
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,20 @@ if TYPE_CHECKING:
     from clipmerge.weights.methods import Applied
 
 
+FUNCTIONS = ("interpolate", "mean", "sum")
+"""What the notation calls besides the methods. `sum` is what `mean` is: no summand is the base."""
+
+
+def baseless_sum(weights: Sequence[Weights]) -> Weights:
+    """The sum in which every summand counts the same, in whatever order: what `sum([...])` writes."""
+    if not weights:
+        return Weights({}, None)
+    summed = weights[0]
+    for other in weights[1:]:
+        summed = summed + other
+    return Weights(summed.terms, None)
+
+
 def identifiers_of(weights: Weights) -> dict[Checkpoint, str]:
     """A distinct identifier for every checkpoint, in an order that does not depend on how they were listed."""
     ordered = sorted(weights.checkpoints, key=lambda c: (c.name, str(c.path)))
@@ -19,7 +34,10 @@ def identifiers_of(weights: Weights) -> dict[Checkpoint, str]:
 
 
 def notation(weights: Weights) -> str:
-    """The expression as text that `parse` reads back: `mean(a, b)`, `base + 0.4*(a - base)` as `0.6*base + 0.4*a`."""
+    """The expression as text that `parse` reads back: `mean([a, b])`; `base + 0.4*(a - base)` is `0.6*base + 0.4*a`.
+
+    It does not depend on the order in which equal-ranking checkpoints were listed.
+    """
     return _text(weights, identifiers_of(weights))
 
 
@@ -29,11 +47,15 @@ def _text(weights: Weights, names: dict[Checkpoint, str]) -> str:
     shown = {leaf: _leaf_text(leaf, names) for leaf in weights.terms}
     coefficients = set(weights.terms.values())
     if weights.base is None and coefficients == {Coefficient.of(Fraction(1, len(shown)))}:
-        return f"mean({', '.join(sorted(shown.values()))})"
+        return (
+            f"mean([{', '.join(sorted(shown.values()))}])" if len(shown) > 1 else next(iter(shown.values()))
+        )
     order = sorted(shown, key=lambda leaf: (leaf is not weights.base, shown[leaf]))
+    parts = [_term(weights.terms[leaf], shown[leaf]) for leaf in order]
+    if weights.base is None and len(parts) > 1:
+        return f"sum([{', '.join(('-' if sign == '-' else '') + part for sign, part in parts)}])"
     text = ""
-    for leaf in order:
-        sign, part = _term(weights.terms[leaf], shown[leaf])
+    for sign, part in parts:
         text += f" {sign} {part}" if text else (f"-{part}" if sign == "-" else part)
     return text
 

@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 EXACT = 1 << 24
 """Integer coefficients up to here keep integer · float32 exact in float64."""
 
+_SPELLED = {
+    "fp64": "F64", "float64": "F64", "double": "F64", "fp32": "F32", "float32": "F32", "float": "F32",
+    "fp16": "F16", "float16": "F16", "half": "F16", "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3", "fp8_e4m3": "F8_E4M3", "float8_e5m2": "F8_E5M2", "fp8_e5m2": "F8_E5M2",
+}  # fmt: skip
+
 Kind = Literal["sum", "agree", "largest", "computed"]
 
 
@@ -58,6 +64,25 @@ class Plan:
     written_bytes: int
 
 
+def float_dtype(name: str | None) -> str | None:
+    """Safetensors' name of a float dtype: `fp16`, `float16`, `half` and `F16` are `F16`; None stays None.
+
+    Raises:
+        RecipeError: it names no float dtype.
+    """
+    if name is None:
+        return None
+    short = name.lower().removeprefix("torch.")
+    found = _SPELLED.get(short, short.upper())
+    if found not in FLOATS:
+        close = nearest(short, [*_SPELLED, *(known.lower() for known in FLOATS)])
+        raise RecipeError(
+            f"{name!r} is not a float dtype",
+            hint=f"did you mean {close}?" if close else "fp32, fp16, bf16, fp64, f8_e4m3 or f8_e5m2",
+        )
+    return found
+
+
 def make_plan(weights: Weights, *, dtype: str | None = None) -> Plan:
     """What will be computed, after every check that headers allow.
 
@@ -67,12 +92,7 @@ def make_plan(weights: Weights, *, dtype: str | None = None) -> Plan:
     Raises:
         RecipeError, MismatchError: see `check`; or the dtype is not a float dtype.
     """
-    if dtype is not None and dtype not in FLOATS:
-        close = nearest(dtype.upper(), FLOATS)
-        known = ", ".join(sorted(FLOATS))
-        raise RecipeError(
-            f"{dtype!r} is not a float dtype", hint=f"did you mean {close}?" if close else f"one of {known}"
-        )
+    dtype = float_dtype(dtype)
     check(weights, dtype=dtype)
     reference = reference_of(weights)
     ordered = _canonical(weights)
@@ -160,7 +180,8 @@ def _canonical(weights: Weights) -> "list[Leaf]":
                 leaf: (key[0], key[1] + content_digest(leaf) if isinstance(leaf, Checkpoint) else key[1])
                 for leaf, key in keys.items()
             }
-    return sorted(leaves, key=lambda leaf: keys[leaf])
+    # Equal contents may have different coefficients: those decide then.
+    return sorted(leaves, key=lambda leaf: (*keys[leaf], str(weights.terms[leaf])))
 
 
 def fingerprint(checkpoint: Checkpoint, reader: Reader) -> str:

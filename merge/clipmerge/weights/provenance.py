@@ -1,6 +1,8 @@
 """What a written file says about how it was made, so that anyone can make it again and compare."""
 
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import clipmerge
@@ -9,6 +11,11 @@ from clipmerge.weights.digest import content_digest
 from clipmerge.weights.expression import Progress, Weights
 from clipmerge.weights.notation import identifiers_of, notation
 from clipmerge.weights.record import FORMAT, read_record, write_record
+
+GENERATIONS = 8
+"""How far back a file tells its history: shared ancestors are told once for each path to them."""
+MAX_TRAINING = 1 << 14
+"""Characters of a parent's training record that a descendant repeats."""
 
 
 def file_metadata(
@@ -31,13 +38,9 @@ def file_metadata(
         parent: dict[str, Any] = {"file": checkpoint.path.name if checkpoint.path else None}
         if digests:
             parent["digest"] = content_digest(checkpoint, on_progress)
-        history = {
-            k: v
-            for k, v in read_record(checkpoint.metadata).items()
-            if k in ("notation", "parents", "training")
-        }
-        if history:
-            parent["made"] = history
+        made = history(read_record(checkpoint.metadata))
+        if made:
+            parent["made"] = made
         parents[name] = parent
     record: dict[str, Any] = {
         "format": FORMAT,
@@ -52,6 +55,58 @@ def file_metadata(
         record["model"] = model
     record.update(extra or {})
     return write_record(record)
+
+
+def history(record: Mapping[str, Any], generations: int = GENERATIONS) -> dict[str, Any]:
+    """What a descendant keeps of a record: how it was made, through at most so many generations."""
+    kept = {key: record[key] for key in ("notation", "dtype", "training") if key in record}
+    if len(json.dumps(kept.get("training"))) > MAX_TRAINING:
+        del kept["training"]
+    parents = {}
+    for parent in parents_of(record):
+        entry: dict[str, Any] = {"file": parent.file}
+        if parent.digest is not None:
+            entry["digest"] = parent.digest
+        if parent.made and generations > 1 and (made := history(parent.made, generations - 1)):
+            entry["made"] = made
+        parents[parent.name] = entry
+    return {**kept, "parents": parents} if parents else kept
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """One parent as a record names it.
+
+    Attributes:
+        name: what the notation calls it.
+        file: its file's name, None for tensors that were in memory.
+        digest: its content digest, None where none was taken.
+        made: its own record, {} where it had none.
+    """
+
+    name: str
+    file: str | None
+    digest: str | None
+    made: Mapping[str, Any]
+
+
+def parents_of(record: Mapping[str, Any]) -> tuple[Parent, ...]:
+    """The parents in a record, sorted by name; entries that are not ours are left out."""
+    found = record.get("parents")
+    entries = found.items() if isinstance(found, Mapping) else ()
+    out = []
+    for name, entry in sorted(entries):
+        if isinstance(entry, Mapping):
+            file, digest, made = entry.get("file"), entry.get("digest"), entry.get("made")
+            out.append(
+                Parent(
+                    name,
+                    file if isinstance(file, str) else None,
+                    digest if isinstance(digest, str) else None,
+                    made if isinstance(made, Mapping) else {},
+                )
+            )
+    return tuple(out)
 
 
 def is_recorded(checkpoint: Checkpoint) -> bool:

@@ -1,0 +1,149 @@
+"""`clipmerge inspect`: what a checkpoint holds and how it was made."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from clipmerge_cli.options import Json, Quiet
+
+if TYPE_CHECKING:
+    from rich.tree import Tree
+
+    from clipmerge.weights.summary import Summary
+
+
+def inspect(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A checkpoint: file, folder, hf-hub:ORG/NAME.")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    headers: Annotated[
+        bool, typer.Option("--headers", help="Read headers only: no digest, no count of NaN.")
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """What a checkpoint holds and how it was made.
+
+    Its provenance through the generations, its model, and its tensors by tower and block: sizes, dtypes,
+    values that are not finite.
+
+    Example: [bold]clipmerge inspect soup.safetensors[/bold]
+    """
+    from clipmerge.checkpoint.open import open_checkpoint
+    from clipmerge.weights.summary import summarise
+    from clipmerge_cli.progress import progress
+    from clipmerge_cli.show import document
+
+    checkpoint = open_checkpoint(file)
+    with progress(quiet=quiet or json) as on_progress:
+        summary = summarise(checkpoint, headers=headers, on_progress=on_progress)
+    listed = [
+        {
+            "name": n,
+            "dtype": t.dtype,
+            "shape": list(t.shape),
+            "nonfinite": (summary.nonfinite or {}).get(n, 0),
+        }
+        for n, t in checkpoint.tensors.items()
+    ]
+    if json:
+        document({**summary.to_json(), "all_tensors": listed} if tensors else summary.to_json())
+        return
+    _show(summary)
+    if tensors:
+        _show_tensors(listed)
+
+
+def _show(summary: "Summary") -> None:
+    from rich.console import Console
+
+    from clipmerge_cli.output import counted, size_text
+    from clipmerge_cli.show import table
+
+    model = summary.record.get("model")
+    facts = [
+        ("file", summary.path or summary.name),
+        ("holds", f"{summary.kind}, {summary.tensors} tensors, {summary.parameters:,} parameters"),
+        ("layout", summary.layout),
+        ("dtypes", counted(summary.dtypes)),
+        ("size", size_text(summary.nbytes)),
+        ("model", str(model.get("name")) if isinstance(model, Mapping) else "not recorded"),
+        ("digest", summary.digest or "not computed"),
+        ("not finite", _nonfinite(summary.nonfinite)),
+    ]
+    print("\n".join(f"{label:<11} {value}" for label, value in facts))
+    print()
+    Console(soft_wrap=True, highlight=False, markup=False).print(tree(summary))
+    rows = [
+        (
+            part.tower if part.block is None else f"{part.tower}.block[{part.block}]",
+            part.tensors,
+            f"{part.parameters:,}",
+            counted(part.dtypes),
+            size_text(part.nbytes),
+            part.nonfinite,
+        )
+        for part in summary.parts
+    ]
+    table(("part", "tensors", "parameters", "dtypes", "size", "not finite"), rows, title="Tensors")
+
+
+def _show_tensors(listed: list[dict[str, Any]]) -> None:
+    from clipmerge_cli.show import table
+
+    rows = [
+        (t["name"], t["dtype"], "×".join(map(str, t["shape"])) or "scalar", t["nonfinite"]) for t in listed
+    ]
+    table(("tensor", "dtype", "shape", "not finite"), rows)
+
+
+def _nonfinite(found: Mapping[str, int] | None) -> str:
+    if found is None:
+        return "not counted"
+    if not found:
+        return "none"
+    names = ", ".join(f"{name} ({count})" for name, count in list(found.items())[:5])
+    return f"{sum(found.values())} values in {len(found)} tensors: {names}{' …' if len(found) > 5 else ''}"
+
+
+def tree(summary: "Summary") -> "Tree":
+    """How the file was made, and its parents, and theirs."""
+    from rich.text import Text
+    from rich.tree import Tree
+
+    root = Tree(Text(_made(summary.name, summary.record)))
+    _grow(root, summary.record)
+    return root
+
+
+def _grow(branch: "Tree", record: Mapping[str, Any]) -> None:
+    from rich.text import Text
+
+    from clipmerge.weights.provenance import parents_of
+
+    for parent in parents_of(record):
+        file = parent.file or "in memory"
+        digest = f"  {parent.digest[:12]}…" if parent.digest else ""
+        _grow(branch.add(Text(_made(f"{parent.name}: {file}{digest}", parent.made))), parent.made)
+
+
+def _made(what: str, record: Mapping[str, Any]) -> str:
+    """One line, or a few: the notation, and what was recorded about training and selection."""
+    lines = [what]
+    if "notation" in record:
+        lines[0] += f" = {record['notation']}"
+        if record.get("dtype", "base") != "base":
+            lines[0] += f" as {record['dtype']}"
+    elif not record:
+        lines[0] += "  (no record)"
+    lines += [
+        f"{key}: {_brief(record[key])}" for key in ("training", "selection", "scores") if record.get(key)
+    ]
+    return "\n".join(lines)
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, Mapping):
+        plain = {k: v for k, v in value.items() if isinstance(v, str | int | float | bool)}
+        return ", ".join(f"{key}={shown}" for key, shown in plain.items()) or "recorded"
+    return str(value)[:120]

@@ -1,0 +1,128 @@
+"""A merge as a file: TOML with an expression, its checkpoints, and how to write the result.
+
+expression = "base + 0.4*(cars - base)"
+output = "merged.safetensors"       # all but expression and checkpoints may be left out
+dtype = "fp16"
+shard_size = "5GB"
+
+[checkpoints]                       # relative to this file
+base = "base.safetensors"
+cars = "cars.safetensors"
+"""
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clipmerge.errors import RecipeError, nearest
+from clipmerge.weights.expression import Weights, load
+from clipmerge.weights.parse import parse
+
+_KEYS = {"expression": str, "checkpoints": dict, "dtype": str, "shard_size": str, "output": str}
+_REMOTE = re.compile(r"hf-hub:.+|[\w.-]{2,}:[\w.-]+")
+_UNITS = {
+    "": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
+MAX_SIZE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a recipe file says; paths are already relative to the working folder, not to the file."""
+
+    expression: str
+    checkpoints: Mapping[str, str]
+    dtype: str | None = None
+    shard_size: int | None = None
+    output: Path | None = None
+
+    def weights(self) -> Weights:
+        """The expression over its checkpoints (headers are read)."""
+        return parse(self.expression, load_named(self.checkpoints))
+
+
+def load_named(files: Mapping[str, str | Path]) -> dict[str, Weights]:
+    """`load` for each file, under its name in the expression.
+
+    Raises:
+        RecipeError: a name that no expression can contain.
+    """
+    for name in files:
+        if not name.isidentifier():
+            raise RecipeError(f"{name!r} is not a name", hint="letters, digits and _, such as base or ft_2")
+    return {name: load(file, name) for name, file in files.items()}
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """The recipe in a TOML file.
+
+    Raises:
+        RecipeError: unreadable, not TOML, an unknown key (the nearest known one is named), or a missing one.
+    """
+    path = Path(path)
+    document = _document(path)
+    for key in document:
+        if key not in _KEYS:
+            close = nearest(key, _KEYS)
+            hint = f"did you mean {close!r}?" if close else f"known: {', '.join(_KEYS)}"
+            raise RecipeError(f"{path} has the unknown key {key!r}", hint=hint)
+        if not isinstance(document[key], _KEYS[key]):
+            wanted = "a table of files" if _KEYS[key] is dict else "text in quotes"
+            raise RecipeError(f"{key!r} in {path} must be {wanted}, not {document[key]!r}")
+    if "expression" not in document:
+        raise RecipeError(f"{path} has no expression", hint='expression = "base + 0.4*(a - base)"')
+    files = document.get("checkpoints", {})
+    for name, file in files.items():
+        if not isinstance(file, str):
+            raise RecipeError(f"checkpoints.{name} in {path} must be a path in quotes, not {file!r}")
+    output, size = document.get("output"), document.get("shard_size")
+    return Recipe(
+        expression=document["expression"],
+        checkpoints={name: _located(path.parent, file) for name, file in files.items()},
+        dtype=document.get("dtype"),
+        shard_size=None if size is None else parse_size(size),
+        output=None if output is None else path.parent / Path(output).expanduser(),
+    )
+
+
+def parse_size(text: str) -> int:
+    """`"5GB"` → 5 000 000 000; plain numbers are bytes, KiB, MiB and GiB count in 1024s.
+
+    Raises:
+        RecipeError: not a positive size.
+    """
+    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([A-Za-z]*)\s*", text)
+    unit = _UNITS.get(found.group(2).upper()) if found else None
+    size = int(float(found.group(1)) * unit) if found and unit else 0
+    if size < 1:
+        raise RecipeError(f"{text!r} is not a size", hint="a number and a unit, such as 5GB or 500MB")
+    return size
+
+
+def _document(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_SIZE + 1)
+        if len(content) > MAX_SIZE:
+            raise RecipeError(f"{path} is larger than a recipe can be ({MAX_SIZE:,} bytes)")
+        return tomllib.loads(content.decode())
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror}", hint="check the path") from error
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{path} is not TOML: {error}", hint="see `clipmerge merge --help`") from error
+
+
+def _located(folder: Path, file: str) -> str:
+    """A path as seen from the working folder; names of published models stay as they are."""
+    path = folder / Path(file).expanduser()
+    return file if _REMOTE.fullmatch(file) and not path.exists() else str(path)
