@@ -23,6 +23,9 @@ def read_record(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def write_record(record: Mapping[str, Any]) -> dict[str, str]:
-    """File metadata that holds the record: keys sorted, so that the same record is the same bytes."""
+    """File metadata that holds the record: keys sorted, so that the same record is the same bytes.
+
+    Bytes of a file's name that are not Unicode become question marks: no safetensors header can hold them.
+    """
     text = json.dumps(record, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return {"format": "pt", KEY: text}
+    return {"format": "pt", KEY: text.encode(errors="replace").decode()}

@@ -32,7 +32,7 @@ def split_into_shards(
     total = sum(tensor.nbytes for tensor in tensors.values())
     names = {name: number for number, group in enumerate(groups, 1) for name in group}
     index = {"metadata": {**metadata, "total_size": total}, "weight_map": names}
-    text = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False).encode()
+    text = json.dumps(index, indent=2, sort_keys=True).encode()
     return [*shards, Shard(text, {}, len(text))]
 
 
@@ -45,7 +45,7 @@ def shard_paths(path: Path, shards: list[Shard]) -> list[tuple[Path, int]]:
     names = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     index = json.loads(shards[-1].head)
     index["weight_map"] = {name: names[number - 1] for name, number in index["weight_map"].items()}
-    text = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False).encode()
+    text = json.dumps(index, indent=2, sort_keys=True).encode()
     shards[-1] = Shard(text, {}, len(text))
     sized = [(path.with_name(name), shard.size) for name, shard in zip(names, shards, strict=False)]
     return [*sized, (path.with_name(f"{stem}.safetensors.index.json"), len(text))]

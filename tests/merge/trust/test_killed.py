@@ -1,0 +1,126 @@
+"""SIGKILL and Ctrl-C at any moment: the target is the old file or the new file, whole."""
+
+import fcntl
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from clipmerge.weights.expression import load
+
+# One process prepares, and forks a child for each kill: no child pays for starting an interpreter.
+KILL = """
+import hashlib, json, os, random, signal, sys, time
+from pathlib import Path
+import clipmerge as cm
+
+folder, kills = Path(sys.argv[1]), int(sys.argv[2])
+target = folder / "out.safetensors"
+a, b = cm.load(folder / "a.safetensors"), cm.load(folder / "b.safetensors")
+choices = [cm.interpolate(a, b, 0.25), cm.interpolate(a, b, 0.75)]
+digest = lambda: hashlib.sha256(target.read_bytes()).hexdigest()
+whole = []
+for weights in choices:
+    weights.save(target, force=True, threads=1)
+    whole.append(digest())
+seen, left = [], []
+for turn in range(kills):
+    ready, started = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(started, b"x")
+        while True:
+            for weights in choices:
+                weights.save(target, force=True, threads=2)
+    os.read(ready, 1)
+    time.sleep(random.uniform(0, 0.04))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    seen.append(whole.index(digest()) if digest() in whole else None)
+    left.append(sorted(p.name for p in folder.iterdir() if p.suffix == ".clipmerge-tmp"))
+choices[0].save(target, force=True)
+print(json.dumps({"seen": seen, "left": left, "files": sorted(os.listdir(folder))}))
+"""
+
+
+def _kill(folder: Path, put: Callable[..., Path], program: Callable[..., Any], times: int) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        put(folder / f"{name}.safetensors", w=rng.standard_normal((1024, 512), np.float32), v=np.float32(1))
+    done = program(KILL, folder, times)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("times", [12, pytest.param(100, marks=pytest.mark.slow)])
+def test_a_run_killed_while_it_overwrites_leaves_the_old_or_the_new_file_whole(
+    tmp_path: Path, put: Callable[..., Path], program: Callable[..., Any], times: int
+) -> None:
+    found = _kill(tmp_path, put, program, times)
+    assert len(found["seen"]) == times
+    assert None not in found["seen"]
+    assert any(found["left"]), "no kill hit a run that was writing"
+    for names in found["left"]:
+        assert len(names) <= 1  # each run cleared what the one before had left
+        for name in names:
+            assert name.startswith(".out.safetensors.")
+    assert found["files"] == ["a.safetensors", "b.safetensors", "out.safetensors"]
+
+
+def _interrupted(arguments: list[Any], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Start the command, wait until it writes, and press Ctrl-C."""
+    running = subprocess.Popen(
+        [sys.executable, "-m", "clipmerge", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 60
+    while not any(p.name.endswith(".clipmerge-tmp") for p in folder.iterdir()):
+        assert running.poll() is None, running.stderr and running.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    running.send_signal(signal.SIGINT)
+    said, errors = running.communicate(timeout=60)
+    return subprocess.CompletedProcess(running.args, running.returncode, said, errors)
+
+
+def test_ctrl_c_during_a_merge_exits_130_and_leaves_target_and_folder_as_they_were(
+    tmp_path: Path, put_sparse: Callable[..., Path]
+) -> None:
+    names = [put_sparse(tmp_path / f"{name}.safetensors", "F16", (60_000_000,)) for name in "ab"]
+    target = tmp_path / "out" / "soup.safetensors"
+    target.parent.mkdir()
+    target.write_bytes(b"the old file")
+    done = _interrupted(["soup", *names, "-o", target, "--force"], target.parent)
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in target.parent.iterdir()] == [target.name]
+    assert target.read_bytes() == b"the old file"
+
+
+def test_leftovers_of_dead_writers_are_cleared_and_those_of_live_writers_are_not(
+    tmp_path: Path, put: Callable[..., Path], leftovers: Callable[[Path], list[str]]
+) -> None:
+    weights = load(put(tmp_path / "a.safetensors", w=np.ones(4, np.float32)))
+    dead = tmp_path / ".out.safetensors.0badcafe.clipmerge-tmp"
+    live = tmp_path / ".out.safetensors.12345678.clipmerge-tmp"
+    other = tmp_path / ".out.safetensors.bak.12345678.clipmerge-tmp"
+    for path in (dead, live, other):
+        path.write_bytes(b"half a file")
+    with live.open("rb+") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        weights.save(tmp_path / "out.safetensors")
+        assert leftovers(tmp_path) == [live.name, other.name]
+    weights.save(tmp_path / "out.safetensors", force=True)
+    assert leftovers(tmp_path) == [other.name]
