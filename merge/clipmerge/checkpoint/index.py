@@ -23,20 +23,22 @@ def read_index(path: Path, read_file: ReadFile) -> tuple[dict[str, str], dict[st
     places = _weight_map(path)
     metadata: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(places.values())):
-        if not (path.parent / shard).is_file():
-            raise CheckpointError(
-                f"{path} names {shard!r}, which is not there", hint="fetch the missing shard"
-            )
+    shards = sorted(set(places.values()))
+    if missing := [shard for shard in shards if not (path.parent / shard).is_file()]:
+        raise CheckpointError(
+            f"{path} names {missing[0]!r}, which is not there", hint="fetch the missing shard"
+        )
+    for shard in shards:
         own, found = read_file(path.parent / shard)
         metadata |= own
         for name, tensor in found.items():
             if places.get(name) != shard:
                 raise CheckpointError(f"{path} does not list tensor {name!r} of {shard!r}", hint=_HINT)
             tensors[name] = tensor
-    if missing := sorted(places.keys() - tensors.keys()):
+    if absent := sorted(places.keys() - tensors.keys()):
+        name = absent[0]
         raise CheckpointError(
-            f"{path} lists tensor {missing[0]!r} in {places[missing[0]]!r}, where it is not", hint=_HINT
+            f"{path} lists tensor {name!r} in {places[name]!r}, where it is not", hint=_HINT
         )
     return metadata, tensors
 

@@ -6,6 +6,7 @@ may call is decided by the caller's table (`torch_calls`), which knows names onl
 that would take more than `MAX_STEPS` is refused.
 """
 
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,8 +17,6 @@ from clipmerge.checkpoint.pickle_reader import Malformed, Reader, Span, Unsafe
 MAX_STEPS = 2_000_000
 """Opcodes. A ViT-L/14 module with its optimizer takes about 200 000."""
 MAX_KEY = 2**60
-
-_RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +54,7 @@ class Machine:
         self._stack: list[Any] = []
         self._marks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
+        self._protocol = 0
 
     def run(self) -> Any:
         """The object that the next pickle describes; the reader stands behind its STOP."""
@@ -149,16 +149,19 @@ class Machine:
         pairs = self.since_mark()
         self._update(pairs)
 
+    def protocol(self, number: int) -> None:
+        self._protocol = number
+
     def named(self, names: tuple[str, str]) -> None:
-        self.push(_global(*names))
+        self.push(self._global(*names))
 
     def stack_global(self, _: None) -> None:
         name, module = self._stack.pop(), self._stack.pop()
-        self.push(_global(module, name))
+        self.push(self._global(module, name))
 
     def instance(self, names: tuple[str, str]) -> None:
         args = self.since_mark()
-        self.push(self._called(_global(*names), tuple(args)))
+        self.push(self._called(self._global(*names), tuple(args)))
 
     def object(self, _: None) -> None:
         cls, *args = self.since_mark()
@@ -187,7 +190,14 @@ class Machine:
         self.push(self._persistent(self._stack.pop()))
 
     def ignore(self, _: Any) -> None:
-        """Framing and the protocol's number change nothing here."""
+        """Frames say nothing that we need."""
+
+    def _global(self, module: Any, name: Any) -> Global:
+        if not isinstance(module, str) or not isinstance(name, str) or len(module) + len(name) > r.MAX_LINE:
+            raise Malformed("its pickle has a global whose name is not text")
+        if self._protocol < 3:  # written under Python 2's names: `commands.Popen` is `subprocess.Popen`
+            module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+        return Global(f"{module}.{name}")
 
     def _called(self, function: Any, args: Any) -> Any:
         if not isinstance(args, tuple):
@@ -234,18 +244,12 @@ def key(value: Any, *, nested: bool = True) -> Any:
     raise Malformed(f"its pickle uses a {type(value).__name__} as a key")
 
 
-def _global(module: Any, name: Any) -> Global:
-    if not isinstance(module, str) or not isinstance(name, str) or len(module) + len(name) > r.MAX_LINE:
-        raise Malformed("its pickle has a global whose name is not text")
-    return Global(f"{_RENAMED.get(module, module)}.{name}")
-
-
 def _constant(value: Any) -> Callable[[Reader], Any]:
     return lambda _: value
 
 
 _ROWS: dict[bytes, tuple[Callable[[Reader], Any], Callable[[Machine, Any], None]]] = {
-    b"\x80": (r.u1, Machine.ignore), b"\x95": (r.u8, Machine.ignore),
+    b"\x80": (r.u1, Machine.protocol), b"\x95": (r.u8, Machine.ignore),
     b"N": (r.nothing, Machine.push), b"\x88": (_constant(True), Machine.push),
     b"\x89": (_constant(False), Machine.push), b")": (_constant(()), Machine.push),
     b"]": (lambda _: [], Machine.push), b"}": (lambda _: {}, Machine.push),

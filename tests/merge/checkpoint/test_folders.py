@@ -1,0 +1,170 @@
+"""Shards with an index, folders, and what open_clip downloads."""
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from clipmerge.checkpoint.open import open_checkpoint
+from clipmerge.errors import CheckpointError
+
+StateDict = Mapping[str, Any]
+Same = Callable[..., None]
+
+
+def shard(folder: Path, state: StateDict, kind: str = "safetensors") -> Path:
+    """Three shards and their index, as huggingface_hub writes them."""
+    stem = "model" if kind == "safetensors" else "pytorch_model"
+    places: dict[str, str] = {}
+    for i in range(3):
+        name = f"{stem}-{i + 1:05d}-of-00003.{kind}"
+        part = dict(list(state.items())[i::3])
+        save_file(part, folder / name, metadata={"format": "pt"}) if kind == "safetensors" else torch.save(
+            part, folder / name
+        )
+        places |= dict.fromkeys(part, name)
+    index = folder / f"{stem}.{kind}.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    return index
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_shards_are_one_checkpoint(kind: str, small: StateDict, tmp_path: Path, assert_same: Same) -> None:
+    index = shard(tmp_path, small, kind)
+    for path in (index, tmp_path, str(tmp_path), f"local-dir:{tmp_path}"):
+        checkpoint = open_checkpoint(path)
+        assert_same(checkpoint, small)
+        assert len(checkpoint.files()) == 3
+    assert open_checkpoint(index).name in ("model", "pytorch_model")
+
+
+@pytest.mark.parametrize(
+    "evil", ["../a.safetensors", "/etc/passwd", "a/../../b", "..", "", "a\\b", "C:x", "a\0b", 3]
+)
+def test_an_index_that_points_elsewhere_is_refused(evil: Any, small: StateDict, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    save_file(dict(small), tmp_path / "a.safetensors")
+    index = tmp_path / "in" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(small, evil)}))
+    with pytest.raises(CheckpointError, match="not a file of its folder"):
+        open_checkpoint(index)
+
+
+def test_an_index_and_its_shards_must_agree(small: StateDict, tmp_path: Path) -> None:
+    index = shard(tmp_path, small)
+    document = json.loads(index.read_text())
+    first, *_, second = document["weight_map"]
+
+    def written(places: Mapping[str, Any]) -> Path:
+        index.write_text(json.dumps({"weight_map": places}))
+        return index
+
+    places = document["weight_map"]
+    with pytest.raises(CheckpointError, match="does not list tensor"):
+        open_checkpoint(written({name: place for name, place in places.items() if name != first}))
+    with pytest.raises(CheckpointError, match="lists tensor 'nowhere'"):
+        open_checkpoint(written({**places, "nowhere": places[first]}))
+    with pytest.raises(CheckpointError, match="does not list tensor"):
+        open_checkpoint(written({**places, first: places[second]}))
+    with pytest.raises(CheckpointError, match=r"'x\.safetensors', which is not there"):
+        open_checkpoint(written({**places, first: "x.safetensors"}))
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", '{"weight_map": {}}', '{"weight_map": 3}', "{", '{"a":1,"a":2}', "{" * 9999]
+)
+def test_json_that_is_no_index_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(text.ljust(10) if text.startswith("[") else text)
+    with pytest.raises(CheckpointError):
+        open_checkpoint(path)
+
+
+def test_an_open_clip_folder_brings_its_configuration(
+    small: StateDict, tmp_path: Path, assert_same: Same
+) -> None:
+    config = {"model_cfg": {"embed_dim": 6}, "preprocess_cfg": {"mean": [0.5, 0.5, 0.5]}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    save_file(dict(small), tmp_path / "open_clip_model.safetensors")
+    save_file({"other": torch.ones(1)}, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    assert_same(checkpoint, small)
+    assert checkpoint.extra["open_clip_config"] == config
+    assert open_checkpoint(tmp_path / "open_clip_model.safetensors").extra["open_clip_config"] == config
+
+
+def test_a_folder_with_one_file_is_that_file(small: StateDict, tmp_path: Path, assert_same: Same) -> None:
+    folder = tmp_path / "run 1"
+    folder.mkdir()
+    save_file(dict(small), folder / "whatever.safetensors")
+    (folder / "log.txt").write_text("hello")
+    checkpoint = open_checkpoint(folder)
+    assert_same(checkpoint, small)
+    assert checkpoint.name == "run_1"
+
+
+def test_a_folder_with_several_files_asks_which(small: StateDict, tmp_path: Path) -> None:
+    for i in range(2):
+        save_file(dict(small), tmp_path / f"ft{i}.safetensors")
+    with pytest.raises(CheckpointError, match=r"holds 2 checkpoints: ft0\.safetensors, ft1\.safetensors"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.fixture
+def fake_open_clip(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """open_clip.pretrained without a network: a dict of what can be fetched."""
+    module: Any = ModuleType("open_clip.pretrained")
+    module.files = {}
+
+    def from_hf(model_id: str, filename: str | None = None, revision: str | None = None) -> str:
+        key = (model_id, filename or "open_clip_model.safetensors", revision)
+        if key not in module.files:
+            raise FileNotFoundError(f"Failed to download {key}")
+        return str(module.files[key])
+
+    module.download_pretrained_from_hf = from_hf
+    module.download_pretrained = lambda config: str(module.files[config["url"]])
+    module.get_pretrained_cfg = lambda model, tag: (
+        {"url": "u"} if (model, tag) == ("ViT-B-32", "openai") else {}
+    )
+    module.list_pretrained = lambda as_str: ["ViT-B-32:openai", "RN50:yfcc15m"]
+    monkeypatch.setitem(sys.modules, "open_clip", ModuleType("open_clip"))
+    monkeypatch.setitem(sys.modules, "open_clip.pretrained", module)
+    return module
+
+
+def test_the_hub_through_open_clip(
+    fake_open_clip: Any, small: StateDict, tmp_path: Path, assert_same: Same
+) -> None:
+    save_file(dict(small), tmp_path / "open_clip_model.safetensors")
+    (tmp_path / "open_clip_config.json").write_text('{"model_cfg": {}}')
+    fake_open_clip.files["org/name", "open_clip_model.safetensors", None] = (
+        tmp_path / "open_clip_model.safetensors"
+    )
+    fake_open_clip.files["org/hf", "model.safetensors", "v1"] = tmp_path / "open_clip_model.safetensors"
+    checkpoint = open_checkpoint("hf-hub:org/name")
+    assert_same(checkpoint, small)
+    assert checkpoint.name == "name"
+    assert checkpoint.extra["open_clip_config"] == {"model_cfg": {}}
+    assert_same(open_checkpoint("hf-hub:org/hf@v1"), small)
+    with pytest.raises(CheckpointError, match="hf-hub:org/none cannot be fetched: Failed to download"):
+        open_checkpoint("hf-hub:org/none")
+
+
+def test_pretrained_tags_through_open_clip(
+    fake_open_clip: Any, small: StateDict, tmp_path: Path, assert_same: Same
+) -> None:
+    torch.save(dict(small), tmp_path / "ViT-B-32.pt")
+    fake_open_clip.files["u"] = tmp_path / "ViT-B-32.pt"
+    checkpoint = open_checkpoint("ViT-B-32:openai")
+    assert_same(checkpoint, small)
+    assert checkpoint.extra["open_clip_model"] == "ViT-B-32"
+    with pytest.raises(CheckpointError, match="no pretrained weights 'ViT-B-32:opnai'") as caught:
+        open_checkpoint("ViT-B-32:opnai")
+    assert caught.value.hint == "did you mean ViT-B-32:openai?"
