@@ -21,7 +21,7 @@ from clipmerge_cli.options import (
     Templates,
     named,
 )
-from clipmerge_cli.progress import progress
+from clipmerge_cli.scoring import is_first, searching
 
 if TYPE_CHECKING:
     from clipmerge.evaluate.score import Score
@@ -63,14 +63,12 @@ def evaluate(
     p is McNemar's: how surprising the difference to the first checkpoint would be, were both equally good.
     """
     from clipmerge.data.split import open_split
-    from clipmerge.evaluate import parallel
     from clipmerge.evaluate.evaluator import Evaluator
     from clipmerge.weights.expression import load_all
 
     texts = sources(data)
     weights = load_all(checkpoints)
-    parallel.start(device)
-    with progress(quiet=quiet or json or not parallel.is_writer()) as on_progress:
+    with searching(device, quiet=quiet or json) as on_progress:
         splits = {
             name: open_split(
                 text,
@@ -93,13 +91,12 @@ def evaluate(
             on_progress=on_progress,
         )
         scores = [evaluator.scores(w) for w in weights]
-    if parallel.is_writer():
+    if is_first():
         names = [repr(w) for w in weights]
         if json:
             show.document(_document(names, checkpoints, scores, texts, evaluator.model.name, metric))
         else:
             _table(names, scores, metric)
-    parallel.finish()
 
 
 def sources(data: Sequence[str]) -> dict[str, str]:

@@ -146,6 +146,10 @@ class Evaluator:
         """The true classes, shape (n,)."""
         return self.splits[self.split_name(split)].labels
 
+    def pixels(self, split: str | None = None) -> npt.NDArray[np.uint8]:
+        """The images as the model sees them before normalisation, shape (n, 3, H, W), decoded once."""
+        return self._pixels_of(self.split_name(split))
+
     def templates(self, split: str | None = None) -> tuple[str, ...]:
         """The prompt templates that make this split's zero-shot heads."""
         return resolve_templates(self._templates, self.splits[self.split_name(split)])

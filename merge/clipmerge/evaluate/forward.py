@@ -152,13 +152,13 @@ class Forward:
 
     def _reduce(self, indices: Order, images: Tensor) -> Tensor:
         """(batch, 3): predicted class, whether the true one is among the top five, confidence."""
-        logits = self._masked(indices, images).double()
+        logits = self._masked(indices, images).to(_wide(self.resident.device))
         labels = torch.from_numpy(self.split.labels[indices]).to(logits.device)
         confidence, predicted = logits.softmax(dim=-1).max(dim=-1)
         own = logits.gather(1, labels[:, None])
         in_top5 = (logits > own).sum(dim=-1) < 5
         predicted = logits.argmax(dim=-1)
-        return torch.stack([predicted.double(), in_top5.double(), confidence], dim=-1)
+        return torch.stack([predicted.to(confidence), in_top5.to(confidence), confidence], dim=-1)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "fp32":
@@ -170,10 +170,10 @@ class Forward:
     def _chunks(
         self, order: Order | None, make: Callable[[Order, Tensor], Tensor], width: int
     ) -> Iterator[tuple[Order, Tensor]]:
-        """(image indices, float64 rows for them, the same in every process), chunk by chunk."""
-        n = len(self.split)
+        """(image indices, rows for them, the same in every process), chunk by chunk."""
+        n, device = len(self.split), self.resident.device
         order = np.arange(n) if order is None else order
-        size = batch_of(n, self.batch_size, self.resident.device)
+        size = batch_of(n, self.batch_size, device)
         step, rank = size * parallel.world(), parallel.rank()
         chunks = [order[start : start + step] for start in range(0, n, step)]
         mine = [chunk[rank * size : (rank + 1) * size] for chunk in chunks]
@@ -181,12 +181,12 @@ class Forward:
         with torch.inference_mode(), ThreadPoolExecutor(1) as reader:
             ahead = reader.submit(self._read, mine[0])
             for i, chunk in enumerate(chunks):
-                images = ahead.result().to(self.resident.device, non_blocking=True)
+                images = ahead.result().to(device, non_blocking=True)
                 if i + 1 < len(chunks):
                     ahead = reader.submit(self._read, mine[i + 1])
-                rows = torch.zeros(len(chunk), width, dtype=torch.float64, device=self.resident.device)
+                rows = torch.zeros(len(chunk), width, dtype=_wide(device), device=device)
                 if len(mine[i]):
-                    rows[rank * size : rank * size + len(mine[i])] = make(mine[i], images).double()
+                    rows[rank * size : rank * size + len(mine[i])] = make(mine[i], images).to(rows)
                 yield chunk, parallel.add_up(rows).cpu()
                 done += len(chunk)
                 if self.on_progress:
@@ -203,6 +203,11 @@ def batch_of(n: int, at_most: int, device: str) -> int:
     if not device.startswith("cpu"):
         return at_most
     return min(at_most, max(_LEAST, -(-n // _PASSES)))
+
+
+def _wide(device: str) -> torch.dtype:
+    """fp64, where the device has it."""
+    return torch.float32 if device.startswith("mps") else torch.float64
 
 
 def _width(module: nn.Module, pixels: npt.NDArray[np.uint8]) -> int:

@@ -67,6 +67,10 @@ class Trial:
             )
         return self._incumbent
 
+    def learn(self, score: Score) -> None:
+        """Take note of what a candidate alone had wrong: those images come first in trials."""
+        self._hardness.learn(score.bits, np.ones(score.n, bool))
+
     def begin(self, weights: "Weights", score: Score | None = None) -> Score:
         """Make the weights, computed exactly, the mean; its score, measured where it is not given."""
         self._evaluator.load(weights)

@@ -145,6 +145,39 @@ def test_a_metric_never_falls_when_an_image_becomes_right():
             before = now
 
 
+def test_a_trained_head_is_part_of_the_mean(evaluator, weights):
+    draw = torch.Generator().manual_seed(1)
+    heads = [{"classification_head.weight": torch.randn(10, 16, generator=draw)} for _ in range(2)]
+    both = [from_state_dict({**weights[f"ft{i}"].state_dict(), **heads[i]}, f"m{i}") for i in range(2)]
+    trial = evaluator.trial()
+    trial.begin(both[0])
+    outcome = trial.propose(both[1], 0.5, early_stop=False)
+    name = "classification_head.weight"
+    expected = (heads[0][name] + heads[1][name]) / 2
+    torch.testing.assert_close(resident_state(evaluator)[name], expected)
+    assert outcome.score.correct == evaluator.score(mean(both)).correct
+
+
+def test_counters_of_a_resnet_are_not_averaged(tiny_model_config, digits):
+    from clipmerge.model import ModelSpec, build_model
+
+    tower = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
+    config = {**tiny_model_config, "vision_cfg": tower}
+    spec = ModelSpec("resnet", config, {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3})
+    states = [dict(build_model(spec, seed=i).state_dict()) for i in range(2)]
+    for i, state in enumerate(states):
+        state["visual.bn1.num_batches_tracked"] = torch.tensor(10 + i)
+        state["visual.bn1.running_mean"] = torch.full((4,), float(i))
+    weights = [from_state_dict(state, f"m{i}") for i, state in enumerate(states)]
+    evaluator = Evaluator(spec, digits)
+    trial = evaluator.trial()
+    trial.begin(weights[0])
+    trial.propose(weights[1], 0.5)
+    after = resident_state(evaluator)
+    assert after["visual.bn1.num_batches_tracked"] == 10
+    assert after["visual.bn1.running_mean"].tolist() == [0.5] * 4
+
+
 def test_mistakes_are_told(evaluator, weights, tiny_checkpoints):
     trial = evaluator.trial()
     with pytest.raises(SelectionError, match="there is no mean yet"):
