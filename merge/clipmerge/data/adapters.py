@@ -116,7 +116,7 @@ def _image_files(root: Path) -> list[Path]:
 def npz(place: str, pick: Pick) -> Found:
     """An .npz: `labels`, and `images` or `blob` with `offsets`; maybe `split`, `classes`, `groups`."""
     arrays = _arrays(place)
-    labels = arrays["labels"].astype(np.int64)
+    labels = arrays["labels"]
     if "images" in arrays:
         images: Images = Decoded(arrays["images"])
         shape = arrays["images"].shape
@@ -126,25 +126,31 @@ def npz(place: str, pick: Pick) -> Found:
         images = Encoded(max(len(offsets) - 1, 0), slices(blob, offsets))
         fits = blob.dtype == np.uint8 and bool((np.diff(offsets, prepend=0, append=len(blob)) >= 0).all())
     wrong = [key for key in ("split", "groups") if key in arrays and arrays[key].shape != labels.shape]
-    if not fits or wrong or labels.ndim != 1 or len(images) != len(labels):
+    if not fits or wrong or labels.ndim != 1 or labels.dtype.kind not in "iuU" or len(images) != len(labels):
         raise DataError(f"{place}: {_npz_problem(arrays, wrong)}", hint=_NPZ)
-    order = ("train", "val", "test")
-    numbers = arrays.get("split")
-    if numbers is None:
-        pick([""])
-        index = np.arange(len(labels))
-    else:
-        present = [name for k, name in enumerate(order) if (numbers == k).any()]
-        index = np.flatnonzero(numbers == order.index(pick(present)))
+    index = _npz_part(arrays.get("split"), len(labels), pick)
+    words = labels.dtype.kind == "U"
     return Found(
         Picked(images, index),
         [f"{i:06d}" for i in index],
-        labels[index],
-        tuple(map(str, arrays["classes"])) if "classes" in arrays else None,
+        labels[index].tolist() if words else labels[index].astype(np.int64),
+        tuple(map(str, arrays["classes"] if "classes" in arrays else np.unique(labels)))
+        if words or "classes" in arrays
+        else None,
         elsewhere=np.unique(labels).tolist(),
         groups=arrays["groups"].astype(np.int64)[index] if "groups" in arrays else None,
         group_names=tuple(map(str, arrays["group_names"])) if "group_names" in arrays else None,
     )
+
+
+def _npz_part(numbers: npt.NDArray[Any] | None, count: int, pick: Pick) -> npt.NDArray[np.int64]:
+    """Which items are of the part: by name, or by number (0 train, 1 val, 2 test)."""
+    if numbers is None:
+        pick([""])
+        return np.arange(count)
+    names = dict(enumerate(("train", "val", "test")))
+    parts = [names.get(int(n), str(n)) if numbers.dtype.kind in "iu" else str(n) for n in np.unique(numbers)]
+    return np.flatnonzero(numbers == np.unique(numbers)[parts.index(pick(parts))])
 
 
 _NPZ = (

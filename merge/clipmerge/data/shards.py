@@ -40,16 +40,15 @@ def webdataset(place: str, pick: Pick) -> Found:
     bad = [Bad(k, _wds_problem(v)) for k, v in items.items() if k not in good and "image" in v]
     if not good and not bad:
         raise DataError(f"{place} holds no images with labels", hint=_WDS)
-    folder = root if root.is_dir() else root.parent
     captions = [item.get("txt", "") for item in good.values()]
     return Found(
         InFiles([v["image"][0] for v in good.values()], [v["image"][1:] for v in good.values()]),
         list(good),
         np.array([int(v["cls"]) for v in good.values()], np.int64) if labelled else None,
-        _text_lines(folder / "classnames.txt"),
+        _text_lines(_beside(root, "classnames.txt")),
         bad=tuple(bad),
         captions=captions if any(captions) else None,
-        templates=_templates(folder / "zeroshot_classification_templates.txt"),
+        templates=_templates(_beside(root, "zeroshot_classification_templates.txt")),
     )
 
 
@@ -90,6 +89,12 @@ def _part(root: Path, suffix: str, pick: Pick) -> list[Path]:
         part = below if is_part(below) else word if is_part(word) else ""
         parts.setdefault(part, []).append(path)
     return parts[pick(sorted(parts))]
+
+
+def _beside(root: Path, name: str) -> Path:
+    """A file of the data set's: in its folder, or above where a part of it was named."""
+    folder = root if root.is_dir() else root.parent
+    return folder.parent / name if is_part(folder.name) and not (folder / name).is_file() else folder / name
 
 
 def _text_lines(path: Path) -> tuple[str, ...] | None:

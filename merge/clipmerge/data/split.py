@@ -43,6 +43,7 @@ class Split:
         counts_as: for each of `class_subset` the label that it counts as: ObjectNet's "alarm clock" is both
             "analog clock" and "digital clock" of ImageNet. None where each counts as itself.
         templates: the data's own prompt templates with `{}`, None where it has none.
+        skipped: what `skip_bad` left out, "item: reason" each.
     """
 
     source: str
@@ -56,6 +57,7 @@ class Split:
     class_subset: Labels | None = None
     counts_as: Labels | None = None
     templates: tuple[str, ...] | None = None
+    skipped: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -179,9 +181,11 @@ def _usable(
     if limit is not None and not skip_bad:
         split = limited(split, limit)
     broken = unreadable(split.images, split.names, fully=skip_bad, on_progress=on_progress)
+    bad = [*bad, *broken.values()]
     if not skip_bad:
-        refuse(split.source, [*bad, *broken.values()])
+        refuse(split.source, bad)
     split = split.subset([i for i in range(len(split)) if i not in broken]) if broken else split
+    split = replace(split, skipped=tuple(f"{b.item}: {b.reason}" for b in bad))
     if not len(split):
         hint = "ask for a larger part, or look at the data"
         raise DataError(f"{split.source}: no image is left to use", hint=hint)

@@ -92,6 +92,23 @@ def test_normalise_is_exact_for_every_value_of_a_pixel() -> None:
     assert values.dtype == torch.uint8, "the input stays as it is"
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_normalise_is_the_same_on_a_gpu() -> None:
+    values = torch.arange(256, dtype=torch.uint8).repeat(3, 1).view(1, 3, 16, 16)
+    assert torch.equal(normalise(values.cuda(), MEAN, STD).cpu(), normalise(values, MEAN, STD))
+
+
+def test_a_full_disk(folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    split = open_split(folder(cat=1, dog=1))
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OutputError, match="cannot be written: No space left on device"):
+        pixels(split, CFG, cache=tmp_path / "c")
+    assert list((tmp_path / "c" / "pixels").iterdir()) == []
+
+
 def test_later_runs_decode_nothing(
     folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -165,6 +165,17 @@ def test_npz_of_encoded_images(tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(split.image(1)), np.asarray(picture(1)))
 
 
+def test_npz_of_words(tmp_path: Path) -> None:
+    images = np.zeros((3, 2, 2), np.uint8)
+    np.savez(tmp_path / "a.npz", images=images, labels=["owl", "cat", "owl"], split=["val", "train", "val"])
+    split = open_split(f"{tmp_path}/a.npz#val")
+    assert (split.classes, split.labels.tolist(), split.names) == (
+        ("cat", "owl"),
+        [1, 1],
+        ("000000", "000002"),
+    )
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
@@ -179,6 +190,7 @@ def test_npz_of_encoded_images(tmp_path: Path) -> None:
             {"labels": [0], "images": np.zeros((1, 2, 2), np.uint8), "split": [0, 1]},
             "split of another length",
         ),
+        ({"labels": [0.5], "images": np.zeros((1, 2, 2), np.uint8)}, "labels float64 (1,)"),
         ({"labels": np.array([{}]), "images": np.zeros((1, 2, 2), np.uint8)}, "cannot be read as .npz"),
     ],
 )
@@ -235,6 +247,8 @@ def test_webdataset_in_clip_benchmarks_layout(shards: Path) -> None:
     assert split.read_bytes(1) == encoded(picture(1), "PNG")
     assert np.array_equal(np.asarray(split.image(1)), np.asarray(picture(1)))
     assert open_split(f"{shards}#train", skip_bad=True).names == ("t0",)
+    assert open_split(shards / "test").classes == ("red fox", "owl")
+    assert open_split(shards / "test" / "0.tar").templates == split.templates
 
 
 def test_webdataset_that_misses_labels(shards: Path) -> None:

@@ -152,6 +152,9 @@ def test_skip_bad_leaves_them_out_and_keeps_the_order_of_classes(folder: MakeFol
     assert split.class_subset is not None
     assert split.class_subset.tolist() == [1, 2]
     assert split.labels.tolist() == [1, 1, 2, 2]
+    assert len(split.skipped) == 2
+    assert split.skipped[0] == "class 'blank': no images"
+    assert split.skipped[1].startswith("cat/1.jpg: ")
 
 
 def test_what_does_not_decode_is_remembered(folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
