@@ -35,8 +35,12 @@ def check(weights: Weights, *, dtype: str | None = None) -> None:
 
 
 def reference_of(weights: Weights) -> Checkpoint:
-    """The checkpoint whose names and dtypes count: the base's, or the first one's."""
-    return weights.base if isinstance(weights.base, Checkpoint) else weights.checkpoints[0]
+    """The checkpoint whose names and dtypes count: the base, or of a method's result the first operand's."""
+    if isinstance(weights.base, Checkpoint):
+        return weights.base
+    if weights.base is not None:
+        return reference_of(weights.base.operands[0])
+    return min(weights.checkpoints, key=lambda checkpoint: (checkpoint.name, str(checkpoint.path)))
 
 
 def listed(problems: Sequence[str]) -> str:

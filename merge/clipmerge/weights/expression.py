@@ -5,6 +5,7 @@ Nothing is read until it is saved, loaded into a model or asked for its tensors.
 one streaming weighted sum that reads every input once.
 """
 
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -153,19 +154,18 @@ class Weights:
         Raises:
             MismatchError: two checkpoints were made for different models.
         """
-        found: tuple[Checkpoint, dict[str, Any]] | None = None
-        for checkpoint in self.checkpoints:
-            model = read_record(checkpoint.metadata).get("model")
-            if model is None:
-                continue
-            if found and found[1].get("config") != model.get("config"):
+        found = [(c, read_record(c.metadata).get("model")) for c in self.checkpoints]
+        known = [(checkpoint, model) for checkpoint, model in found if isinstance(model, dict)]
+        for checkpoint, model in known[1:]:
+            if model.get("config") != known[0][1].get("config"):
                 raise MismatchError(
-                    f"{found[0].path or found[0].name} was made for {found[1].get('name')}, "
+                    f"{known[0][0].path or known[0][0].name} was made for {known[0][1].get('name')}, "
                     f"{checkpoint.path or checkpoint.name} for {model.get('name')}",
                     hint="checkpoints of different models cannot be merged, even where the shapes agree",
                 )
-            found = found or (checkpoint, model)
-        return found[1] if found else None
+        # The base's own; among equals not the first listed, so that the order of a soup decides nothing.
+        own = [model for checkpoint, model in known if checkpoint is self.base]
+        return min(own or [m for _, m in known], key=lambda m: json.dumps(m, sort_keys=True), default=None)
 
     # -- what it becomes ---------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """An expression → what each output tensor is made of. Headers only; nothing is computed here."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import lcm
@@ -15,7 +15,7 @@ from clipmerge.errors import RecipeError, nearest
 from clipmerge.weights.check import check, reference_of
 from clipmerge.weights.coefficient import Coefficient
 from clipmerge.weights.expression import Weights
-from clipmerge.weights.notation import notation
+from clipmerge.weights.methods import Applied
 
 if TYPE_CHECKING:
     from clipmerge.weights.expression import Leaf
@@ -40,7 +40,7 @@ class Step:
         kind: "sum" is Σ factor·input / divisor; "agree" copies integers that must be equal everywhere;
             "largest" is a mean's step counters; "computed" needs whole tensors (a nonlinear method).
         terms: (factor, stored tensor), in an order that depends on the contents alone.
-        sources: the checkpoint of each term, for messages.
+        sources: the checkpoint of each term; every checkpoint that a "computed" step reads.
         leaves: of a "computed" step: (coefficient, leaf).
     """
 
@@ -110,20 +110,20 @@ def make_plan(weights: Weights, *, dtype: str | None = None) -> Plan:
 def _step(
     name: str,
     weights: Weights,
-    ordered: "list[Leaf]",
+    ordered: Weights,
     reference: Checkpoint,
     dtype: str | None,
 ) -> Step:
     own = reference.tensors[name]
     if not own.is_float:
         return _integer_step(name, weights, reference)
-    coefficients = [(leaf, weights.terms[leaf].at(name)) for leaf in ordered]
+    coefficients = [(leaf, coefficient.at(name)) for leaf, coefficient in ordered.terms.items()]
     used = [(leaf, c) for leaf, c in coefficients if c]
     out = dtype or own.dtype
     if any(not isinstance(leaf, Checkpoint) for leaf, _ in used):
         leaves = tuple((_float(c), leaf) for leaf, c in used)
-        return Step(name, out, own.shape, "computed", (), 1.0, (), leaves)
-    factors, divisor = _integer_factors([c for _, c in used])
+        return Step(name, out, own.shape, "computed", (), 1.0, weights.checkpoints, leaves)
+    factors, divisor = integer_factors([c for _, c in used])
     points = [leaf for leaf, _ in used if isinstance(leaf, Checkpoint)]
     terms = tuple((factor, point.tensors[name]) for factor, point in zip(factors, points, strict=True))
     return Step(name, out, own.shape, "sum", terms, divisor, tuple(points))
@@ -145,7 +145,7 @@ def _integer_step(name: str, weights: Weights, reference: Checkpoint) -> Step:
     return Step(name, own.dtype, own.shape, kind, terms, 1.0, everywhere)
 
 
-def _integer_factors(coefficients: list[Fraction]) -> tuple[list[float], float]:
+def integer_factors(coefficients: list[Fraction]) -> tuple[list[float], float]:
     """Σ c·x as (Σ n·x) / d, small integers where there are some: a mean sums exactly and divides once."""
     divisor = lcm(*(c.denominator for c in coefficients)) if coefficients else 1
     whole = [c * divisor for c in coefficients]
@@ -161,27 +161,39 @@ def _float(coefficient: Fraction) -> float:
         raise RecipeError("a coefficient is larger than float64 holds") from None
 
 
-def _canonical(weights: Weights) -> "list[Leaf]":
-    """The leaves in an order that depends on what they contain, not on how they were listed or called."""
+def _canonical(weights: Weights) -> Weights:
+    """The same sum in an order that depends on what the leaves contain, not on how they were listed or called."""
     leaves = list(weights.terms)
-    if len(leaves) < 3:  # float64 addition commutes: two terms have one order
-        return leaves
-    with Reader(weights.checkpoints) as reader:
-        keys = {
-            leaf: (0, fingerprint(leaf, reader))
-            if isinstance(leaf, Checkpoint)
-            else (1, notation(Weights({leaf: Coefficient.of(1)}, leaf)))
-            for leaf in leaves
-        }
-        if len(set(keys.values())) < len(leaves):
-            from clipmerge.weights.digest import content_digest
+    if len(leaves) < 3 and all(isinstance(leaf, Checkpoint) for leaf in leaves):
+        return weights  # float64 addition commutes: two terms have one order
+    return _ordered(weights, _content_keys(weights.checkpoints))[1]
 
-            keys = {
-                leaf: (key[0], key[1] + content_digest(leaf) if isinstance(leaf, Checkpoint) else key[1])
-                for leaf, key in keys.items()
-            }
-    # Equal contents may have different coefficients: those decide then.
-    return sorted(leaves, key=lambda leaf: (*keys[leaf], str(weights.terms[leaf])))
+
+def _ordered(weights: Weights, keys: Mapping[Checkpoint, str]) -> tuple[str, Weights]:
+    """A text that says what is computed from which contents, and the terms sorted by it, methods' operands too."""
+    parts: list[tuple[str, str, Leaf, Coefficient]] = []
+    for leaf, coefficient in weights.terms.items():
+        if isinstance(leaf, Checkpoint):
+            key = keys[leaf]
+        else:
+            operands = [_ordered(operand, keys) for operand in leaf.operands]
+            key = f"{leaf.method.name}{sorted(leaf.options.items())}({', '.join(k for k, _ in operands)})"
+            leaf = Applied(leaf.method, [operand for _, operand in operands], leaf.options)
+        parts.append((key, str(coefficient), leaf, coefficient))  # equal contents: coefficients decide
+    parts.sort(key=lambda part: part[:2])
+    text = " + ".join(f"{coefficient}*{key}" for key, coefficient, _, _ in parts)
+    return text, Weights({leaf: coefficient for _, _, leaf, coefficient in parts}, None)
+
+
+def _content_keys(checkpoints: Sequence[Checkpoint]) -> dict[Checkpoint, str]:
+    """A text for each checkpoint that only its contents decide; different contents, different texts."""
+    with Reader() as reader:
+        keys = {checkpoint: fingerprint(checkpoint, reader) for checkpoint in checkpoints}
+    if len(set(keys.values())) < len(keys):
+        from clipmerge.weights.digest import content_digest
+
+        keys = {checkpoint: key + content_digest(checkpoint) for checkpoint, key in keys.items()}
+    return keys
 
 
 def fingerprint(checkpoint: Checkpoint, reader: Reader) -> str:
