@@ -125,7 +125,8 @@ class Scorer:
         self.scored += mark.n
         self._paid[key] = mark
         metrics = {name: float(value) for name, value in mark.metrics.items()}
-        record = {"correct": int(mark.correct), "n": int(mark.n), "metrics": metrics}
+        record: dict[str, Any] = {"correct": int(mark.correct), "n": int(mark.n), "metrics": metrics}
+        record |= {"metric": mark.metric, "interval": [float(end) for end in mark.interval]}
         self._write(key, weights, split, record | {"bits": pack_bits(mark.bits)})
         return mark
 
@@ -193,7 +194,9 @@ def read_record(record: Mapping[str, Any], metric: str) -> Any:
         bits = unpack_bits(record["bits"], n)
         if int(bits.sum()) != int(record["correct"]) or metric not in metrics:
             return None
-        return Score.from_journal(metric=metric, metrics=metrics, bits=bits)
+        low, high = (float(end) for end in record["interval"])
+        own = (low, high) if record["metric"] == metric else None
+        return Score.from_journal(metric=metric, metrics=metrics, bits=bits, interval=own)
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
 

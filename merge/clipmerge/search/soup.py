@@ -156,6 +156,8 @@ def greedy_soup(
     split = scorer.split(split)
     turns, alone = ranked(weights, scorer, split, order, seed, on_progress)
     trials = MeanTrials(scorer, split, strict=strict, early_stop=early_stop)
+    for mark in alone.values():
+        trials.learn(mark)
     steps: list[SoupStep] = []
     for turn in turns:
         candidate, own = weights[turn], alone.get(turn)

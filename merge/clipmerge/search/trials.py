@@ -22,8 +22,13 @@ class MeanTrials:
         self.ingredients: list[Weights] = []
         self.incumbent: Any = None
         self._trial: Any = None
+        self._known: list[Any] = []
         self._held = -1
         self._turns = 0
+
+    def learn(self, mark: Any) -> None:
+        """Take note of a candidate's own score: what it had wrong comes first in trials."""
+        self._known.append(mark)
 
     def step(self, candidate: Weights, alone: Any) -> SoupStep:
         """Let one candidate have its turn; the first one is always in."""
@@ -59,7 +64,10 @@ class MeanTrials:
             self.scorer.saved += known.n
             return known
         if self._held != len(self.ingredients):
-            self._trial = self._trial or self.scorer.judge.trial(self.split, self.strict)
+            if self._trial is None:
+                self._trial = self.scorer.judge.trial(self.split, self.strict)
+                for mark in self._known:
+                    self._trial.learn(mark)
             self._trial.begin(mean(self.ingredients), self.incumbent)
             self._held = len(self.ingredients)
         outcome = self._trial.propose(candidate, 1 / (len(self.ingredients) + 1), early_stop=self.early_stop)

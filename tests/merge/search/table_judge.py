@@ -100,6 +100,9 @@ class TableTrial:
     def __init__(self, judge: TableJudge, split: str, strict: bool) -> None:
         self.judge, self.split, self.strict = judge, split, strict
 
+    def learn(self, score: Any) -> None:
+        """The order is random in any case."""
+
     def begin(self, weights: Weights, score: Any = None) -> Any:
         self.mean, self.incumbent = weights, score
         return score

@@ -1,0 +1,127 @@
+"""The learned soup: its gradients, its shares, and the soup that they make."""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from clipmerge.data.split import Split
+from clipmerge.errors import SelectionError
+from clipmerge.evaluate.evaluator import Evaluator
+from clipmerge.model import build_model, eval_transform, get_tokenizer
+from clipmerge.search import mixture as mixture_module
+from clipmerge.search.learned import groups_for, learned_soup, rounded
+from clipmerge.search.mixture import Mixture
+from clipmerge.weights.expression import Weights, from_state_dict, load, load_all
+
+PROMPT = "a photo of a {}."
+
+
+@pytest.fixture
+def two(spread: Sequence[Path]) -> list[Weights]:
+    return load_all([spread[0], spread[3]])
+
+
+@pytest.fixture
+def evaluator(tiny_spec: Any, val: Split) -> Evaluator:
+    return Evaluator(tiny_spec, {"val": val}, templates=PROMPT)
+
+
+def plain_loss(states: Sequence[Any], shares: torch.Tensor, beta: torch.Tensor, spec: Any, val: Split) -> Any:
+    """Cross-entropy of the mixed model, by open_clip alone; differentiable in shares and beta."""
+    mixed = {n: sum(s * state[n] for s, state in zip(shares, states, strict=True)) for n in states[0]}
+    model = build_model(spec, seed=0)
+
+    def call(method: str, *args: Any) -> torch.Tensor:
+        class Wrap(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = model
+
+            def forward(self, *inputs: Any) -> Any:
+                return getattr(self.model, method)(*inputs, normalize=True)
+
+        named = {f"model.{n}": t for n, t in mixed.items()}
+        return torch.func.functional_call(Wrap(), named, args)  # type: ignore[no-any-return]
+
+    tokens = get_tokenizer(spec)([PROMPT.format(name) for name in val.classes])
+    images = torch.stack([eval_transform(spec)(val.image(i)) for i in range(20)])
+    logits = mixed["logit_scale"].exp() * call("encode_image", images) @ call("encode_text", tokens).T
+    return F.cross_entropy(beta * logits, torch.from_numpy(val.labels[:20]))
+
+
+def test_gradients_are_those_of_the_mixed_model(
+    two: list[Weights], evaluator: Evaluator, tiny_spec: Any, val: Split
+) -> None:
+    evaluator.load(two[0])
+    made = Mixture(evaluator, "val", two, groups_for(two[0].names, "model"))
+    shares = torch.tensor([[0.3, 0.7]])
+    by_share, by_beta, loss = made.gradients(shares, 0.8, torch.arange(20))
+    free, beta = shares[0].clone().requires_grad_(), torch.tensor(0.8, requires_grad=True)
+    expected = plain_loss([w.state_dict() for w in two], free, beta, tiny_spec, val)
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.allclose(by_share[0], free.grad, rtol=1e-3, atol=1e-5)
+    assert beta.grad is not None
+    assert by_beta == pytest.approx(beta.grad.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("per", ["model", "tower", "block", "tensor"])
+def test_shares_lower_the_held_out_loss_and_sum_to_one(
+    per: Any, two: list[Weights], evaluator: Evaluator, tiny_spec: Any, val: Split
+) -> None:
+    soup = learned_soup(two, evaluator, per=per, epochs=3, batch_size=64)
+    assert soup.kind == "learned"
+    assert soup.weights.total == 1
+    rows = soup.coefficients or {}
+    for row in rows.values() if per != "model" else [rows]:
+        assert sum(Fraction(repr(share)) for share in row.values()) == 1
+    logits = [evaluator.logits(w, "val") for w in (soup.weights, two[0] * 0.5 + two[1] * 0.5)]
+    labels = torch.from_numpy(val.labels)
+    learned, equal = (
+        F.cross_entropy((soup.temperature or 1) * logits[0], labels),
+        F.cross_entropy(logits[1], labels),
+    )
+    assert learned < equal
+    assert soup.score.correct == evaluator.score(soup.weights).correct
+    assert len(soup.table().rows) == len(rows) * (1 if per == "model" else 2)
+    assert soup.to_json()["kind"] == "learned_soup"
+
+
+def test_a_better_checkpoint_gets_the_larger_share(evaluator: Evaluator, tiny_spec: Any) -> None:
+    """Against weights whose logits are confidently wrong, nearly all goes to the sane ones."""
+    good = {k: v.clone() for k, v in build_model(tiny_spec, seed=3).state_dict().items()}
+    bad = {k: v.clone() for k, v in good.items()}
+    bad["logit_scale"] = bad["logit_scale"] + 6
+    models = [from_state_dict(bad, "bad"), from_state_dict(good, "good")]
+    soup = learned_soup(models, evaluator, epochs=8, batch_size=50, temperature=False)
+    assert soup.coefficients is not None
+    assert soup.coefficients["good"] > 0.7
+    assert soup.temperature == 1.0
+
+
+def test_one_checkpoint_is_its_own_soup(spread: Sequence[Path], evaluator: Evaluator) -> None:
+    soup = learned_soup([spread[0]], evaluator, epochs=1)
+    assert soup.coefficients == {"m0": 1.0}
+    state = load(spread[0]).state_dict()
+    assert all(torch.equal(t, state[n]) for n, t in soup.weights.state_dict().items())
+
+
+def test_shares_are_rounded_to_rows_that_sum_to_exactly_one() -> None:
+    rows = rounded(torch.tensor([[1 / 3, 1 / 3, 1 / 3], [0.5, 0.25, 0.25]]))
+    assert [sum(row) for row in rows] == [1, 1]
+    assert rows[0] == [Fraction(333334, 10**6), Fraction(333333, 10**6), Fraction(333333, 10**6)]
+
+
+def test_what_cannot_be_learned_is_refused(
+    two: list[Weights], evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SelectionError, match="no grouping 'layer'"):
+        learned_soup(two, evaluator, per="layer")  # type: ignore[arg-type]
+    monkeypatch.setattr(mixture_module, "MOST_PROMPTS", 5)
+    with pytest.raises(SelectionError, match="at most 5 prompts, not 10"):
+        learned_soup(two, evaluator)
