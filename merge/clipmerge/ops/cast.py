@@ -5,6 +5,7 @@ moving its bits into a float32's place (a shift and an exact multiplication) and
 adding and subtracting a power of two, which rounds to nearest even at the bit that the narrow type keeps.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import numpy.typing as npt
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
+U32 = npt.NDArray[np.uint32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,8 @@ def widen(raw: npt.NDArray[Any], dtype: str, scratch: F32) -> npt.NDArray[Any]:
         return raw
     raw = raw.view(kind.bits)
     out = scratch[: raw.size]
+    if dtype == "F16" and _convert_by_torch(raw, dtype, out, "F32"):
+        return out
     bits = out.view(np.int32)
     if dtype == "BF16":
         np.left_shift(raw, np.uint32(16), out=out.view(np.uint32), dtype=np.uint32, casting="unsafe")
@@ -84,45 +88,115 @@ def finite(raw: npt.NDArray[Any], dtype: str) -> bool:
     """Whether every stored element is a finite number."""
     if dtype in _NARROW:
         return not _has_specials(raw, dtype)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return bool(np.isfinite(np.add.reduce(raw, axis=None)) or np.isfinite(raw).all())
+    return raw.size == 0 or bool(np.isfinite(raw.max()) and np.isfinite(raw.min()))  # NaN wins both
 
 
-def narrow(numbers: F64, dtype: str, out: npt.NDArray[Any], scratch: F64) -> bool:
+def narrow(numbers: F64, dtype: str, out: npt.NDArray[Any], spare: tuple[F32, F32, F32]) -> bool:
     """Write `numbers` into `out` as `dtype`, each rounded once to nearest, ties to even.
 
+    Call it under `np.errstate(all="ignore")`: overflow is reported by the answer.
+
     Args:
-        numbers: (n,) float64; used as working space afterwards.
+        numbers: (n,) float64.
         out: (n,) of the dtype's storage type.
-        scratch: at least n float64.
+        spare: three working arrays of at least n elements.
 
     Returns:
         Whether every number written is finite: False for NaN, infinity and overflow (written as such).
     """
     kind = _NARROW.get(dtype)
     if kind is None:
-        with np.errstate(over="ignore", invalid="ignore"):
-            np.copyto(out, numbers, casting="same_kind")
+        np.copyto(out, numbers, casting="same_kind")
         return finite(out, dtype)
+    single, magnitude, work = (array[: numbers.size] for array in spare)
+    np.copyto(single, numbers, casting="same_kind")
     out = out.view(kind.bits)
-    if numbers.size and not (numbers.max() <= kind.largest and numbers.min() >= -kind.largest):
-        return _narrow_specials(numbers, dtype, out)
-    step = scratch[: numbers.size]
-    sign = np.signbit(numbers)  # now: the rounding below turns -0 into 0
-    np.bitwise_and(numbers.view(np.int64), np.int64(0x7FF0000000000000), out=step.view(np.int64))
-    np.maximum(step, 2.0 ** (1 - kind.bias), out=step)  # below this exponent the spacing stays the same
-    np.multiply(step, 1.5 * 2.0 ** (52 - kind.mantissa), out=step)
-    np.add(numbers, step, out=numbers)
-    np.subtract(numbers, step, out=numbers)
-    singles = step.view(np.float32)[: numbers.size]
-    np.divide(numbers, float(kind.scale), out=singles, casting="same_kind")
-    bits = singles.view(np.uint32)
-    np.right_shift(bits, np.uint32(kind.shift), out=bits)
-    np.copyto(out, bits, casting="unsafe")
-    width = 8 * out.itemsize - 1
-    np.bitwise_and(out, out.dtype.type((1 << width) - 1), out=out)
-    np.bitwise_or(out, sign.astype(out.dtype) << out.dtype.type(width), out=out)
+    if _convert_by_torch(single, "F32", out, dtype):
+        fits = not _has_specials(out, dtype)
+        np.multiply(single, 1 / kind.scale, out=single)
+        doubtful = _between(single.view(np.uint32), kind, work.view(np.uint32))
+    else:
+        np.multiply(single, 1 / kind.scale, out=single)
+        doubtful = _between(single.view(np.uint32), kind, work.view(np.uint32))
+        fits = _round_bits(single.view(np.uint32), kind, out, magnitude.view(np.uint32), work.view(np.uint32))
+    if not fits:
+        return _narrow_specials(numbers, kind, out)
+    if doubtful.any():
+        where = np.flatnonzero(doubtful)
+        out[where] = _narrow_exactly(numbers[where], kind)
     return True
+
+
+def _between(bits: U32, kind: _Narrow, work: U32) -> npt.NDArray[np.bool_]:
+    """Where a float32 lies exactly between two narrow numbers: by chance, or because it was rounded there."""
+    np.bitwise_and(bits, np.uint32((1 << kind.shift) - 1), out=work)
+    return np.equal(work, np.uint32(1 << (kind.shift - 1)))
+
+
+def _round_bits(bits: U32, kind: _Narrow, out: npt.NDArray[Any], magnitude: U32, work: U32) -> bool:
+    """Round scaled float32s to the narrow type's bits, ties to even; whether all of them fit. `bits` is used up."""
+    half = np.uint32(1 << (kind.shift - 1))
+    np.bitwise_and(bits, np.uint32(0x7FFFFFFF), out=magnitude)
+    np.right_shift(bits, np.uint32(32 - 8 * out.itemsize), out=bits)
+    np.bitwise_and(bits, np.uint32(1 << (8 * out.itemsize - 1)), out=bits)  # the sign, in its place
+    np.right_shift(magnitude, np.uint32(kind.shift), out=work)
+    np.bitwise_and(work, np.uint32(1), out=work)
+    np.add(magnitude, work, out=magnitude)
+    np.add(magnitude, half - np.uint32(1), out=magnitude)
+    np.right_shift(magnitude, np.uint32(kind.shift), out=magnitude)
+    if magnitude.size and magnitude.max() >= kind.infinity:
+        return False
+    np.bitwise_or(magnitude, bits, out=magnitude)
+    np.copyto(out, magnitude, casting="unsafe")
+    return True
+
+
+def _convert_by_torch(source: npt.NDArray[Any], dtype: str, target: npt.NDArray[Any], to: str) -> bool:
+    """Convert between float32 and a half with the processor's own instructions, where torch is imported anyway.
+
+    In pieces below torch's grain size: its own threads would get in the way of ours.
+    """
+    torch = sys.modules.get("torch")
+    kinds = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    if torch is None or dtype not in kinds or to not in kinds:
+        return False
+    reads = torch.from_numpy(source.view(f"i{source.itemsize}")).view(getattr(torch, kinds[dtype]))
+    writes = torch.from_numpy(target.view(f"i{target.itemsize}")).view(getattr(torch, kinds[to]))
+    for start in range(0, source.size, _GRAIN):
+        writes[start : start + _GRAIN].copy_(reads[start : start + _GRAIN])
+    return True
+
+
+_GRAIN = 16384
+
+
+def _narrow_exactly(numbers: F64, kind: _Narrow) -> npt.NDArray[Any]:
+    """The codes of finite numbers in range, rounded in float64: add and subtract a power of two that ends the
+    mantissa where the narrow type's ends."""
+    exponent = (numbers.view(np.int64) & np.int64(0x7FF0000000000000)).view(np.float64)
+    step = np.maximum(exponent, 2.0 ** (1 - kind.bias)) * (1.5 * 2.0 ** (52 - kind.mantissa))
+    rounded = ((numbers + step) - step) / float(kind.scale)  # exact in float32: a shift away from the code
+    codes = np.abs(rounded).astype(np.float32).view(np.uint32) >> np.uint32(kind.shift)
+    sign = np.signbit(numbers).astype(kind.bits) << np.dtype(kind.bits).type(
+        np.dtype(kind.bits).itemsize * 8 - 1
+    )
+    return np.asarray(codes.astype(kind.bits) | sign)
+
+
+def _narrow_specials(numbers: F64, kind: _Narrow, out: npt.NDArray[Any]) -> bool:
+    """The slow path: some numbers are NaN, infinite, or beyond the largest that the type holds."""
+    last_step = 2.0 ** (np.floor(np.log2(kind.largest)) - kind.mantissa)
+    nan, big = np.isnan(numbers), np.abs(numbers) >= kind.largest + last_step / 2
+    out[:] = _narrow_exactly(np.where(nan | big, 0.0, np.clip(numbers, -kind.largest, kind.largest)), kind)
+    sign = np.signbit(numbers).astype(out.dtype) << out.dtype.type(8 * out.itemsize - 1)
+    out[big] = out.dtype.type(kind.infinity) | sign[big]
+    out[nan] = out.dtype.type(kind.nan)
+    return not bool(nan.any() or big.any())
+
+
+def spare_for(count: int) -> tuple[F32, F32, F32]:
+    """Working arrays for `narrow`."""
+    return np.empty(count, np.float32), np.empty(count, np.float32), np.empty(count, np.float32)
 
 
 def to_float64(raw: npt.NDArray[Any], dtype: str) -> F64:
@@ -141,20 +215,6 @@ def _has_specials(raw: npt.NDArray[Any], dtype: str) -> bool:
     magnitude = (1 << (8 * raw.itemsize - 1)) - 1
     signed = raw.view(f"i{raw.itemsize}")
     return int(signed.max()) >= kind.infinity or (int(raw.max()) & magnitude) >= kind.infinity
-
-
-def _narrow_specials(numbers: F64, dtype: str, out: npt.NDArray[Any]) -> bool:
-    """The slow path: some numbers are NaN, infinite, or beyond the largest that the type holds."""
-    kind = _NARROW[dtype]
-    last_step = 2.0 ** (np.floor(np.log2(kind.largest)) - kind.mantissa)
-    size = np.abs(numbers)
-    nan, big = np.isnan(numbers), size >= kind.largest + last_step / 2
-    sign = np.signbit(numbers).astype(out.dtype) << out.dtype.type(8 * out.itemsize - 1)
-    tame = np.where(nan | big, 0.0, np.clip(numbers, -kind.largest, kind.largest))
-    narrow(tame, dtype, out, np.empty(numbers.size))
-    out[big] = out.dtype.type(kind.infinity) | sign[big]
-    out[nan] = out.dtype.type(kind.nan)
-    return not bool(nan.any() or big.any())
 
 
 def _table(dtype: str) -> F32:

@@ -6,6 +6,7 @@ fit its cache and reads into them; nothing grows with the size or number of inpu
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import frexp
 from threading import Lock, Thread
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import ITEMSIZE, Bytes, Extent, Tensor, storage_dtype
-from clipmerge.ops.cast import finite, narrow, widen
+from clipmerge.ops.cast import finite, narrow, spare_for, widen
 from clipmerge.weights.plan import Step
 
 BLOCK = 1 << 18
@@ -89,7 +90,7 @@ class Buffers:
     def __init__(self) -> None:
         self.total = np.empty(CHUNK, np.float64)
         self.term = np.empty(CHUNK, np.float64)
-        self.single = np.empty(CHUNK, np.float32)
+        self.spare = spare_for(CHUNK)
         self.raw = np.empty(CHUNK * 8, np.uint8)
         self.out = np.empty(BLOCK * 8, np.uint8)
 
@@ -138,11 +139,15 @@ def run_blocks(
                     failures.append(error)
                 return
 
-    workers = [Thread(target=work, daemon=True) for _ in range(threads - 1)]
+    def quietly() -> None:
+        with np.errstate(all="ignore"):  # what is not finite is found and reported, not warned about
+            work()
+
+    workers = [Thread(target=quietly, daemon=True) for _ in range(threads - 1)]
     for worker in workers:
         worker.start()
     try:
-        work()
+        quietly()
     finally:
         with lock:
             blocks = iter(())
@@ -171,7 +176,7 @@ def _block(run: Run, start: int, stop: int, reader: Reader, buffers: Buffers, no
         high = min(low + CHUNK, stop)
         total = _combine(run, low, high, reader, buffers)
         piece = out[(low - start) * size : (high - start) * size].view(storage_dtype(dtype))
-        if not narrow(total, dtype, piece, buffers.term):
+        if not narrow(total, dtype, piece, buffers.spare):
             not_finite(run, low, high)
     return out
 
@@ -193,7 +198,7 @@ def _combine(
         size = ITEMSIZE[tensor.dtype]
         raw = buffers.raw[: count * size]
         reader.into(tensor, low * size, raw)
-        values = widen(raw.view(storage_dtype(tensor.dtype)), tensor.dtype, buffers.single)
+        values = widen(raw.view(storage_dtype(tensor.dtype)), tensor.dtype, buffers.spare[0])
         if i == 0:
             np.multiply(values, factor, out=total, dtype=np.float64) if factor != 1 else np.copyto(
                 total, values
@@ -204,6 +209,9 @@ def _combine(
             term = buffers.term[:count]
             np.multiply(values, factor, out=term, dtype=np.float64)
             np.add(total, term, out=total)
-    if run.head.divisor != 1:
-        np.divide(total, run.head.divisor, out=total)
+    divisor = run.head.divisor
+    if frexp(divisor)[0] == 0.5:  # a power of two: its reciprocal is exact, and faster to apply
+        np.multiply(total, 1 / divisor, out=total) if divisor != 1 else None
+    else:
+        np.divide(total, divisor, out=total)
     return total

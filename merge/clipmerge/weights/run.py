@@ -1,7 +1,7 @@
 """Plan → bytes: the streaming pass, into a file or into memory. Same bytes for any order and thread count."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -12,14 +12,16 @@ from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import Bytes, Checkpoint, Tensor, storage_dtype
 from clipmerge.checkpoint.write import check_target, new_files, write_at
 from clipmerge.errors import MismatchError, NonFiniteError
-from clipmerge.ops.cast import LARGEST, narrow, to_float64
+from clipmerge.ops.cast import LARGEST, narrow, spare_for, to_float64
 from clipmerge.weights.blocks import Run, Sink, join, run_blocks
 from clipmerge.weights.expression import Progress, Weights
-from clipmerge.weights.plan import Plan, Step, make_plan
+from clipmerge.weights.plan import Plan, Step, float_dtype, integer_factors, make_plan
 from clipmerge.weights.shards import shard_paths, split_into_shards
 
 if TYPE_CHECKING:
     from clipmerge.weights.expression import Leaf
+
+F64 = npt.NDArray[np.float64]
 
 
 def save(
@@ -39,6 +41,7 @@ def save(
     """See `Weights.save`."""
     from clipmerge.weights.provenance import file_metadata
 
+    dtype = float_dtype(dtype)
     inputs = [file for checkpoint in weights.checkpoints for file in checkpoint.files()]
     real = check_target(path, force=force, inputs=inputs)
     plan = make_plan(weights, dtype=dtype)
@@ -82,8 +85,9 @@ def execute(
     """
     whole = [item for item in placed if not _streams(item[0])]
     runs = join(item for item in placed if _streams(item[0]))
-    for step, sink, offset in whole:
-        sink(offset, _whole(step, reader, allow_nonfinite))
+    with np.errstate(all="ignore"):
+        for step, sink, offset in whole:
+            sink(offset, _whole(step, reader, allow_nonfinite))
 
     def not_finite(run: Run, low: int, high: int) -> None:
         if not allow_nonfinite:
@@ -136,26 +140,29 @@ def _whole(step: Step, reader: Reader, allow_nonfinite: bool) -> Bytes:
     if step.kind == "computed":
         numbers = sum_of(step, reader)
     else:
-        total = np.zeros(step.shape, np.float64)
-        for factor, tensor in step.terms:
-            total += factor * to_float64(reader.dense(tensor), tensor.dtype)
-        numbers = total / step.divisor
+        parts = ((f, to_float64(reader.dense(tensor), tensor.dtype)) for f, tensor in step.terms)
+        numbers = _weighted(parts, step.shape) / step.divisor
     flat = np.ascontiguousarray(numbers, np.float64).reshape(-1)
     out = np.empty(flat.size, storage_dtype(step.dtype))
-    if not narrow(flat.copy(), step.dtype, out, np.empty(flat.size)) and not allow_nonfinite:
+    if not narrow(flat, step.dtype, out, spare_for(flat.size)) and not allow_nonfinite:
         _explain(step, flat, reader)
     return out.view(np.uint8)
 
 
-def sum_of(step: Step, reader: Reader) -> npt.NDArray[np.float64]:
+def sum_of(step: Step, reader: Reader) -> F64:
     """Σ coefficient · leaf for a step that holds nonlinear leaves, in float64."""
-    total = np.zeros(step.shape, np.float64)
-    for coefficient, leaf in step.leaves:
-        total += coefficient * evaluate(leaf, step.name, reader)
-    return total
+    return _weighted(((c, evaluate(leaf, step.name, reader)) for c, leaf in step.leaves), step.shape)
 
 
-def evaluate(leaf: "Leaf", name: str, reader: Reader) -> npt.NDArray[np.float64]:
+def _weighted(parts: Iterable[tuple[float, F64]], shape: tuple[int, ...]) -> F64:
+    """Σ factor·array in the order given, from the first one on: -0 stays -0."""
+    total: F64 | None = None
+    for factor, array in parts:
+        total = factor * array if total is None else total + factor * array
+    return np.zeros(shape, np.float64) if total is None else total
+
+
+def evaluate(leaf: "Leaf", name: str, reader: Reader) -> F64:
     """One tensor of a leaf, in float64."""
     if isinstance(leaf, Checkpoint):
         tensor = leaf.tensors[name]
@@ -163,10 +170,12 @@ def evaluate(leaf: "Leaf", name: str, reader: Reader) -> npt.NDArray[np.float64]
     return leaf.evaluate([evaluate_weights(operand, name, reader) for operand in leaf.operands])
 
 
-def evaluate_weights(weights: Weights, name: str, reader: Reader) -> npt.NDArray[np.float64]:
+def evaluate_weights(weights: Weights, name: str, reader: Reader) -> F64:
     """One tensor of an expression, in float64."""
-    parts = [float(c.at(name)) * evaluate(leaf, name, reader) for leaf, c in weights.terms.items()]
-    return np.asarray(sum(parts[1:], start=parts[0]))
+    used = [(leaf, c.at(name)) for leaf, c in weights.terms.items() if c.at(name)]
+    factors, divisor = integer_factors([c for _, c in used])
+    parts = ((f, evaluate(leaf, name, reader)) for f, (leaf, _) in zip(factors, used, strict=True))
+    return _weighted(parts, weights.checkpoints[0].tensors[name].shape) / divisor
 
 
 def _integers(step: Step, reader: Reader) -> Bytes:
@@ -200,8 +209,9 @@ def _locate(run: Run, low: int, high: int, reader: Reader) -> NoReturn:
     raise NonFiniteError(f"the output of {run.head.name!r} is not finite")
 
 
-def _explain(step: Step, numbers: npt.NDArray[np.float64], reader: Reader) -> NoReturn:
-    for source, (_, tensor) in zip(step.sources, step.terms, strict=True):
+def _explain(step: Step, numbers: F64, reader: Reader) -> NoReturn:
+    for source in step.sources:
+        tensor = source.tensors[step.name]
         bad = ~np.isfinite(to_float64(reader.dense(tensor), tensor.dtype))
         if bad.any():
             first = [int(i) for i in np.argwhere(bad)[0]]
@@ -213,5 +223,5 @@ def _explain(step: Step, numbers: npt.NDArray[np.float64], reader: Reader) -> No
     worst = float(np.nanmax(np.abs(numbers))) if numbers.size else 0.0
     raise NonFiniteError(
         f"tensor {step.name!r} reaches {worst:.6g}, more than {step.dtype} holds ({LARGEST[step.dtype]:.6g})",
-        hint="write a wider dtype: --dtype F32",
+        hint="write a wider dtype: --dtype fp32",
     )
