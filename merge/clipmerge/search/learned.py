@@ -100,7 +100,7 @@ def _descend(
         for start in range(0, count, batch_size):
             shares = raw.softmax(dim=1)
             indices = order[start : start + batch_size]
-            by_share, by_beta, loss = mixture.gradients(shares.detach(), float(beta), indices)
+            by_share, by_beta, loss = mixture.gradients(shares.detach(), beta.item(), indices)
             if not torch.isfinite(torch.tensor(loss)):
                 raise NonFiniteError(
                     "the learned soup's loss is not finite", hint="a checkpoint may hold NaN or infinity"
@@ -113,7 +113,7 @@ def _descend(
             done += 1
             if on_progress:
                 on_progress("learning", done, steps)
-    return raw.detach().softmax(dim=1), float(beta)
+    return raw.detach().softmax(dim=1), beta.item()
 
 
 def groups_for(names: Sequence[str], per: Per) -> Mapping[str, Callable[[str], bool]]:
