@@ -135,7 +135,11 @@ def test_empty_and_zero_dimensional_tensors_come_through_every_kind_of_merge(
     paths = [put(tmp_path / str(i), scale=np.float32(x), **tensors) for i, x in enumerate([1, 2, 6])]
     weights = [load(path) for path in paths]
     out = tmp_path / "out"
-    for merged, scale in ((weights[1], 2.0), (mean(weights), 3.0), (interpolate(weights[0], weights[1], 0.25), 1.25)):
+    for merged, scale in (
+        (weights[1], 2.0),
+        (mean(weights), 3.0),
+        (interpolate(weights[0], weights[1], 0.25), 1.25),
+    ):
         found = stored(merged.save(out, force=True))
         assert found["none"] == ("F32", (0,), b"")
         assert found["flat"] == ("F16", (3, 0, 2), b"")
