@@ -1,0 +1,1 @@
+"""Images with labels: from folders, tables, shards and arrays to `Split`; decoded once."""

@@ -26,7 +26,7 @@ Progress = Callable[[str, int, int], None]
 
 _FIELDS = ("size", "interpolation", "resize_mode", "fill_color")  # all that uint8 pixels depend on
 _TAIL = 32  # bytes of the digest that ends a file
-_CHUNK = 64  # images that are handed to the threads at once
+_AHEAD = 16  # images in flight for each worker
 
 
 def pixels(
@@ -146,7 +146,7 @@ def _decode(
     hasher = blake3()
     with path.open("wb") as file, ThreadPoolExecutor(workers) as pool:
         _reserve(file.fileno(), int(np.prod(shape)) + _TAIL)
-        for done, encoded in enumerate(_in_chunks(pool, one, len(split), workers), start=1):
+        for done, encoded in enumerate(_in_order(pool, one, len(split), workers), start=1):
             if not bad and encoded is not None:
                 hasher.update(encoded)
                 file.write(encoded)
@@ -156,11 +156,11 @@ def _decode(
     refuse(split.source, [Bad(split.names[i], bad[i]) for i in sorted(bad)])
 
 
-def _in_chunks(
+def _in_order(
     pool: ThreadPoolExecutor, one: Callable[[int], bytes | None], count: int, workers: int
 ) -> Iterator[bytes | None]:
-    """Results in order, with no more of them in flight than a few chunks for each worker."""
-    ahead = _CHUNK * workers
+    """Results in order, with no more of them in flight than the workers need."""
+    ahead = _AHEAD * workers
     waiting = [pool.submit(one, i) for i in range(min(ahead, count))]
     for i in range(count):
         yield waiting[i % ahead].result()
