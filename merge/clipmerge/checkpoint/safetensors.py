@@ -150,4 +150,4 @@ _KNOWN = "dtypes that are read: " + ", ".join(ITEMSIZE)
 
 def _broken(path: Path, what: str, hint: str = _DAMAGED) -> NoReturn:
     joint = ": " if what.startswith("tensor ") else " "
-    raise CheckpointError(f"{path}{joint}{what}", hint=hint)
+    raise CheckpointError(f"{path}{joint}{what[:400]}", hint=hint)

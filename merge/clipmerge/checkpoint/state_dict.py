@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from clipmerge.checkpoint.pickle_reader import Malformed
@@ -11,7 +12,7 @@ from clipmerge.checkpoint.unpickler import Stub
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "params")
 """Keys under which training scripts keep the weights, in the order they are tried."""
 
-MAX_MODULES, MAX_DEPTH, MAX_NAME = 100_000, 64, 1024
+MAX_MODULES, MAX_TENSORS, MAX_DEPTH, MAX_NAME = 100_000, 100_000, 64, 1024
 
 AnyTensor = RawTensor | Unreadable
 ScriptMembers = Callable[[str], frozenset[str] | None]
@@ -48,7 +49,9 @@ def _of_module(root: Stub, members: ScriptMembers | None) -> Found:
     walk = _script_tensors(root, members) if members else _module_tensors(root)
     if not members and not _is_module(root):
         raise Malformed(f"it holds a {root.cls[:200]}, not weights")
-    tensors = dict(walk)
+    tensors = dict(islice(walk, MAX_TENSORS + 1))
+    if len(tensors) > MAX_TENSORS:
+        raise Malformed(f"its modules hold more than {MAX_TENSORS} tensors")
     if not tensors:
         raise Malformed(f"its {root.cls[:200]} holds no tensors")
     return Found(tensors, {"class": root.cls})

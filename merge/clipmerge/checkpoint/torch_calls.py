@@ -30,6 +30,10 @@ DTYPES: Mapping[str, str] = {
     "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
     "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL", "complex64": "C64",
 }  # fmt: skip
+_UNREAD_WIDTHS: Mapping[str, int] = {
+    "ComplexDoubleStorage": 16, "QInt32Storage": 4, "QInt8Storage": 1, "QUInt8Storage": 1,
+    "QUInt4x2Storage": 1, "QUInt2x4Storage": 1,
+}  # fmt: skip
 UNREADABLE: Mapping[str, str] = {
     "torch._utils._rebuild_sparse_tensor": "sparse",
     "torch._utils._rebuild_sparse_csr_tensor": "sparse",
@@ -81,10 +85,14 @@ _INERT = frozenset(
 
 @dataclass(slots=True, eq=False)
 class Storage:
-    """A storage that a pickle names: `nbytes` from `start` of the one with this key, or of `extent`."""
+    """A storage that a pickle names: `nbytes` from `start` of the one with this key, or of `extent`.
+
+    `dtype` is None for elements that we do not read; their `width` still says where the next storage begins.
+    """
 
     key: str
     dtype: str | None
+    width: int
     nbytes: int
     start: int = 0
     extent: Extent | None = None
@@ -151,18 +159,21 @@ def persistent(saved: Any) -> Any:
     if not isinstance(name, str | int) or type(numel) is not int or numel < 0:
         raise Malformed("it has a storage without a size")
     dtype = STORAGES.get(word)
-    storage = Storage(str(name), dtype, numel * ITEMSIZE.get(dtype or "", 1))
+    if dtype is None and word not in _UNREAD_WIDTHS:
+        raise Malformed(f"it has a storage of the unknown kind {word[:40]!r}")
+    width = _UNREAD_WIDTHS[word] if dtype is None else ITEMSIZE[dtype]
+    storage = Storage(str(name), dtype, width, numel * width)
     return _viewed(storage, view[0]) if view and view[0] is not None else storage
 
 
 def _viewed(storage: Storage, view: Any) -> Storage:
     _, offset, numel = view
-    width = ITEMSIZE.get(storage.dtype or "", 1)
+    width = storage.width
     if type(offset) is not int or type(numel) is not int or min(offset, numel) < 0:
         raise Malformed("it has a malformed view of a storage")
     if (offset + numel) * width > storage.nbytes:
         raise Malformed("it has a view that is larger than its storage")
-    return Storage(storage.key, storage.dtype, numel * width, offset * width)
+    return Storage(storage.key, storage.dtype, width, numel * width, offset * width)
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> RawTensor | Unreadable:

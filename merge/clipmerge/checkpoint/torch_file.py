@@ -66,7 +66,7 @@ def _read(path: Path, file: BinaryIO) -> tuple[Found, Locate]:
     if zip_file.looks_like(head):
         return _read_zip(path, file)
     reader = Reader(file, path, 0, file.seek(0, 2))
-    root, locate = _read_pickles(reader, Budget())
+    root, locate = _read_pickles(reader, Budget(reader.end))
     return find_state_dict(root), locate
 
 
@@ -79,7 +79,8 @@ def _read_zip(path: Path, file: BinaryIO) -> tuple[Found, Locate]:
     order = f"{folder}/byteorder"
     if order in archive.entries and archive.read(order, 16).strip() != b"little":
         raise Malformed("it was saved on a big-endian machine; save it again on a little-endian one")
-    root, _ = _read_pickles(_in_memory(archive.read(roots[0], MAX_PICKLE)), Budget(), nesting=1)
+    window = _in_memory(archive.read(roots[0], MAX_PICKLE))
+    root, _ = _read_pickles(window, Budget(window.end), nesting=1)
     is_script = any(name.startswith(f"{folder}/code/") for name in archive.entries)
     members = torchscript.Members(archive, folder) if is_script else None
     places: dict[str, Extent] = {}
@@ -143,7 +144,7 @@ def _legacy_storages(reader: Reader, keys: Any, storages: Mapping[str, Storage])
         if storage is None or str(key) in places:
             raise Malformed("its list of storages does not match its tensors")
         count = int.from_bytes(reader.take(8), "little")
-        span = reader.skip(count * ITEMSIZE.get(storage.dtype or "", 1))
+        span = reader.skip(count * storage.width)
         places[storage.key] = Extent(reader.source, span.offset, span.nbytes)
 
     def locate(storage: Storage) -> Extent:

@@ -14,8 +14,8 @@ from typing import Any
 from clipmerge.checkpoint import pickle_reader as r
 from clipmerge.checkpoint.pickle_reader import Malformed, Reader, Span, Unsafe
 
-MAX_STEPS = 2_000_000
-"""Opcodes. A ViT-L/14 module with its optimizer takes about 200 000."""
+MAX_STEPS = 1_000_000
+"""Opcodes. A ViT-L/14 with its AdamW takes 59 000 in a training checkpoint, 98 000 as a module."""
 MAX_KEY = 2**60
 
 
@@ -38,9 +38,20 @@ class Stub:
 
 @dataclass(slots=True)
 class Budget:
-    """Steps left; shared by the pickles nested in one file."""
+    """What the pickles of one file may still cost: steps, and characters of text that calls copy."""
 
+    text: int
     steps: int = MAX_STEPS
+
+    def charge(self, args: tuple[Any, ...]) -> None:
+        """Count what a call may copy: without this, a short pickle could copy one long list for ever."""
+        for arg in args:
+            if isinstance(arg, str):
+                self.text -= len(arg)
+            elif isinstance(arg, list | tuple | dict | set):
+                self.steps -= len(arg)
+        if self.text < 0 or self.steps < 0:
+            raise Malformed("its pickle copies more than the file holds")
 
 
 Call = Callable[[Global, tuple[Any, ...]], Any]
@@ -204,6 +215,7 @@ class Machine:
             raise Malformed("its pickle calls something without arguments")
         if not isinstance(function, Global):
             raise Unsafe(function.cls if isinstance(function, Stub) else type(function).__name__)
+        self._budget.charge(args)
         return self._call(function, args)
 
     def _extend(self, values: list[Any]) -> None:

@@ -43,6 +43,7 @@ class ZipFile:
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self._path, self._file = path, file
         self._size = file.seek(0, 2)
+        self._inflated = 0
         self.entries = self._directory()
 
     def locate(self, name: str) -> Extent:
@@ -82,7 +83,8 @@ class ZipFile:
         return begin
 
     def _inflate(self, name: str, entry: Entry) -> bytes:
-        if entry.size > MAX_INFLATION * self._size + (1 << 20):
+        self._inflated += entry.size
+        if self._inflated > MAX_INFLATION * self._size + (1 << 20):
             raise Malformed(f"its entry {name!r} would inflate to {entry.size} bytes")
         worker = zlib.decompressobj(-15)
         try:

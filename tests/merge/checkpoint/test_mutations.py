@@ -96,9 +96,9 @@ def fuzz(seed: bytes, path: Path, rounds: int, chance: random.Random, put: Calla
     slowest = 0.0
     for _ in range(rounds):
         path.write_bytes(put(mutated(seed, chance)))
-        begin = time.monotonic()
+        begin = time.process_time()
         check(path)
-        slowest = max(slowest, time.monotonic() - begin)
+        slowest = max(slowest, time.process_time() - begin)
     assert slowest < 30
 
 
