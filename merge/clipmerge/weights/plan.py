@@ -187,7 +187,7 @@ def _ordered(weights: Weights, keys: Mapping[Checkpoint, str]) -> tuple[str, Wei
 
 def _content_keys(checkpoints: Sequence[Checkpoint]) -> dict[Checkpoint, str]:
     """A text for each checkpoint that only its contents decide; different contents, different texts."""
-    with Reader() as reader:
+    with Reader(checkpoints) as reader:
         keys = {checkpoint: fingerprint(checkpoint, reader) for checkpoint in checkpoints}
     if len(set(keys.values())) < len(keys):
         from clipmerge.weights.digest import content_digest
