@@ -33,7 +33,7 @@ def demo(
 
     Real images (scikit-learn's handwritten digits), a tiny CLIP trained from scratch, six FLYP finetunings;
     then soups, WiSE-FT, task arithmetic and PAINT, all chosen on held-out images and reported on test images
-    and on a shift (the digits turned by 30 degrees). [bold]commands.sh[/bold] in the folder has every step as
+    and on a shift (the digits turned by 25 degrees). [bold]commands.sh[/bold] in the folder has every step as
     a command. An interrupted demo goes on where it stopped.
 
     Example:
@@ -105,7 +105,7 @@ def _show(study: "Study", out: Path) -> None:
         title=f"{chosen} (top-1 %)",
     )
     table(
-        ("model", "low 0–4", "high 5–9", "upright 0–9", "inverted 0–9"),
+        ("model", "low 0–4", "high 5–9", "upright 0–9", "blurred 0–9"),
         [_task(row) for row in study.rows if row.role in ("base", "task", "added", "negated", "patched")],
         title="Task arithmetic and patching, on test digits (top-1 %)",
     )
@@ -123,7 +123,7 @@ def _compared(row: "Row") -> list[Any]:
 
 
 def _task(row: "Row") -> list[Any]:
-    return [row.name, *(_percent(row, split) for split in ("low", "high", "test", "inverted"))]
+    return [row.name, *(_percent(row, split) for split in ("low", "high", "test", "blurred"))]
 
 
 def _percent(row: "Row", split: str) -> str:

@@ -30,7 +30,7 @@ def write_report(study: "Study", results: Path) -> None:
     rows = [
         {"role": row.role, "scores": {s: row.scores[s]["value"] for s in row.scores}} for row in study.rows
     ]
-    shown = {"x": "test", "y": "shift", "labels": {"test": "test digits", "shift": "turned by 30°"}}
+    shown = {"x": "test", "y": "shift", "labels": {"test": "test digits", "shift": "turned by 25°"}}
     comparison = {"kind": "comparison", "rows": rows, "curve": documents["curve"], **shown}
     figures.plot(comparison, folder / "comparison.png")
     for name, key in (
@@ -60,7 +60,7 @@ def commands(study: "Study") -> str:
 
 def _sections(study: "Study") -> list[tuple[str, list[list[str]]]]:
     clipmerge, prompts, best = "clipmerge", ["--templates", TEMPLATE], str(study.best.file)
-    held, shift, inverted = (SPLITS[f"held-out{name}"] for name in ("", " shift", " inverted"))
+    held, shift, blurred = (SPLITS[f"held-out{name}"] for name in ("", " shift", " blurred"))
     low, high = SPLITS["held-out low"], SPLITS["held-out high"]
     base, globbed = BASE.path, "ft/*.safetensors"
     return [
@@ -70,7 +70,7 @@ def _sections(study: "Study") -> list[tuple[str, list[list[str]]]]:
             [t.command(study.pace, f"again/{t.path}") for t in (*INGREDIENTS, *TASKS)],
         ),
         (
-            "Each of them on test digits, and turned by 30 degrees",
+            "Each of them on test digits, and turned by 25 degrees",
             [[clipmerge, "evaluate", base, globbed, "--data", SPLITS[name]] for name in ("test", "shift")],
         ),
         (
@@ -97,10 +97,10 @@ def _sections(study: "Study") -> list[tuple[str, list[list[str]]]]:
             ],
         ),
         (
-            "PAINT: learn inverted digits, keep upright ones",
+            "PAINT: learn blurred digits, keep upright ones",
             [
-                [clipmerge, "patch", base, "tasks/inverted.safetensors", "--patch", inverted,
-                 "--supported", held, "-o", "again/patched.safetensors"],
+                [clipmerge, "patch", base, "tasks/blurred.safetensors", "--patch", blurred,
+                 "--supported", held, "--alphas", ALPHAS, "-o", "again/patched.safetensors"],
             ],
         ),
         (

@@ -100,9 +100,11 @@ class Study:
         with self.watched("soups") as on_progress:
             self.add_row("base", "base", self.base, BASE.path)
             for weights, training in zip(self.ingredients, INGREDIENTS, strict=True):
-                self.add_row(training.name, "ingredient", weights, training.path)
+                self.add_row(training.title, "ingredient", weights, training.path)
             best = self.best
-            self.rows.append(Row(f"best single ({best.name})", "best", best.file, best.scores))
+            self.rows.append(
+                Row(f"best single ({best.name.partition(':')[0]})", "best", best.file, best.scores)
+            )
             uniform = uniform_soup(self.ingredients)
             greedy = greedy_soup(self.ingredients, self.evaluator, split="held-out", on_progress=on_progress)
             self.keep("uniform soup", "uniform", uniform.weights, "uniform.safetensors")
@@ -133,12 +135,12 @@ class Study:
             ]
 
     def tasks(self) -> None:
-        """Task arithmetic on low and high digits, and PAINT on inverted ones."""
+        """Task arithmetic on low and high digits, and PAINT on blurred ones."""
         from clipmerge.search.patch import patch
         from clipmerge.search.rules import keep_control, normalised_mean
         from clipmerge.search.sweep import reference_scores, sweep
 
-        low, high, inverted = (self.load(f"tasks/{name}.safetensors") for name in ("low", "high", "inverted"))
+        low, high, blurred = (self.load(f"tasks/{name}.safetensors") for name in ("low", "high", "blurred"))
         base, judge, scales = self.base, self.evaluator, numbers(SCALES, "scales")
         with self.watched("task arithmetic and patching") as on_progress:
             own = reference_scores({"held-out low": low, "held-out high": high}, judge)
@@ -152,11 +154,11 @@ class Study:
                 name="negate", on_progress=on_progress,
             )  # fmt: skip
             patched = patch(
-                base, inverted, judge, patching="held-out inverted", supported="held-out",
+                base, blurred, judge, patching="held-out blurred", supported="held-out",
                 grid=numbers(ALPHAS, "alphas"), on_progress=on_progress,
             )  # fmt: skip
-            for name, weights in (("low", low), ("high", high), ("inverted", inverted)):
-                self.add_row(f"tasks/{name}", "task", weights, f"tasks/{name}.safetensors")
+            for name, weights in (("low", low), ("high", high), ("blurred", blurred)):
+                self.add_row(f"{name} alone", "task", weights, f"tasks/{name}.safetensors")
             self.keep(f"low + high, scale {add.alpha:g}", "added", add.weights, "added.safetensors")
             self.keep(
                 f"low forgotten, scale {forget.alpha:g}", "negated", forget.weights, "forgot.safetensors"

@@ -15,7 +15,7 @@ _MARKS: Mapping[str, tuple[str, str, float, str]] = {
     "uniform": ("^", BLUE, 11, "uniform soup"),
     "greedy": ("*", ORANGE, 17, "greedy soup"),
     "ensemble": ("P", GREEN, 10, "logit ensemble"),
-    "patched": ("X", PURPLE, 11, "patched"),
+    "wise-ft": ("X", PURPLE, 11, "WiSE-FT, α chosen on held-out"),
 }
 """Role → marker, colour, size and words."""
 

@@ -1,0 +1,152 @@
+"""The demo at a twentieth of its training: everything is there, and its commands do what it did, bit for bit."""
+
+import json
+import shlex
+import subprocess
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from clipmerge_cli import demo
+from clipmerge_cli.app import main
+from clipmerge_cli.demo_setting import INGREDIENTS, MODEL, MODEL_FILE, TRAININGS
+from clipmerge_cli.demo_study import Study
+
+PACE = 0.05
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("demo") / "out"
+    demo.run(out, quiet=True, pace=PACE)
+    return out
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> Any:
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def test_the_model_is_small() -> None:
+    import open_clip
+
+    model = open_clip.CLIP(**MODEL["model_cfg"])
+    assert sum(p.numel() for p in model.parameters()) < 6_000_000
+
+
+def test_everything_is_kept(folder: Path) -> None:
+    made = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    figures = ("comparison", "greedy-soup", "wise-ft", "forgot", "added", "patched", "base-training")
+    merged = ("uniform", "greedy", "wise-ft", "added", "forgot", "patched")
+    assert made >= {
+        "results.json",
+        "commands.sh",
+        MODEL_FILE,
+        *(f"{name}.{suffix}" for name in figures for suffix in ("png", "svg")),
+        *(f"{name}.safetensors" for name in merged),
+        *(training.path for training in TRAININGS),
+        *(f"data/{name}.npz" for name in ("broad", "low", "high")),
+    }
+
+
+def test_the_table_compares_what_was_asked(results: Any) -> None:
+    roles = [model["role"] for model in results["models"]]
+    assert roles.count("ingredient") == len(INGREDIENTS) == 6
+    assert {"base", "best", "uniform", "greedy", "ensemble", "wise-ft", "added", "negated", "patched"} <= set(
+        roles
+    )
+    by_role = {model["role"]: model for model in results["models"]}
+    alone = [m["scores"]["held-out"]["value"] for m in results["models"] if m["role"] == "ingredient"]
+    assert by_role["best"]["scores"]["held-out"]["value"] == max(alone)
+    greedy = by_role["greedy"]["scores"]["held-out"]["value"]
+    assert greedy == results["greedy_soup"]["score"]["value"] >= max(alone)
+    for model in results["models"]:
+        for score in model["scores"].values():
+            assert score["value"] == score["correct"] / score["n"]
+
+
+def test_its_files_open_in_open_clip(folder: Path) -> None:
+    import open_clip
+
+    model = open_clip.CLIP(**MODEL["model_cfg"])
+    open_clip.load_checkpoint(model, str(folder / "greedy.safetensors"))
+    saved = load_file(folder / "greedy.safetensors")["visual.proj"]
+    assert np.array_equal(model.visual.proj.detach().numpy(), saved)
+
+
+def command_lines(script: Path) -> Iterator[list[str]]:
+    for line in script.read_text(encoding="utf-8").splitlines():
+        if line.startswith("clipmerge "):
+            yield shlex.split(line)[1:]
+
+
+def test_its_commands_work_when_typed_and_give_the_same_weights(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subprocess.run(["bash", "-n", folder / "commands.sh"], check=True)
+    monkeypatch.chdir(folder)
+    for name in ("ft", "tasks"):
+        Path("again", name).mkdir(parents=True, exist_ok=True)
+    for words in command_lines(folder / "commands.sh"):
+        globbed = [
+            w for word in words for w in (sorted(map(str, Path().glob(word))) if "*" in word else [word])
+        ]
+        assert main(globbed) == 0, (words, capsys.readouterr().err)
+    again = sorted(Path("again").rglob("*.safetensors"))
+    assert len(again) == len(TRAININGS) + 6
+    for path in again:
+        first, second = load_file(path), load_file(path.relative_to("again"))
+        assert first.keys() == second.keys()
+        different = [name for name in first if not np.array_equal(first[name], second[name])]
+        assert different == [], path
+
+
+def test_a_finished_demo_is_not_overwritten(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (folder / "results.json").stat()
+    assert main(["demo", "--out", str(folder)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {folder} holds a finished demo\n\nhint: ")
+    assert (folder / "results.json").stat() == before
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    assert main(["demo", "--out", str(tmp_path), "--force"]) == 1
+    assert f"error: {tmp_path} is not empty, and no demo's" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_demo_of_another_version_is_not_continued(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / MODEL_FILE).write_text("{}")
+    assert main(["demo", "--out", str(tmp_path)]) == 1
+    assert "holds a demo of another version" in capsys.readouterr().err
+
+
+def test_force_starts_anew_and_leaves_other_files_alone(tmp_path: Path) -> None:
+    (tmp_path / "ft").mkdir()
+    for name in (MODEL_FILE, "results.json", "greedy.safetensors", "notes.txt", "ft/ft1.safetensors"):
+        (tmp_path / name).write_text("{}")
+    demo._claim(tmp_path, force=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [MODEL_FILE, "notes.txt"]
+
+
+def test_an_interrupted_demo_goes_on_with_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[str] = []
+    monkeypatch.setattr(Study, "train", lambda self, training: trained.append(training.path))
+    for step in ("soups", "robust", "tasks"):
+        monkeypatch.setattr(Study, step, lambda self: None)
+    study = Study(tmp_path, lambda step: nullcontext(None))
+    (tmp_path / "ft").mkdir()
+    (tmp_path / "base.safetensors").touch()
+    (tmp_path / "ft/ft2.safetensors").touch()
+    study.run()
+    assert trained == [t.path for t in TRAININGS if t.name not in ("base", "ft/ft2")]
