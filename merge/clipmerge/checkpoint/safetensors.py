@@ -128,13 +128,13 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[int, int, str, tuple[int,
 
 def check_shape(path: Path, name: str, dtype: str, shape: "tuple[int, ...] | list[int]") -> None:
     """Refuse shapes that no array can have, empty ones included (`[2**62, 2**62, 0]`)."""
+    if len(shape) > MAX_RANK:
+        _broken(path, f"tensor {name!r} has {len(shape)} dimensions; at most {MAX_RANK} are read")
     extent = ITEMSIZE[dtype]
     for size in shape:
         extent *= size or 1
         if extent > MAX_BYTES:
             _broken(path, f"tensor {name!r} is larger than memory can address")
-    if len(shape) > MAX_RANK:
-        _broken(path, f"tensor {name!r} has {len(shape)} dimensions; at most {MAX_RANK} are read")
 
 
 def _counts(values: Any) -> bool:

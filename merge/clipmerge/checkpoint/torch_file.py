@@ -7,6 +7,7 @@ pickle is read by `unpickler`, and tensors become extents of the file: nothing o
 
 import io
 from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from clipmerge.checkpoint import torchscript, zip_file
 from clipmerge.checkpoint.pickle_reader import Malformed, Reader, Span, Unsafe
+from clipmerge.checkpoint.safetensors import check_shape
 from clipmerge.checkpoint.state_dict import Found, find_state_dict
 from clipmerge.checkpoint.tensors import ITEMSIZE, Extent, Tensor
 from clipmerge.checkpoint.torch_calls import RawTensor, Storage, TorchCalls, Unreadable, persistent
@@ -178,16 +180,12 @@ def _tensor(path: Path, name: str, raw: RawTensor | Unreadable, locate: Locate) 
     width, whole = ITEMSIZE[raw.dtype], locate(raw.storage)
     if raw.storage.start + raw.storage.nbytes > whole.nbytes:
         raise Malformed(f"the storage of tensor {_shown(name)!r} is larger than the bytes that are there")
-    numel, reach = 1, 1
-    for size, stride in zip(raw.shape, raw.strides, strict=True):
-        numel, reach = numel * size, reach + (size - 1) * stride
-    reach = reach if numel else 0
-    if (
-        len(raw.shape) > 32
-        or (raw.offset + reach) * width > raw.storage.nbytes
-        or numel * width > whole.nbytes
-    ):
-        raise Malformed(f"tensor {_shown(name)!r} of shape {raw.shape[:8]} reaches beyond its storage")
+    check_shape(path, name, raw.dtype, raw.shape)
+    numel, reach = prod(raw.shape), 0
+    if numel:  # an empty view may start anywhere: torch writes offsets behind the storage's end
+        reach = 1 + sum((size - 1) * step for size, step in zip(raw.shape, raw.strides, strict=True))
+        if max(raw.offset + reach, numel) * width > raw.storage.nbytes:
+            raise Malformed(f"tensor {_shown(name)!r} of shape {raw.shape} reaches beyond its storage")
     begin = whole.offset + raw.storage.start + (raw.offset * width if numel else 0)
     strides = None if row_major(raw.shape, raw.strides) else raw.strides
     return Tensor(raw.dtype, raw.shape, (Extent(whole.source, begin, reach * width),), strides)

@@ -126,7 +126,7 @@ def tensor_pickle(numel: int, shape: tuple[int, ...], strides: tuple[int, ...], 
         (4, (5,), (1,), 0),
         (4, (4,), (1,), 1),
         (4, (2, 2), (3, 1), 0),
-        (4, (2**40, 0), (1, 1), 5),
+        (4, (2**62, 2**62, 0), (1, 1, 1), 5),
         (5, (5,), (1,), 0),
         (2**62, (2**62,), (1,), 0),
         (4, (2**62, 2**62), (0, 0), 0),
@@ -146,7 +146,7 @@ def test_tensors_that_reach_beyond_their_bytes_are_refused(
     with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
         archive.writestr("archive/data.pkl", tensor_pickle(numel, shape, strides, offset))
         archive.writestr("archive/data/0", b"\0" * 16)
-    with pytest.raises(CheckpointError, match=r"a\.pt cannot be read"):
+    with pytest.raises(CheckpointError, match=r"a\.pt(: tensor| cannot be read)"):
         open_checkpoint(tmp_path / "a.pt")
 
 

@@ -1,6 +1,7 @@
 """What torch, TorchScript and pickle write is read back byte for byte, without torch."""
 
 import io
+import math
 import pickle
 import subprocess
 import sys
@@ -14,9 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 
 from clipmerge.checkpoint.open import open_checkpoint
+from clipmerge.checkpoint.safetensors import read_header
+from clipmerge.checkpoint.tensors import Checkpoint
 from clipmerge.checkpoint.torch_file import read_torch
 from clipmerge.errors import CheckpointError
 
@@ -270,3 +276,29 @@ def test_an_archive_that_torch_did_not_write_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x=np.ones(2))
     with pytest.raises(CheckpointError, match="not one that torch wrote"):
         open_checkpoint(tmp_path / "a.npz")
+
+
+@st.composite
+def views(draw: st.DrawFn) -> Any:
+    """A view of a fresh storage: any dtype, slices with steps, axes in any order."""
+    kinds = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8]
+    shape = draw(st.lists(st.integers(0, 5), max_size=3))
+    value = torch.arange(math.prod(shape)).reshape(shape).to(draw(st.sampled_from(kinds)))
+    cuts = tuple(slice(draw(st.integers(0, 2)), None, draw(st.integers(1, 3))) for _ in shape)
+    return value[cuts].permute(draw(st.permutations(range(len(shape))))) if shape else value
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(state=st.dictionaries(st.text("abcü._0", min_size=1, max_size=6), views(), min_size=1, max_size=4))
+def test_one_state_dict_is_the_same_bytes_through_every_container(state: Any, tmp_path: Path) -> None:
+    dense = {name: value.contiguous() for name, value in state.items()}
+    save_file(dense, tmp_path / "a")
+    expected = read_header(tmp_path / "a")[1]
+    reference = Checkpoint("a", expected)
+    for container in CONTAINERS.values():
+        container(state, tmp_path / "b")
+        found = Checkpoint("b", read_torch(tmp_path / "b")[0])
+        assert found.tensors.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert (found.tensors[name].dtype, found.tensors[name].shape) == (tensor.dtype, tensor.shape)
+            assert found.read(name).tobytes() == reference.read(name).tobytes()

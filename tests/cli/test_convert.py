@@ -1,0 +1,42 @@
+"""`clipmerge convert`, as a user types it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from clipmerge_cli.app import main
+
+
+def test_a_training_checkpoint_becomes_safetensors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"state_dict": {"module.logit_scale": torch.tensor(2.0)}, "epoch": 1}, tmp_path / "epoch_1.pt")
+    out = tmp_path / "out.safetensors"
+    assert main(["convert", str(tmp_path / "epoch_1.pt"), "-o", str(out)]) == 0
+    assert load_file(out)["logit_scale"] == 2.0
+    assert f"wrote {out}" in capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "epoch_1.pt"), "-o", str(out)]) == 1
+    assert "already exists" in capsys.readouterr().err
+
+
+def test_what_was_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = {"logit_scale": torch.tensor(2.0), "input_resolution": torch.tensor(224)}
+    torch.save(state, tmp_path / "ViT.pt")
+    assert main(["convert", str(tmp_path / "ViT.pt"), "-o", str(tmp_path / "o.safetensors")]) == 0
+    assert "left out" in capsys.readouterr().err
+
+
+def test_a_file_that_asks_for_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "evil.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    assert main(["convert", str(tmp_path / "evil.pt"), "-o", str(tmp_path / "o.safetensors")]) == 1
+    shown = capsys.readouterr().err
+    assert "error:" in shown
+    assert "it calls os.system" in shown
+    assert "hint:" in shown
+    assert not (tmp_path / "o.safetensors").exists()
+
+
+def test_an_unknown_layout_is_wrong_usage(tmp_path: Path) -> None:
+    assert main(["convert", "a.pt", "-o", str(tmp_path / "o.safetensors"), "--to", "onnx"]) == 2
