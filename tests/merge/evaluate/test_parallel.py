@@ -50,7 +50,7 @@ def run(task: Path, arguments: list[str], world: int) -> list[dict]:
         )
         for rank in range(world)
     ]
-    answers = [process.communicate(timeout=120)[0] for process in started]
+    answers = [process.communicate(timeout=300)[0] for process in started]
     assert [process.returncode for process in started] == [0] * world
     return [json.loads(answer) for answer in answers]
 

@@ -94,7 +94,7 @@ predicted = st.integers(20, 60).flatmap(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 @given(
     predicted,
     st.sampled_from(["top1", "mean_per_class", "macro_f1", "worst_group"]),

@@ -1,0 +1,88 @@
+"""Weights into a model in place, and a model's tensors as Weights."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clipmerge.model.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from clipmerge.weights.expression import Weights
+
+__all__ = ["load_weights", "save_model", "weights_of"]
+
+HEAD = "classification_head"
+
+
+def load_weights(model: "torch.nn.Module", weights: "Weights") -> None:
+    """Write weights into an open_clip model in place.
+
+    A trained head in the weights becomes `model.classification_head`; the text tower may be absent where
+    there is such a head (model-soups' checkpoints), and then keeps what it held.
+
+    Raises:
+        ModelError: names or shapes differ; missing and unexpected ones are listed all at once.
+    """
+    names = weights.names
+    _fit_head(model, weights)
+    weights.load_into(_without_absent_text(model, names) if _has_head(names) else model)
+
+
+def _has_head(names: Sequence[str]) -> bool:
+    return f"{HEAD}.weight" in names
+
+
+def _fit_head(model: "torch.nn.Module", weights: "Weights") -> None:
+    """Give the model the trained head's shape, or take away a head that these weights do not have."""
+    import torch
+
+    names = weights.names
+    if not _has_head(names):
+        if hasattr(model, HEAD):
+            delattr(model, HEAD)
+        return
+    classes, width = weights.checkpoints[0].tensors[f"{HEAD}.weight"].shape
+    bias = f"{HEAD}.bias" in names
+    now = getattr(model, HEAD, None)
+    if now is None or tuple(now.weight.shape) != (classes, width) or (now.bias is not None) != bias:
+        device = next(model.parameters()).device
+        model.add_module(HEAD, torch.nn.Linear(width, classes, bias=bias, device=device))
+
+
+def _without_absent_text(model: "torch.nn.Module", names: Sequence[str]) -> "torch.nn.Module":
+    """A view of the model (its own tensors) without the parts of the text tower that no name reaches."""
+    import torch
+
+    present = {name.split(".", 1)[0] for name in names}
+    view = torch.nn.Module()
+    for name, child in model.named_children():
+        if name in present or name == "visual":
+            view.add_module(name, child)
+    for name, parameter in model.named_parameters(recurse=False):
+        if name in present:
+            view.register_parameter(name, parameter)
+    return view
+
+
+def weights_of(model: "torch.nn.Module", spec: ModelSpec, name: str = "model") -> "Weights":
+    """The model's tensors as weights that record which model they are for."""
+    from clipmerge.weights.expression import from_state_dict
+    from clipmerge.weights.record import FORMAT, write_record
+
+    record = {"format": FORMAT, "total": 1, "model": spec.to_metadata()}
+    return from_state_dict(model.state_dict(), name, write_record(record))
+
+
+def save_model(
+    model: "torch.nn.Module",
+    spec: ModelSpec,
+    path: str | Path,
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    force: bool = False,
+) -> Path:
+    """Write the model as `.safetensors` in open_clip's names, with the model's record; the path written."""
+    name = Path(path).stem
+    return weights_of(model, spec, name).save(path, metadata=dict(metadata or {}), force=force)
