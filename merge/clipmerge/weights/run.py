@@ -12,9 +12,10 @@ from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import Bytes, Checkpoint, Tensor, storage_dtype
 from clipmerge.checkpoint.write import check_target, new_files, write_at
 from clipmerge.errors import MismatchError, NonFiniteError
-from clipmerge.ops.cast import LARGEST, narrow, spare_for, to_float64
+from clipmerge.ops.cast import narrow, spare_for, to_float64
 from clipmerge.weights.blocks import Run, Sink, join, run_blocks
 from clipmerge.weights.expression import Progress, Weights
+from clipmerge.weights.nonfinite import explain, overflow, refuse_inputs
 from clipmerge.weights.plan import Plan, Step, float_dtype, integer_factors, make_plan
 from clipmerge.weights.shards import shard_paths, split_into_shards
 
@@ -138,6 +139,8 @@ def _whole(step: Step, reader: Reader, allow_nonfinite: bool) -> Bytes:
     if step.kind in ("agree", "largest"):
         return _integers(step, reader)
     if step.kind == "computed":
+        if not allow_nonfinite:  # a method that trims or ranks may swallow what is not finite
+            refuse_inputs(step, reader)
         numbers = sum_of(step, reader)
     else:
         parts = ((f, to_float64(reader.dense(tensor), tensor.dtype)) for f, tensor in step.terms)
@@ -145,7 +148,8 @@ def _whole(step: Step, reader: Reader, allow_nonfinite: bool) -> Bytes:
     flat = np.ascontiguousarray(numbers, np.float64).reshape(-1)
     out = np.empty(flat.size, storage_dtype(step.dtype))
     if not narrow(flat, step.dtype, out, spare_for(flat.size)) and not allow_nonfinite:
-        _explain(step, flat, reader)
+        explain(step, reader, flat)
+        overflow(step, float("inf"))
     return out.view(np.uint8)
 
 
@@ -198,30 +202,7 @@ def _locate(run: Run, low: int, high: int, reader: Reader) -> NoReturn:
     for step in run.steps:
         end = begin + int(np.prod(step.shape, dtype=np.int64))
         if begin < high and low < end:
-            total = np.zeros(step.shape, np.float64)
-            for factor, tensor in step.terms:
-                with np.errstate(invalid="ignore", over="ignore"):
-                    total += factor * to_float64(reader.dense(tensor), tensor.dtype)
-            total /= step.divisor
-            if not np.all(np.abs(total) <= LARGEST[step.dtype]):
-                _explain(step, total.reshape(-1), reader)
+            with np.errstate(all="ignore"):
+                explain(step, reader)
         begin = end
     raise NonFiniteError(f"the output of {run.head.name!r} is not finite")
-
-
-def _explain(step: Step, numbers: F64, reader: Reader) -> NoReturn:
-    for source in step.sources:
-        tensor = source.tensors[step.name]
-        bad = ~np.isfinite(to_float64(reader.dense(tensor), tensor.dtype))
-        if bad.any():
-            first = [int(i) for i in np.argwhere(bad)[0]]
-            raise NonFiniteError(
-                f"{source.path or source.name}: tensor {step.name!r} holds {int(bad.sum())} values "
-                f"that are not finite, the first at {first}",
-                hint="that checkpoint is damaged or diverged; leave it out, or pass --allow-nonfinite",
-            )
-    worst = float(np.nanmax(np.abs(numbers))) if numbers.size else 0.0
-    raise NonFiniteError(
-        f"tensor {step.name!r} reaches {worst:.6g}, more than {step.dtype} holds ({LARGEST[step.dtype]:.6g})",
-        hint="write a wider dtype: --dtype fp32",
-    )
