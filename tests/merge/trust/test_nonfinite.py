@@ -122,7 +122,7 @@ def test_opposite_infinities_make_nan_where_they_are_allowed(
 ) -> None:
     up, down = (load(put(tmp_path / f"{x}", w=np.array([x, 1], np.float32))) for x in (np.inf, -np.inf))
     for merged in (mean([up, down]), interpolate(up, down, 0.5)):
-        with pytest.raises(NonFiniteError, match=r"holds 1 values that are not finite, the first at \[0\]"):
+        with pytest.raises(NonFiniteError, match=r"holds 1 value that is not finite, the first at \[0\]"):
             merged.save(tmp_path / "out")
         found = stored(merged.save(tmp_path / "out", allow_nonfinite=True, force=True))["w"][2]
         assert np.array_equal(np.frombuffer(found, np.float32), [np.nan, 1], equal_nan=True)
@@ -141,7 +141,9 @@ def test_an_output_that_overflows_its_dtype_is_reported_with_how_far_it_reaches(
     with pytest.raises(NonFiniteError, match=rf"tensor 'w' reaches .* more than {dtype} holds") as caught:
         too_much.save(tmp_path / "out")
     assert caught.value.hint is not None
-    assert "--dtype" in caught.value.hint
+    assert caught.value.hint == (
+        "use smaller scales" if dtype == "F32" else "write a wider dtype: --dtype fp32"
+    )
     assert not (tmp_path / "out").exists()
     too_much.save(tmp_path / "wide", dtype="F64")
     found = stored(too_much.save(tmp_path / "out", allow_nonfinite=True))["w"][2]
@@ -185,7 +187,7 @@ def test_a_coefficient_of_zero_leaves_a_damaged_input_out(tmp_path: Path, put: P
 def test_in_memory_results_refuse_too(tmp_path: Path, put: Put) -> None:
     bad = load(put(tmp_path / "bad", w=np.array([1, np.nan], np.float32)))
     with pytest.raises(
-        NonFiniteError, match=r"bad: tensor 'w' holds 1 values that are not finite, the first at \[1\]"
+        NonFiniteError, match=r"bad: tensor 'w' holds 1 value that is not finite, the first at \[1\]"
     ):
         bad.state_dict()
 
@@ -197,7 +199,43 @@ def test_transposed_inputs_are_located_as_well(tmp_path: Path) -> None:
     square[1, 2] = torch.inf
     torch.save({"w": square.T}, tmp_path / "turned.pt")
     with pytest.raises(
-        NonFiniteError, match=r"turned\.pt: tensor 'w' holds 1 values .* the first at \[2, 1\]"
+        NonFiniteError, match=r"turned\.pt: tensor 'w' holds 1 value .* the first at \[2, 1\]"
     ):
         load(tmp_path / "turned.pt").save(tmp_path / "out")
     load(tmp_path / "turned.pt").save(tmp_path / "out", allow_nonfinite=True)
+
+
+def test_a_nonlinear_method_never_swallows_what_is_not_finite(tmp_path: Path, put: Put) -> None:
+    from clipmerge.weights.methods import apply
+
+    rng = np.random.default_rng(0)
+    base, one, two = (
+        put(tmp_path / name, w=rng.standard_normal((4, 8), np.float32)) for name in ("base", "one", "two")
+    )
+    numbers = rng.standard_normal((4, 8), np.float32)
+    numbers[2, 5] = -np.inf
+    put(two, w=numbers)
+    zs, a, b = (load(path) for path in (base, one, two))
+    with pytest.raises(
+        NonFiniteError, match=r"two: tensor 'w' holds 1 value that is not finite, the first at \[2, 5\]"
+    ):
+        (zs + apply("magmax", [a - zs, b - zs])).save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_finding_the_place_takes_no_memory_of_the_tensor_s_size(
+    tmp_path: Path, put_sparse: Put, program: Callable[..., Any]
+) -> None:
+    path = put_sparse(tmp_path / "large.safetensors", "F16", (120_000_000,))
+    with path.open("r+b") as file:
+        file.seek(-2, 2)
+        file.write(np.array([np.inf], np.float16).tobytes())
+    code = (
+        "import sys, resource, clipmerge as cm\nfrom clipmerge.errors import NonFiniteError\n"
+        "large = cm.load(sys.argv[1])\nresource.setrlimit(resource.RLIMIT_DATA, (300_000_000, 300_000_000))\n"
+        "try:\n    large.save(sys.argv[2], dtype='BF16', digests=False, threads=1)\n"
+        "except NonFiniteError as error:\n    print(error.message)\n"
+    )
+    done = program(code, path, tmp_path / "out")
+    said = f"{path}: tensor 'w' holds 1 value that is not finite, the first at [119999999]\n"
+    assert (done.stdout, done.stderr) == (said, "")
