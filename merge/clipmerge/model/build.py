@@ -1,7 +1,7 @@
 """A model, its tokenizer and its transforms: open_clip's own, from a ModelSpec."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, cast
 
@@ -35,7 +35,7 @@ def build_model(
             with torch.device(device), _random_values_skipped():
                 model = _construct(spec)
         else:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), _empty_is_zero():
                 torch.manual_seed(seed)
                 model = _construct(spec)
     except (TypeError, KeyError, ValueError, AssertionError) as error:
@@ -63,27 +63,40 @@ def _construct(spec: ModelSpec) -> "torch.nn.Module":
     return cast("torch.nn.Module", model)
 
 
-@contextmanager
-def _random_values_skipped() -> Iterator[None]:
+def _random_values_skipped() -> AbstractContextManager[Any]:
     """Within, random fills leave memory as it is; constants, masks and buffers are made as always."""
     import torch
-    from torch.overrides import TorchFunctionMode
 
     names = ("uniform_", "normal_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_",
              "xavier_uniform_", "xavier_normal_", "orthogonal_")  # fmt: skip
-    fills = {getattr(torch.nn.init, name) for name in names}
-    fills |= {torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.erfinv_}
-    makers = {torch.randn, torch.rand}
+    fills = [getattr(torch.nn.init, name) for name in names]
+    fills += [torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.erfinv_]
+    return _replacing(dict.fromkeys(fills, _first) | {torch.randn: torch.empty, torch.rand: torch.empty})
 
-    class Skip(TorchFunctionMode):
+
+def _empty_is_zero() -> AbstractContextManager[Any]:
+    """Within, memory that nobody initialises (CoCa's decoder has some) is zero, not whatever was there."""
+    import torch
+
+    return _replacing({torch.empty: torch.zeros})
+
+
+def _first(tensor: "torch.Tensor", *_: Any, **__: Any) -> "torch.Tensor":
+    return tensor
+
+
+@contextmanager
+def _replacing(functions: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
+    """Within, calls of torch's functions go to others."""
+    from torch.overrides import TorchFunctionMode
+
+    class Replace(TorchFunctionMode):
         def __torch_function__(
             self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
         ) -> Any:
-            if func in fills:
-                return args[0] if args else (kwargs or {})["tensor"]
-            return (torch.empty if func in makers else func)(*args, **(kwargs or {}))
+            return functions.get(func, func)(*args, **(kwargs or {}))
 
-    with Skip():
+    with Replace():
         yield
 
 

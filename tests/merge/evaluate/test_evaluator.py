@@ -41,6 +41,48 @@ def test_logits_are_those_of_the_plain_code(tiny_spec, tiny_checkpoints, digits)
         assert score.metrics["top5"] == pytest.approx(top5.any(1).mean())
 
 
+def test_siglips_bias_is_part_of_the_logits(tiny_model_config, digits):
+    from clipmerge.model import ModelSpec, weights_of
+
+    config = {**tiny_model_config, "custom_text": True, "init_logit_bias": -10.0, "init_logit_scale": 2.0}
+    spec = ModelSpec("siglip-like", config, {"size": 16, "mean": [0.5] * 3, "std": [0.5] * 3})
+    model = build_model(spec, seed=3)
+    images = torch.stack([eval_transform(spec)(digits.image(i)) for i in range(20)])
+    tokens = get_tokenizer(spec)([f"the digit {name}" for name in digits.classes])
+    with torch.no_grad():
+        expected, _ = model.get_logits(images, tokens)
+    evaluator = Evaluator(None, digits.subset(range(20)), templates="the digit {}")
+    torch.testing.assert_close(evaluator.logits(weights_of(model, spec)), expected, rtol=0, atol=1e-4)
+
+
+def test_coca_is_scored_like_any_other(tiny_model_config, digits):
+    from clipmerge.model import ModelSpec, weights_of
+
+    text = {**tiny_model_config["text_cfg"], "embed_cls": True, "output_tokens": True}
+    vision = {
+        **tiny_model_config["vision_cfg"],
+        "attentional_pool": True,
+        "attn_pooler_heads": 2,
+        "output_tokens": True,
+    }
+    decoder = {"context_length": 32, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    config = {
+        "embed_dim": 16,
+        "text_cfg": text,
+        "vision_cfg": vision,
+        "multimodal_cfg": decoder,
+        "custom_text": True,
+    }
+    spec = ModelSpec("coca-like", config, {"size": 16, "mean": [0.5] * 3, "std": [0.5] * 3})
+    model = build_model(spec, seed=3)
+    evaluator = Evaluator(None, digits.subset(range(20)), templates="the digit {}")
+    images = torch.stack([eval_transform(spec)(digits.image(i)) for i in range(20)])
+    tokens = get_tokenizer(spec)([f"the digit {name}" for name in digits.classes])
+    with torch.no_grad():
+        expected = model.logit_scale.exp() * model.encode_image(images) @ model.encode_text(tokens).T
+    torch.testing.assert_close(evaluator.logits(weights_of(model, spec)), expected, rtol=0, atol=1e-4)
+
+
 def test_the_fixtures_disagree(evaluator, weights):
     scores = [evaluator.score(w) for w in weights.values()]
     assert len({s.correct for s in scores}) > 2

@@ -150,6 +150,7 @@ def test_a_seed_is_open_clips_initialisation_and_leaves_the_generator_alone(tiny
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert not torch.equal(a["visual.proj"], c["visual.proj"])
+    assert all(tensor.isfinite().all() for tensor in a.values())
     assert 0.01 < a["token_embedding.weight"].std() < 0.03
 
 
