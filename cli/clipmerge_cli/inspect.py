@@ -119,9 +119,9 @@ def tree(summary: "Summary") -> "Tree":
 def _grow(branch: "Tree", record: Mapping[str, Any]) -> None:
     from rich.text import Text
 
-    from clipmerge.weights.provenance import parents_of
+    from clipmerge.weights.provenance import is_original, parents_of
 
-    for parent in parents_of(record):
+    for parent in () if is_original(record) else parents_of(record):
         file = parent.file or "in memory"
         digest = f"  {parent.digest[:12]}…" if parent.digest else ""
         _grow(branch.add(Text(_made(f"{parent.name}: {file}{digest}", parent.made))), parent.made)
@@ -129,8 +129,10 @@ def _grow(branch: "Tree", record: Mapping[str, Any]) -> None:
 
 def _made(what: str, record: Mapping[str, Any]) -> str:
     """One line, or a few: the notation, and what was recorded about training and selection."""
+    from clipmerge.weights.provenance import is_original
+
     lines = [what]
-    if "notation" in record:
+    if "notation" in record and not is_original(record):
         lines[0] += f" = {record['notation']}"
         if record.get("dtype", "base") != "base":
             lines[0] += f" as {record['dtype']}"

@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 from clipmerge.checkpoint.tensors import Checkpoint, Extent, Tensor, identifiers
 from clipmerge.errors import MismatchError, RecipeError
 from clipmerge.weights.coefficient import Coefficient, Scalar, number_text
-from clipmerge.weights.record import read_record
+from clipmerge.weights.record import model_record, read_record
 
 if TYPE_CHECKING:
     import torch
@@ -154,8 +154,8 @@ class Weights:
         Raises:
             MismatchError: two checkpoints were made for different models.
         """
-        found = [(c, read_record(c.metadata).get("model")) for c in self.checkpoints]
-        known = [(checkpoint, model) for checkpoint, model in found if isinstance(model, dict)]
+        found = [(checkpoint, model_record(checkpoint)) for checkpoint in self.checkpoints]
+        known = [(checkpoint, model) for checkpoint, model in found if model is not None]
         for checkpoint, model in known[1:]:
             if model.get("config") != known[0][1].get("config"):
                 raise MismatchError(
@@ -206,6 +206,16 @@ class Weights:
         from clipmerge.weights.into_torch import load_into
 
         return load_into(self, module, strict=strict)
+
+    def check_fit(self, module: "torch.nn.Module") -> None:
+        """Whether `load_into` would do, from headers alone; the module may be on the meta device.
+
+        Raises:
+            ModelError: names or shapes differ; all of them are listed.
+        """
+        from clipmerge.weights.into_torch import check_fit
+
+        check_fit(self, module.state_dict(keep_vars=True))
 
 
 _ZERO = Coefficient({})

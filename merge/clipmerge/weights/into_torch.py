@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clipmerge.checkpoint.tensors import Bytes
-from clipmerge.errors import MismatchError, ModelError, nearest
+from clipmerge.errors import MismatchError, ModelError, RecipeError, nearest
 from clipmerge.weights.plan import make_plan
 from clipmerge.weights.run import into_arrays
 
@@ -43,8 +43,13 @@ def load_into(weights: "Weights", module: "torch.nn.Module", *, strict: bool = T
     """See `Weights.load_into`."""
     import torch
 
+    if weights.kind() != 1:
+        raise RecipeError(
+            f"{weights!r} is a task vector (total 0), not a model",
+            hint="add it to its base: base + 0.4*vector",
+        )
     targets = module.state_dict(keep_vars=True)
-    _check_fit(weights, targets, strict)
+    check_fit(weights, targets, strict)
     plan = make_plan(weights)
     staged: dict[str, torch.Tensor] = {}
 
@@ -99,7 +104,8 @@ def _bytes(tensor: "torch.Tensor") -> Bytes:
     return flat
 
 
-def _check_fit(weights: "Weights", targets: "Mapping[str, torch.Tensor]", strict: bool) -> None:
+def check_fit(weights: "Weights", targets: "Mapping[str, torch.Tensor]", strict: bool = True) -> None:
+    """See `Weights.check_fit`."""
     tensors = weights.checkpoints[0].tensors
     problems = []
     if strict:

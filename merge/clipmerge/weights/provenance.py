@@ -35,7 +35,7 @@ def file_metadata(
     names = identifiers_of(weights)
     parents = {}
     for checkpoint, name in names.items():
-        parent: dict[str, Any] = {"file": checkpoint.path.name if checkpoint.path else None}
+        parent: dict[str, Any] = {"file": _file_name(checkpoint)}
         if digests:
             parent["digest"] = content_digest(checkpoint, on_progress)
         made = history(read_record(checkpoint.metadata))
@@ -57,11 +57,21 @@ def file_metadata(
     return write_record(record)
 
 
+def _file_name(checkpoint: Checkpoint) -> str | None:
+    """The file's own name, never its folders; a published checkpoint's whole reference."""
+    if checkpoint.path is None:
+        return None
+    reference = str(checkpoint.path)
+    return reference if reference.startswith("hf-hub:") else checkpoint.path.name
+
+
 def history(record: Mapping[str, Any], generations: int = GENERATIONS) -> dict[str, Any]:
     """What a descendant keeps of a record: how it was made, through at most so many generations."""
     kept = {key: record[key] for key in ("notation", "dtype", "training") if key in record}
     if len(json.dumps(kept.get("training"))) > MAX_TRAINING:
         del kept["training"]
+    if is_original(record):
+        return {"training": kept["training"]} if "training" in kept else {}
     parents = {}
     for parent in parents_of(record):
         entry: dict[str, Any] = {"file": parent.file}
@@ -109,6 +119,7 @@ def parents_of(record: Mapping[str, Any]) -> tuple[Parent, ...]:
     return tuple(out)
 
 
-def is_recorded(checkpoint: Checkpoint) -> bool:
-    """Whether clipmerge wrote the file."""
-    return bool(read_record(checkpoint.metadata))
+def is_original(record: Mapping[str, Any]) -> bool:
+    """Whether the file holds weights as they were in memory (trained, converted), not a merge of files."""
+    parents = parents_of(record)
+    return len(parents) == 1 and parents[0].file is None and record.get("notation") == parents[0].name

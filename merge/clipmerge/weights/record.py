@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from clipmerge.checkpoint.tensors import Checkpoint
+
 KEY = "clipmerge"
 FORMAT = 1
 
@@ -20,6 +22,22 @@ def read_record(metadata: Mapping[str, str]) -> dict[str, Any]:
     if not isinstance(record, dict) or record.get("total", 1) not in (0, 1):
         return {}
     return record
+
+
+def model_record(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """Which model the checkpoint is for: {"name", "config", "preprocess"}, recorded or from the file beside it."""
+    recorded = read_record(checkpoint.metadata).get("model")
+    if isinstance(recorded, dict):
+        return recorded
+    beside = checkpoint.extra.get("open_clip_config")
+    if isinstance(beside, dict) and isinstance(beside.get("model_cfg"), dict):
+        preprocess = beside.get("preprocess_cfg")
+        return {
+            "name": checkpoint.name,
+            "config": beside["model_cfg"],
+            "preprocess": preprocess if isinstance(preprocess, dict) else {},
+        }
+    return None
 
 
 def write_record(record: Mapping[str, Any]) -> dict[str, str]:

@@ -1,0 +1,42 @@
+"""`clipmerge task-vector`: what finetuning changed, as a file of its own."""
+
+from typing import Annotated
+
+import typer
+
+from clipmerge_cli.options import AllowNonfinite, Dtype, Force, Json, Output, Quiet, Threads
+
+
+def task_vector(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The base checkpoint.", show_default=False)],
+    finetuned: Annotated[
+        str, typer.Argument(metavar="FINETUNED", help="What finetuning made of it.", show_default=False)
+    ],
+    output: Output,
+    dtype: Dtype = None,
+    force: Force = False,
+    allow_nonfinite: AllowNonfinite = False,
+    threads: Threads = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write finetuned minus base as a file of its own.
+
+    The file knows that it is a task vector: expressions use it as one, and nothing takes it for a model.
+
+    \b
+    clipmerge task-vector zs.safetensors cars.safetensors -o cars.tv.safetensors
+    clipmerge merge "zs + 0.4*cars" zs=zs.safetensors cars=cars.tv.safetensors -o added.safetensors
+    """
+    from clipmerge.weights.expression import load_all
+    from clipmerge_cli.output import write
+    from clipmerge_cli.show import document, wrote
+
+    start, end = load_all([base, finetuned])
+    path = write(
+        end - start, output, force=force, dtype=dtype, allow_nonfinite=allow_nonfinite, threads=threads,
+        quiet=quiet or json,
+    )  # fmt: skip
+    if json:
+        document({"output": path, "notation": repr(end - start), "total": 0})
+    wrote(path, quiet=quiet or json)

@@ -1,0 +1,158 @@
+"""A folder as the Hugging Face Hub and open_clip's `local-dir:` expect it, and its upload."""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from secrets import token_hex
+from typing import TYPE_CHECKING, Any
+
+from clipmerge.checkpoint.write import check_target
+from clipmerge.errors import ModelError, OutputError, RecipeError
+from clipmerge.report.card import model_card
+from clipmerge.weights.expression import Weights
+
+if TYPE_CHECKING:
+    from clipmerge.model import ModelSpec
+
+WEIGHTS, CONFIG, CARD = "open_clip_model.safetensors", "open_clip_config.json", "README.md"
+SUFFIX = ".clipmerge-tmp"
+
+
+def save_folder(
+    weights: Weights,
+    folder: str | Path,
+    *,
+    model: "str | Path | ModelSpec | None" = None,
+    metadata: Mapping[str, Any] | None = None,
+    force: bool = False,
+    **options: Any,
+) -> Path:
+    """Write weights, open_clip_config.json and a model card into `folder`, whole or not at all.
+
+    `open_clip.create_model_and_transforms("local-dir:FOLDER")` loads it. Other files in the folder stay.
+
+    Args:
+        model: an open_clip name or configuration; None takes what the checkpoints record.
+        metadata: further keys of the record; "scores" and "selection" also appear on the card.
+        force: replace these three files where they exist.
+        **options: as in `Weights.save`.
+
+    Raises:
+        ModelError: the model is unknown, or the weights do not fit it.
+        OutputError: the files exist, one of them is an input, or the folder cannot be written.
+    """
+    from clipmerge.model import resolve_model
+
+    folder = Path(os.path.realpath(folder))
+    if weights.kind() != 1:
+        raise RecipeError(
+            "a task vector is not a model to publish", hint="write it to a file: -o NAME.safetensors"
+        )
+    if options.get("shard_size") is not None:
+        raise OutputError("open_clip loads one file from a folder, not shards", hint="leave --shard-size out")
+    inputs = [file for checkpoint in weights.checkpoints for file in checkpoint.files()]
+    for name in (WEIGHTS, CONFIG, CARD):
+        _check(folder, name, force, inputs)
+    spec = resolve_model(model, weights)
+    _fits(weights, spec)
+    record = {**(metadata or {}), "model": spec.to_metadata()}
+    with _staged(folder) as stage:
+        written = weights.save(stage / WEIGHTS, metadata=record, **options)
+        config = {"model_cfg": dict(spec.config), "preprocess_cfg": dict(spec.preprocess)}
+        (stage / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        (stage / CARD).write_text(model_card(folder.name, written), encoding="utf-8")
+    return folder
+
+
+def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
+    """Upload a folder that `save_folder` wrote to the Hub; the address of the model.
+
+    Uses the token that `huggingface-cli login` or HF_TOKEN left.
+
+    Raises:
+        OutputError: the Hub refuses or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        address = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo,
+            folder_path=str(folder),
+            allow_patterns=[WEIGHTS, CONFIG, CARD],
+            commit_message="Upload merged weights",
+        )
+    except (OSError, ValueError) as error:  # the Hub's own errors are OSErrors, a malformed name a ValueError
+        raise OutputError(
+            f"{repo} could not be uploaded: {error}",
+            hint="check the name ORG/NAME and your login: `hf auth login`; the folder is complete on disk",
+        ) from error
+    return str(address)
+
+
+def _check(folder: Path, name: str, force: bool, inputs: Sequence[Path]) -> None:
+    if folder.is_dir():
+        check_target(folder / name, force=force, inputs=inputs)
+        return
+    if folder.exists():
+        raise OutputError(f"{folder} is a file, not a folder", hint="name another folder")
+    if not folder.parent.is_dir():
+        raise OutputError(f"the folder {folder.parent} does not exist", hint=f"mkdir -p {folder.parent}")
+
+
+def _fits(weights: Weights, spec: "ModelSpec") -> None:
+    """Refuse weights that open_clip could not load strictly into the model."""
+    from clipmerge.model import build_model
+
+    if any(name.startswith("classification_head.") for name in weights.names):
+        raise ModelError(
+            "open_clip has no place for a trained classification head",
+            hint="write it to a file instead: -o NAME.safetensors",
+        )
+    weights.check_fit(build_model(spec, "meta"))
+
+
+@contextmanager
+def _staged(folder: Path) -> Iterator[Path]:
+    """A sibling folder to write into, which becomes `folder` (or whose files move into it) on leaving."""
+    _clear(folder)
+    stage = folder.with_name(f".{folder.name}.{token_hex(4)}{SUFFIX}")
+    try:
+        stage.mkdir()
+        lock = os.open(stage, os.O_RDONLY)
+    except OSError as error:
+        raise OutputError(f"{folder.parent} cannot be written to: {error.strerror}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield stage
+        if not folder.exists():
+            stage.rename(folder)
+            return
+        for name in (CONFIG, CARD, WEIGHTS):
+            (stage / name).replace(folder / name)
+    except OSError as error:
+        raise OutputError(
+            f"{folder} cannot be written: {error.strerror}", hint="nothing was left behind"
+        ) from error
+    finally:
+        os.close(lock)
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what runs that were killed left behind: stages whose lock nobody holds."""
+    for stage in folder.parent.glob("." + "*" + SUFFIX):
+        if not stage.name.startswith(f".{folder.name}.") or not stage.is_dir():
+            continue
+        with suppress(OSError):
+            descriptor = os.open(stage, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(stage)
+            finally:
+                os.close(descriptor)

@@ -1,0 +1,181 @@
+"""Does a file hold what its record says? Its parents are found by content and the merge is computed again."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from clipmerge.checkpoint.open import open_checkpoint
+from clipmerge.checkpoint.read import Reader
+from clipmerge.checkpoint.tensors import ITEMSIZE, Bytes, Checkpoint
+from clipmerge.errors import CheckpointError, ClipmergeError
+from clipmerge.weights.digest import content_digest
+from clipmerge.weights.expression import Progress, load
+from clipmerge.weights.parse import parse
+from clipmerge.weights.plan import Plan, float_dtype, make_plan
+from clipmerge.weights.provenance import Parent, is_original, parents_of
+from clipmerge.weights.record import read_record
+from clipmerge.weights.run import execute
+
+SUFFIXES = (".safetensors", ".safetensors.index.json", ".pt", ".pth", ".bin")
+"""What a parent's file may end in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What `verify` found.
+
+    Attributes:
+        status: "verified"; "differs" (`tensor` is the first that does); "missing" (parents were not found);
+            "unrecorded" (the file does not say how it was made).
+        reason: one sentence.
+        parents: name → the file that was found for it.
+        missing: the parents for which none was.
+    """
+
+    status: Literal["verified", "differs", "missing", "unrecorded"]
+    reason: str
+    notation: str | None = None
+    tensor: str | None = None
+    parents: Mapping[str, Path] = field(default_factory=dict)
+    missing: tuple[Parent, ...] = ()
+
+
+def verify(
+    path: str | Path, parents: Sequence[str | Path] = (), *, on_progress: Progress | None = None
+) -> Verdict:
+    """Recompute a merged file from its parents and compare every tensor, bit for bit.
+
+    Args:
+        path: the file to verify.
+        parents: files, or folders to search through, besides the file's own folder. Names do not matter:
+            parents are known by their content digests.
+
+    Raises:
+        CheckpointError: the file cannot be read, or its record makes no sense.
+    """
+    checkpoint = open_checkpoint(path)
+    record = read_record(checkpoint.metadata)
+    notation = record.get("notation")
+    if not isinstance(notation, str):
+        return Verdict("unrecorded", "the file does not say how it was made: clipmerge did not write it")
+    if is_original(record):
+        return _original(checkpoint, record, notation, on_progress)
+    wanted = parents_of(record)
+    if not wanted or any(parent.digest is None for parent in wanted):
+        reason = "the file was written without its parents' digests"
+        return Verdict("unrecorded", reason, notation)
+    found = _find(checkpoint, wanted, _candidates(checkpoint, wanted, parents), on_progress)
+    missing = tuple(parent for parent in wanted if parent.name not in found)
+    if missing:
+        reason = f"{len(missing)} of {len(wanted)} parents are missing"
+        return Verdict("missing", reason, notation, None, found, missing)
+    plan = _plan(checkpoint, record, notation, found)
+    differs = _first_difference(checkpoint, plan, on_progress)
+    if differs:
+        return Verdict("differs", differs[1], notation, differs[0], found)
+    return Verdict("verified", "every tensor is what the record says, bit for bit", notation, None, found)
+
+
+def _original(
+    checkpoint: Checkpoint, record: Mapping[str, Any], notation: str, on_progress: Progress | None
+) -> Verdict:
+    """Weights that were in memory: nothing to compute again, but the content has a digest."""
+    digest = parents_of(record)[0].digest
+    if digest is None or record.get("dtype", "base") != "base":
+        return Verdict("unrecorded", "the file was written from memory, without a digest of it", notation)
+    if content_digest(checkpoint, on_progress) == digest:
+        return Verdict(
+            "verified", "the content is what was written (from memory: it has no parents)", notation
+        )
+    return Verdict("differs", "the content is not what was written", notation)
+
+
+def _candidates(
+    checkpoint: Checkpoint, wanted: Sequence[Parent], parents: Sequence[str | Path]
+) -> Iterator[Path]:
+    """Files that may be parents, each once: those with a recorded name first."""
+    files: dict[Path, None] = {}
+    for place in (Path(parent) for parent in parents):
+        if not place.exists():
+            raise CheckpointError(f"{place} does not exist", hint="--parents takes files and folders")
+        inside = [Path(root) / name for root, _, names in os.walk(place) for name in names]
+        files.update(dict.fromkeys(sorted(inside) if place.is_dir() else [place]))
+    if checkpoint.path is not None:
+        own = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+        files.update(dict.fromkeys(sorted(p for p in own.iterdir() if p.is_file())))
+    names = {parent.file for parent in wanted}
+    fitting = [file for file in files if file.name.endswith(SUFFIXES)]
+    yield from sorted(fitting, key=lambda file: file.name not in names)
+
+
+def _find(
+    checkpoint: Checkpoint,
+    wanted: Sequence[Parent],
+    candidates: Iterator[Path],
+    on_progress: Progress | None,
+) -> dict[str, Path]:
+    """Parent's name → the first candidate with its digest; stops reading when all are found."""
+    found: dict[str, Path] = {}
+    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    for file in candidates:
+        if len(found) == len(wanted):
+            break
+        with suppress(ClipmergeError, OSError):
+            other = open_checkpoint(file)
+            if {name: tensor.shape for name, tensor in other.tensors.items()} == shapes:
+                digest = content_digest(other, on_progress)
+                for parent in wanted:
+                    if parent.digest == digest:
+                        found.setdefault(parent.name, file)
+    return found
+
+
+def _plan(
+    checkpoint: Checkpoint, record: Mapping[str, Any], notation: str, found: Mapping[str, Path]
+) -> Plan:
+    dtype = record.get("dtype", "base")
+    try:
+        weights = parse(notation, {name: load(file, name) for name, file in found.items()})
+        return make_plan(weights, dtype=None if dtype == "base" else float_dtype(str(dtype)))
+    except ClipmergeError as error:
+        raise CheckpointError(
+            f"{checkpoint.path}: its record cannot be computed again: {error.message}", hint=error.hint
+        ) from error
+
+
+def _first_difference(
+    checkpoint: Checkpoint, plan: Plan, on_progress: Progress | None
+) -> tuple[str, str] | None:
+    """(name, what is wrong with it) of the first tensor that is not what the plan gives; one tensor at a time."""
+    for name in sorted(plan.steps.keys() ^ checkpoint.tensors.keys()):
+        return name, f"{name!r} is {'not in the file' if name in plan.steps else 'in no parent'}"
+    done = 0
+    with Reader() as reader:
+        for name, step in plan.steps.items():
+            tensor = checkpoint.tensors[name]
+            if (tensor.dtype, tensor.shape) != (step.dtype, step.shape):
+                have = f"{tensor.dtype} {list(tensor.shape)}"
+                return name, f"{name!r} is {have}, not {step.dtype} {list(step.shape)}"
+            computed = np.empty(tensor.nbytes, np.uint8)
+            execute(plan, [(step, _into(computed), 0)], reader, allow_nonfinite=True)
+            stored = reader.dense(tensor).reshape(-1).view(np.uint8)
+            if not np.array_equal(computed, stored):
+                wide = (-1, ITEMSIZE[tensor.dtype])
+                count = int((computed.reshape(wide) != stored.reshape(wide)).any(axis=1).sum())
+                return name, f"{count:,} of the {tensor.numel:,} elements of {name!r} differ"
+            done += tensor.nbytes
+            if on_progress:
+                on_progress("verifying", done, plan.written_bytes)
+    return None
+
+
+def _into(target: Bytes) -> "Any":
+    def write(offset: int, data: Bytes) -> None:
+        target[offset : offset + data.size] = data
+
+    return write
