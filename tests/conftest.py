@@ -102,3 +102,13 @@ def tiny_checkpoints(tiny_spec: Any, tmp_path_factory: pytest.TempPathFactory) -
         paths[f"ft{i}"] = folder / f"ft{i}.safetensors"
         save_file(moved, paths[f"ft{i}"], metadata={"format": "pt"})
     return paths
+
+
+@pytest.fixture(scope="session")
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `clipmerge demo` leaves, made with a twentieth of its training steps. Copy it before writing there."""
+    from clipmerge_cli import demo
+
+    out = tmp_path_factory.mktemp("demo") / "clipmerge-demo"
+    demo.run(out, quiet=True, pace=0.05)
+    return out

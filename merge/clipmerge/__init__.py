@@ -7,7 +7,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clipmerge.weights.expression import Weights, from_state_dict, interpolate, load, mean
+    from clipmerge.data.split import open_split as open_split
+    from clipmerge.evaluate.evaluator import Evaluator as Evaluator
+    from clipmerge.finetuning.methods import finetune as finetune
+    from clipmerge.search.patch import patch as patch
+    from clipmerge.search.soup import greedy_soup as greedy_soup
+    from clipmerge.search.sweep import sweep as sweep
+    from clipmerge.weights.expression import Weights as Weights
+    from clipmerge.weights.expression import from_state_dict as from_state_dict
+    from clipmerge.weights.expression import interpolate as interpolate
+    from clipmerge.weights.expression import load as load
+    from clipmerge.weights.expression import mean as mean
 
 __version__ = "0.1.0"
 
@@ -25,7 +35,7 @@ _HOME = {
     "sweep": "clipmerge.search.sweep",
 }
 
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

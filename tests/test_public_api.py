@@ -1,0 +1,69 @@
+"""The public names: what is exported, that it exists, that the README shows it, and what importing costs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import clipmerge
+
+ROOT = Path(__file__).resolve().parents[1]
+
+PUBLIC = [
+    "Evaluator",
+    "Weights",
+    "finetune",
+    "from_state_dict",
+    "greedy_soup",
+    "interpolate",
+    "load",
+    "mean",
+    "open_split",
+    "patch",
+    "sweep",
+]
+
+
+def test_exactly_these_names_are_public() -> None:
+    assert clipmerge.__all__ == PUBLIC
+    assert dir(clipmerge) == sorted([*PUBLIC, "__version__"])
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_resolves_and_is_documented(name: str) -> None:
+    assert (getattr(clipmerge, name).__doc__ or "").strip()
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_readme_shows_every_public_name(name: str) -> None:
+    assert name in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_names_that_type_checkers_see_are_the_same() -> None:
+    source = (ROOT / "merge/clipmerge/__init__.py").read_text(encoding="utf-8")
+    seen = sorted(
+        line.rpartition(" as ")[2] for line in source.splitlines() if " as " in line and "from" in line
+    )
+    assert seen == PUBLIC
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'clipmerge' has no attribute 'slurp'"):
+        clipmerge.slurp  # noqa: B018
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    code = "import sys, clipmerge; print(sorted(set(sys.modules) & {'torch', 'open_clip', 'numpy', 'rich'}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_the_first_public_names_need_no_torch() -> None:
+    code = (
+        "import sys, clipmerge\n"
+        "clipmerge.load, clipmerge.mean, clipmerge.interpolate, clipmerge.from_state_dict, clipmerge.Weights\n"
+        "print(sorted(set(sys.modules) & {'torch', 'open_clip', 'torchvision'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
