@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from clipmerge_cli.options import Force, Output, Quiet
+from clipmerge_cli.options import HUB_FILE, Force, Model, Output, Quiet
 
 
 class Layout(StrEnum):
@@ -21,25 +21,39 @@ def convert(
     ],
     output: Output,
     to: Annotated[Layout, typer.Option("--to", help="Whose names to write.")] = Layout.open_clip,
+    model: Model = None,
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
     """Rewrite a checkpoint as safetensors under open_clip's or Hugging Face's names, bit for bit.
 
     Reads OpenAI's TorchScript archives, training checkpoints, pickled modules and Hugging Face folders
-    without running any code in them.
+    without running any code in them. DIR/ as output gets the model's configuration too (--model names the
+    model where the checkpoint does not).
 
         clipmerge convert ViT-B-32.pt -o vit-b-32.safetensors
-        clipmerge convert soup.safetensors --to huggingface -o model.safetensors
+
+        clipmerge convert soup.safetensors --to huggingface -o soup-hf/
     """
     from clipmerge.checkpoint.convert import convert as write
-    from clipmerge.checkpoint.open import open_checkpoint
+    from clipmerge.checkpoint.convert import convert_folder
+    from clipmerge.weights.expression import load
     from clipmerge_cli.progress import progress
     from clipmerge_cli.show import say, wrote
 
-    opened = open_checkpoint(checkpoint)
-    with progress(quiet=quiet) as on_progress:
-        path = write(opened, output, to.value, force=force, on_progress=on_progress)
+    weights = load(checkpoint)
+    (opened,) = weights.checkpoints
+    if output.name == HUB_FILE:
+        from clipmerge.model.spec import resolve_model
+
+        record = resolve_model(model, weights).to_metadata()
+        with progress(quiet=quiet) as on_progress:
+            path = convert_folder(
+                opened, output.parent, to.value, record, force=force, on_progress=on_progress
+            )
+    else:
+        with progress(quiet=quiet) as on_progress:
+            path = write(opened, output, to.value, force=force, on_progress=on_progress)
     if dropped := opened.extra.get("dropped"):
         say(f"left out, as {to.value} has no place for them: {', '.join(dropped)}", quiet=quiet)
     say(f"{opened.layout} → {to.value}, {len(opened.tensors)} tensors", quiet=quiet)

@@ -1,5 +1,6 @@
 """`clipmerge convert`, as a user types it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,21 @@ def test_a_file_that_asks_for_code_is_refused(tmp_path: Path, capsys: pytest.Cap
 
 def test_an_unknown_layout_is_wrong_usage(tmp_path: Path) -> None:
     assert main(["convert", "a.pt", "-o", str(tmp_path / "o.safetensors"), "--to", "onnx"]) == 2
+
+
+def test_a_folder_as_output_gets_the_models_configuration(
+    tiny_checkpoints: Mapping[str, Path],
+    tiny_model_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base, folder = str(tiny_checkpoints["base"]), f"{tmp_path}/hf/"
+    assert main(["convert", base, "--to", "huggingface", "-o", folder]) == 1
+    assert "no model is named" in capsys.readouterr().err
+    assert main(["convert", base, "--to", "huggingface", "-o", folder, "--model", str(tiny_model_file)]) == 0
+    assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == [
+        "config.json", "model.safetensors", "preprocessor_config.json",
+    ]  # fmt: skip
+    assert main(["convert", folder, "-o", f"{tmp_path}/back/"]) == 0
+    back = load_file(tmp_path / "back" / "open_clip_model.safetensors")
+    assert all(torch.equal(value, back[name]) for name, value in load_file(base).items())

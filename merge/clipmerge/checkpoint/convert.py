@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from clipmerge.checkpoint.configs import to_huggingface_config, to_huggingface_preprocessor, to_text
 from clipmerge.checkpoint.huggingface import to_huggingface
 from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import Bytes, Checkpoint, Tensor
-from clipmerge.checkpoint.write import check_target, header, new_files, write_at
-from clipmerge.errors import CheckpointError
+from clipmerge.checkpoint.write import check_target, header, new_files, write_at, write_bytes
+from clipmerge.errors import CheckpointError, MismatchError, OutputError
 
 LAYOUTS = ("open_clip", "huggingface")
 BLOCK = 1 << 20
@@ -43,6 +45,57 @@ def convert(
                 on_progress("converting", done, size)
         reader.unchanged()
     return real
+
+
+def convert_folder(
+    checkpoint: Checkpoint,
+    folder: Path,
+    to: str,
+    model: Mapping[str, Any],
+    *,
+    force: bool = False,
+    on_progress: Progress | None = None,
+) -> Path:
+    """Write a folder that open_clip (`local-dir:`) or transformers (`CLIPModel.from_pretrained`) loads.
+
+    Args:
+        model: the model record {"name", "config", "preprocess"}: the configuration files are made of it.
+
+    Raises:
+        MismatchError: a tensor, or the model, has no place in the other layout.
+        OutputError: a file of the folder exists, is the input, or cannot be written.
+    """
+    name, configs = _folder(to, model)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"the folder {folder} cannot be made: {error.strerror}", hint="choose another"
+        ) from error
+    for file in configs:
+        check_target(folder / file, force=force, inputs=checkpoint.files())
+    convert(checkpoint, folder / name, to, force=force, on_progress=on_progress)
+    for file, content in configs.items():
+        write_bytes(folder / file, to_text(content), force=force)
+    return folder
+
+
+def _folder(to: str, model: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """What the weights are called in a folder of this layout, and the configuration files beside them."""
+    config, preprocess = model["config"], model.get("preprocess") or {}
+    if to == "open_clip":
+        return "open_clip_model.safetensors", {
+            "open_clip_config.json": {"model_cfg": config, "preprocess_cfg": preprocess}
+        }
+    theirs = to_huggingface_config(config)
+    if theirs is None:
+        raise MismatchError(
+            f"Hugging Face's CLIPModel has no configuration for {model.get('name')}",
+            hint="it has two transformer towers and nothing else; write the weights alone with -o FILE",
+        )
+    processor = to_huggingface_preprocessor(preprocess)
+    extra = {} if processor is None else {"preprocessor_config.json": processor}
+    return "model.safetensors", {"config.json": theirs, **extra}
 
 
 def _pieces(

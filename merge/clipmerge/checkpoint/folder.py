@@ -1,10 +1,8 @@
 """The one checkpoint in a folder, as open_clip and Hugging Face lay folders out."""
 
 from pathlib import Path
-from typing import Any
 
 from clipmerge.checkpoint.index import SUFFIX
-from clipmerge.checkpoint.safetensors import parse_json
 from clipmerge.errors import CheckpointError
 
 PREFERRED = (
@@ -21,8 +19,6 @@ PREFERRED = (
 """open_clip's own names first: its folders on the Hub often carry a Hugging Face copy too."""
 
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", SUFFIX)
-_CONFIGS = {"open_clip_config.json": "open_clip_config", "config.json": "huggingface_config"}
-_MAX_CONFIG = 1 << 20
 
 
 def checkpoint_in(folder: Path) -> Path:
@@ -50,19 +46,3 @@ def checkpoint_in(folder: Path) -> Path:
             hint="give one of the files",
         )
     return folder / found[0]
-
-
-def configs_beside(path: Path) -> dict[str, Any]:
-    """The model's configuration files next to a checkpoint, parsed: `open_clip_config`, `huggingface_config`."""
-    found: dict[str, Any] = {}
-    for name, key in _CONFIGS.items():
-        config = path.parent / name
-        try:
-            with config.open("rb") as file:
-                text = file.read(_MAX_CONFIG + 1)
-        except OSError:
-            continue
-        if len(text) > _MAX_CONFIG:
-            raise CheckpointError(f"{config} is too large for a model's configuration", hint="remove it")
-        found[key] = parse_json(config, text)
-    return found

@@ -5,6 +5,7 @@ contract checks that), and only these two forms of a path need one.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +17,7 @@ _HUB = re.compile(r"hf-hub:(?P<model>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?"
 _TAG = re.compile(r"(?P<model>[\w.-]+):(?P<tag>[\w.-]+)")
 _FILES = (None, "model.safetensors", "pytorch_model.bin")
 """What to ask a repository for: open_clip's own names (its default), then Hugging Face's."""
+_PREPROCESS = ("size", "mean", "std", "interpolation", "resize_mode")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,18 @@ def download(reference: str) -> Download:
         path = Path(pretrained.download_pretrained(config))
     except Exception as error:
         raise _failed(reference, error) from error
-    return Download(path, f"{match['model']}_{match['tag']}", {"open_clip_model": match["model"], **config})
+    return Download(path, f"{match['model']}_{match['tag']}", _known(match["model"], config))
+
+
+def _known(model: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What open_clip's table says about pretrained weights, as the model record that our files carry."""
+    preprocess = {key: config[key] for key in _PREPROCESS if config.get(key) is not None}
+    record = {
+        "name": model,
+        "config": import_module("open_clip").get_model_config(model),
+        "preprocess": preprocess,
+    }
+    return {"model": record, **({"quick_gelu": True} if config.get("quick_gelu") else {})}
 
 
 def _from_hub(pretrained: Any, reference: str, model: str, revision: str | None) -> Path:
@@ -67,7 +80,7 @@ def _from_hub(pretrained: Any, reference: str, model: str, revision: str | None)
             failure = failure or error
     else:
         raise _failed(reference, failure) from failure
-    for name in ("open_clip_config.json", "config.json"):
+    for name in ("open_clip_config.json", "config.json", "preprocessor_config.json"):
         try:
             pretrained.download_pretrained_from_hf(model, filename=name, revision=revision)
         except Exception:  # a repository without a configuration still has weights

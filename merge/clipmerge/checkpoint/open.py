@@ -24,12 +24,16 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         CheckpointError: there is nothing to read there, or it breaks its format's rules.
         UnsafeFileError: reading it would need code to run; says which.
         MismatchError: its names have no place in open_clip's model.
+
+    What a reader understood besides stands in `extra`: "model" (the record of a configuration beside the weights),
+    "saved" (epoch, name … of a training checkpoint), "class" (of a pickled module), "dropped" (names left out).
     """
     given = Path(str(path).removeprefix(LOCAL))
     file, stem = given, _stem(given)
     extra: dict[str, Any] = {}
     if not os.path.exists(given):  # noqa: PTH110 (unlike Path.exists, it answers for any text)
         file, stem, extra = _fetched(str(path), given)
+    at = file
     if file.is_dir():
         from clipmerge.checkpoint.folder import checkpoint_in
 
@@ -37,7 +41,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     metadata, tensors, more = _read(file)
     named = to_open_clip(tensors)
     extra = {**extra, **more, **({"dropped": named.dropped} if named.dropped else {})}
-    return Checkpoint(identifiers([stem])[0], named.tensors, metadata, named.layout, given, extra)
+    return Checkpoint(identifiers([stem])[0], named.tensors, metadata, named.layout, at, extra)
 
 
 def _stem(path: Path) -> str:
@@ -49,17 +53,17 @@ def _read(path: Path) -> tuple[Mapping[str, str], Mapping[str, Tensor], dict[str
     head = _head(path)
     if safetensors.looks_like(head):
         metadata, tensors = safetensors.read_header(path)
-        return metadata, tensors, _configs(path)
+        return metadata, tensors, _model(path)
     from clipmerge.checkpoint import torch_file
 
     if head.lstrip()[:1] == b"{":
         from clipmerge.checkpoint.index import read_index
 
         metadata, tensors = read_index(path, _read_shard)
-        return metadata, tensors, _configs(path)
+        return metadata, tensors, _model(path)
     if torch_file.looks_like(head):
         tensors, extra = torch_file.read_torch(path)
-        return {}, tensors, {**extra, **_configs(path)}
+        return {}, tensors, {**extra, **_model(path)}
     raise _unknown(path, head)
 
 
@@ -74,10 +78,16 @@ def _read_shard(path: Path) -> tuple[Mapping[str, str], Mapping[str, Tensor]]:
     raise _unknown(path, head)
 
 
-def _configs(path: Path) -> dict[str, Any]:
-    from clipmerge.checkpoint.folder import PREFERRED, configs_beside
+def _model(path: Path) -> dict[str, Any]:
+    """What a folder of the Hub's kind says about its model, for files that carry such a folder's names."""
+    from clipmerge.checkpoint.folder import PREFERRED
 
-    return configs_beside(path) if path.name in PREFERRED else {}
+    if path.name not in PREFERRED:
+        return {}
+    from clipmerge.checkpoint.configs import model_beside
+
+    record = model_beside(path)
+    return {} if record is None else {"model": record}
 
 
 def _fetched(reference: str, given: Path) -> tuple[Path, str, dict[str, Any]]:

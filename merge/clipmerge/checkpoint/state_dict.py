@@ -20,7 +20,7 @@ ScriptMembers = Callable[[str], frozenset[str] | None]
 
 @dataclass
 class Found:
-    """Tensors by name, and the plain values (epoch, name …) that stood beside them."""
+    """Tensors by name; `extra` has the "class" of a module, and what was "saved" beside the weights."""
 
     tensors: dict[str, AnyTensor]
     extra: dict[str, Any] = field(default_factory=dict)
@@ -36,13 +36,13 @@ def find_state_dict(root: Any, members: ScriptMembers | None = None) -> Found:
         inner = root.get(name)
         if _is_module(inner) or (isinstance(inner, dict) and any(_is_tensor(v) for v in inner.values())):
             found = find_state_dict(inner)
-            return Found(found.tensors, {**_plain(root), **found.extra, "wrapper": name})
+            return Found(found.tensors, {**found.extra, "saved": _plain(root)})
     tensors = {name: value for name, value in root.items() if isinstance(name, str) and _is_tensor(value)}
     if not tensors:
         raise Malformed("it holds a dict without tensors, not weights")
     if longest := next((name for name in tensors if len(name) > MAX_NAME), None):
         raise Malformed(f"it has a tensor name of {len(longest)} characters")
-    return Found(tensors, _plain(root))
+    return Found(tensors)
 
 
 def _of_module(root: Stub, members: ScriptMembers | None) -> Found:

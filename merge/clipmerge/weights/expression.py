@@ -163,6 +163,8 @@ class Weights:
                     f"{checkpoint.path or checkpoint.name} for {model.get('name')}",
                     hint="checkpoints of different models cannot be merged, even where the shapes agree",
                 )
+        # A configuration beside foreign weights (a Hub folder's) speaks only where no file of ours does.
+        known = known or [(c, c.extra["model"]) for c in self.checkpoints if "model" in c.extra]
         # The base's own; among equals not the first listed, so that the order of a soup decides nothing.
         own = [model for checkpoint, model in known if checkpoint is self.base]
         return min(own or [m for _, m in known], key=lambda m: json.dumps(m, sort_keys=True), default=None)

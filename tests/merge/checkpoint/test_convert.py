@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from clipmerge.checkpoint.convert import convert
+from clipmerge.checkpoint.configs import from_huggingface_config, to_huggingface_config
+from clipmerge.checkpoint.convert import convert, convert_folder
 from clipmerge.checkpoint.open import open_checkpoint
 from clipmerge.errors import CheckpointError, MismatchError, OutputError
 
@@ -67,3 +68,95 @@ def test_nothing_is_replaced_or_left_behind(
         convert(checkpoint, tmp_path / "x.safetensors", "onnx")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["headed.safetensors", "in.safetensors"]
     assert_same(open_checkpoint(tmp_path / "in.safetensors"), small)
+
+
+@pytest.fixture
+def vit_record(small_clip: Any) -> dict[str, Any]:
+    """The model record of `small_clip`."""
+    vision = {"image_size": 8, "layers": 2, "width": 16, "head_width": 8, "patch_size": 4, "mlp_ratio": 2.0}
+    text = {"context_length": 8, "vocab_size": 64, "width": 12, "heads": 2, "layers": 1, "mlp_ratio": 2.0}
+    config = {"embed_dim": 6, "vision_cfg": vision, "text_cfg": text, "quick_gelu": True}
+    preprocess = {
+        "size": 8, "mean": [0.1, 0.2, 0.3], "std": [0.3, 0.2, 0.1],
+        "interpolation": "bilinear", "resize_mode": "shortest",
+    }  # fmt: skip
+    return {"name": "small", "config": config, "preprocess": preprocess}
+
+
+def test_a_hugging_face_folder_comes_back_as_a_folder_that_open_clip_loads(
+    small_clip: Any, small: StateDict, vit_record: dict[str, Any], tmp_path: Path
+) -> None:
+    import open_clip
+
+    save_file(dict(small), tmp_path / "in.safetensors")
+    theirs = convert_folder(
+        open_checkpoint(tmp_path / "in.safetensors"), tmp_path / "hf", "huggingface", vit_record
+    )
+    assert sorted(file.name for file in theirs.iterdir()) == [
+        "config.json", "model.safetensors", "preprocessor_config.json",
+    ]  # fmt: skip
+    opened = open_checkpoint(theirs)
+    found = opened.extra["model"]
+    assert found["config"] == vit_record["config"]
+    assert {**found["preprocess"], "resize_mode": "shortest"} == vit_record["preprocess"]
+    ours = convert_folder(opened, tmp_path / "oc", "open_clip", {**found, "config": {**found["config"]}})
+    model = open_clip.create_model(f"local-dir:{ours}").eval()
+    image, text = torch.randn(2, 3, 8, 8), torch.randint(1, 63, (2, 8))
+    quick = open_clip.CLIP(**vit_record["config"]).eval()
+    quick.load_state_dict(dict(small))
+    with torch.no_grad():
+        assert torch.equal(model.encode_image(image), quick.encode_image(image))
+        assert torch.equal(model.encode_text(text), quick.encode_text(text))
+        assert not torch.equal(model.encode_image(image), small_clip.encode_image(image))
+
+
+def test_configurations_agree_with_the_published_ones() -> None:
+    """openai/clip-vit-base-patch32 and laion/CLIP-ViT-H-14 on the Hub, and open_clip's own."""
+    import open_clip
+
+    b32 = {"model_type": "clip", "projection_dim": 512, "text_config": {}, "vision_config": {}}
+    found = from_huggingface_config(b32)
+    vision = {
+        "image_size": 224,
+        "layers": 12,
+        "width": 768,
+        "head_width": 64,
+        "patch_size": 32,
+        "mlp_ratio": 4,
+    }
+    text = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12, "mlp_ratio": 4}
+    assert found == {
+        **open_clip.get_model_config("ViT-B-32-quickgelu"),
+        "vision_cfg": vision,
+        "text_cfg": text,
+    }
+    huge = to_huggingface_config(open_clip.get_model_config("ViT-H-14"))
+    assert huge is not None
+    assert {key: huge["vision_config"][key] for key in ("hidden_size", "num_attention_heads", "hidden_act")} == {
+        "hidden_size": 1280, "num_attention_heads": 16, "hidden_act": "gelu",
+    }  # fmt: skip
+    assert huge["text_config"]["num_hidden_layers"] == 24
+    back = from_huggingface_config(huge)
+    assert back is not None
+    assert to_huggingface_config(back) == huge
+    for other in ("RN50", "ViT-B-16-SigLIP", "coca_ViT-B-32", "convnext_base"):
+        assert to_huggingface_config(open_clip.get_model_config(other)) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "siglip"},
+        {"text_config": None},
+        {"text_config": {"hidden_act": "relu"}, "vision_config": {"hidden_act": "relu"}},
+        {"vision_config": {"hidden_act": "gelu"}},
+        {"vision_config": {"layer_norm_eps": 1e-6}},
+        {"vision_config": {"hidden_size": "768"}},
+        {"vision_config": {"hidden_size": 0}},
+        {"vision_config": {"num_attention_heads": 0}},
+        {"vision_config": {"hidden_act": ["gelu"]}},
+    ],
+)
+def test_configurations_that_open_clip_has_no_model_for_give_none(change: dict[str, Any]) -> None:
+    base: dict[str, Any] = {"model_type": "clip", "text_config": {}, "vision_config": {}}
+    assert from_huggingface_config({**base, **change}) is None

@@ -95,8 +95,9 @@ def test_an_open_clip_folder_brings_its_configuration(
     save_file({"other": torch.ones(1)}, tmp_path / "model.safetensors")
     checkpoint = open_checkpoint(tmp_path)
     assert_same(checkpoint, small)
-    assert checkpoint.extra["open_clip_config"] == config
-    assert open_checkpoint(tmp_path / "open_clip_model.safetensors").extra["open_clip_config"] == config
+    record = {"name": tmp_path.name, "config": config["model_cfg"], "preprocess": config["preprocess_cfg"]}
+    assert checkpoint.extra["model"] == record
+    assert open_checkpoint(tmp_path / "open_clip_model.safetensors").extra["model"] == record
 
 
 def test_a_folder_with_one_file_is_that_file(small: StateDict, tmp_path: Path, assert_same: Same) -> None:
@@ -130,11 +131,12 @@ def fake_open_clip(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     module.download_pretrained_from_hf = from_hf
     module.download_pretrained = lambda config: str(module.files[config["url"]])
-    module.get_pretrained_cfg = lambda model, tag: (
-        {"url": "u"} if (model, tag) == ("ViT-B-32", "openai") else {}
-    )
+    known = {("ViT-B-32", "openai"): {"url": "u", "mean": 0.5, "quick_gelu": True}}
+    module.get_pretrained_cfg = lambda model, tag: known.get((model, tag), {})
     module.list_pretrained = lambda as_str: ["ViT-B-32:openai", "RN50:yfcc15m"]
-    monkeypatch.setitem(sys.modules, "open_clip", ModuleType("open_clip"))
+    package: Any = ModuleType("open_clip")
+    package.get_model_config = lambda name: {"embed_dim": 6}
+    monkeypatch.setitem(sys.modules, "open_clip", package)
     monkeypatch.setitem(sys.modules, "open_clip.pretrained", module)
     return module
 
@@ -151,7 +153,7 @@ def test_the_hub_through_open_clip(
     checkpoint = open_checkpoint("hf-hub:org/name")
     assert_same(checkpoint, small)
     assert checkpoint.name == "name"
-    assert checkpoint.extra["open_clip_config"] == {"model_cfg": {}}
+    assert checkpoint.extra["model"] == {"name": tmp_path.name, "config": {}, "preprocess": {}}
     assert_same(open_checkpoint("hf-hub:org/hf@v1"), small)
     with pytest.raises(CheckpointError, match="hf-hub:org/none cannot be fetched: Failed to download"):
         open_checkpoint("hf-hub:org/none")
@@ -164,7 +166,13 @@ def test_pretrained_tags_through_open_clip(
     fake_open_clip.files["u"] = tmp_path / "ViT-B-32.pt"
     checkpoint = open_checkpoint("ViT-B-32:openai")
     assert_same(checkpoint, small)
-    assert checkpoint.extra["open_clip_model"] == "ViT-B-32"
+    assert checkpoint.extra["model"] == {
+        "name": "ViT-B-32",
+        "config": {"embed_dim": 6},
+        "preprocess": {"mean": 0.5},
+    }
+    assert checkpoint.extra["quick_gelu"] is True
+    assert checkpoint.path == tmp_path / "ViT-B-32.pt"
     with pytest.raises(CheckpointError, match="no pretrained weights 'ViT-B-32:opnai'") as caught:
         open_checkpoint("ViT-B-32:opnai")
     assert caught.value.hint == "did you mean ViT-B-32:openai?"

@@ -62,7 +62,7 @@ def test_open_clip(small: StateDict, tmp_path: Path, assert_same: Same) -> None:
         checkpoint = open_checkpoint(tmp_path / name)
         assert_same(checkpoint, small)
         assert checkpoint.layout == "open_clip"
-    assert open_checkpoint(tmp_path / "epoch_3.pt").extra["epoch"] == 3
+    assert open_checkpoint(tmp_path / "epoch_3.pt").extra["saved"] == {"epoch": 3, "name": "run"}
 
 
 class Archive(nn.Module):

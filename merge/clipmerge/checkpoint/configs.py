@@ -1,0 +1,175 @@
+"""The model's configuration beside its weights: open_clip's and Hugging Face's, and the way between them."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from clipmerge.checkpoint.safetensors import parse_json
+from clipmerge.errors import CheckpointError
+
+MAX_CONFIG = 1 << 20
+_ACTIVATIONS = {"quick_gelu": True, "gelu": False}
+_INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
+_VISION = {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"}
+_TEXT = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
+
+
+def model_beside(path: Path) -> dict[str, Any] | None:
+    """The model record {"name", "config", "preprocess"} of the folder that `path` lies in, where it has one.
+
+    Raises:
+        CheckpointError: there is a configuration, but it is not JSON, or absurdly large.
+    """
+    own = _read(path.with_name("open_clip_config.json"))
+    if isinstance(own.get("model_cfg"), dict):
+        return _record(path, own["model_cfg"], own.get("preprocess_cfg"))
+    config = from_huggingface_config(_read(path.with_name("config.json")))
+    if config is None:
+        return None
+    return _record(path, config, _preprocess(_read(path.with_name("preprocessor_config.json"))))
+
+
+def from_huggingface_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """open_clip's model_cfg for a CLIPModel's config.json; None where open_clip has no such model.
+
+    Values that the file leaves out are CLIPConfig's own defaults.
+    """
+    text, vision = config.get("text_config"), config.get("vision_config")
+    if not isinstance(text, dict) or not isinstance(vision, dict):
+        return None
+    exact = all(part.get("layer_norm_eps", 1e-5) == 1e-5 for part in (text, vision))
+    if config.get("model_type") != "clip" or not exact:
+        return None
+    try:
+        return _model_cfg(config, text, vision)
+    except (KeyError, TypeError, ZeroDivisionError):
+        return None
+
+
+def _model_cfg(
+    config: Mapping[str, Any], text: dict[str, Any], vision: dict[str, Any]
+) -> dict[str, Any] | None:
+    quick = {_ACTIVATIONS[part.get("hidden_act", "quick_gelu")] for part in (text, vision)}
+    if len(quick) != 1:
+        return None
+    wide, high = vision.get("hidden_size", 768), text.get("hidden_size", 512)
+    return {
+        "embed_dim": config.get("projection_dim", 512),
+        "quick_gelu": quick.pop(),
+        "vision_cfg": {
+            "image_size": vision.get("image_size", 224),
+            "layers": vision.get("num_hidden_layers", 12),
+            "width": wide,
+            "head_width": wide // vision.get("num_attention_heads", 12),
+            "patch_size": vision.get("patch_size", 32),
+            "mlp_ratio": vision.get("intermediate_size", 3072) / wide,
+        },
+        "text_cfg": {
+            "context_length": text.get("max_position_embeddings", 77),
+            "vocab_size": text.get("vocab_size", 49408),
+            "width": high,
+            "heads": text.get("num_attention_heads", 8),
+            "layers": text.get("num_hidden_layers", 12),
+            "mlp_ratio": text.get("intermediate_size", 2048) / high,
+        },
+    }
+
+
+def to_huggingface_config(model: Mapping[str, Any]) -> dict[str, Any] | None:
+    """CLIPModel's config.json for open_clip's model_cfg; None where transformers has no such model."""
+    vision, text = model.get("vision_cfg", {}), model.get("text_cfg", {})
+    known = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
+    if model.keys() - known or vision.keys() - _VISION or text.keys() - _TEXT:
+        return None
+    if not isinstance(vision.get("layers", 12), int):  # a ResNet has a list of them
+        return None
+    act = "quick_gelu" if model.get("quick_gelu") else "gelu"
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": model["embed_dim"],
+        "text_config": {
+            "model_type": "clip_text_model",
+            "hidden_act": act,
+            "hidden_size": text.get("width", 512),
+            "intermediate_size": int(text.get("width", 512) * text.get("mlp_ratio", 4.0)),
+            "max_position_embeddings": text.get("context_length", 77),
+            "num_attention_heads": text.get("heads", 8),
+            "num_hidden_layers": text.get("layers", 12),
+            "projection_dim": model["embed_dim"],
+            "vocab_size": text.get("vocab_size", 49408),
+        },
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_act": act,
+            "hidden_size": vision.get("width", 768),
+            "image_size": vision.get("image_size", 224),
+            "intermediate_size": int(vision.get("width", 768) * vision.get("mlp_ratio", 4.0)),
+            "num_attention_heads": vision.get("width", 768) // vision.get("head_width", 64),
+            "num_hidden_layers": vision.get("layers", 12),
+            "patch_size": vision.get("patch_size", 16),
+            "projection_dim": model["embed_dim"],
+        },
+    }
+
+
+def to_huggingface_preprocessor(preprocess: Mapping[str, Any]) -> dict[str, Any] | None:
+    """CLIPImageProcessor's preprocessor_config.json; None where it cannot do what this preprocess_cfg asks."""
+    codes = {name: code for code, name in _INTERPOLATIONS.items()}
+    size, resample = preprocess.get("size"), codes.get(preprocess.get("interpolation", "bicubic"))
+    edge = size[0] if isinstance(size, list | tuple) and len(set(size)) == 1 else size
+    if (
+        not isinstance(edge, int)
+        or resample is None
+        or preprocess.get("resize_mode", "shortest") != "shortest"
+    ):
+        return None
+    if not preprocess.get("mean") or not preprocess.get("std"):
+        return None
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "crop_size": {"height": edge, "width": edge},
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_resize": True,
+        "image_mean": list(preprocess["mean"]),
+        "image_std": list(preprocess["std"]),
+        "resample": resample,
+        "size": {"shortest_edge": edge},
+    }
+
+
+def to_text(config: Mapping[str, Any]) -> bytes:
+    """A configuration file's bytes: the same for the same configuration."""
+    return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+
+
+def _record(path: Path, config: Mapping[str, Any], preprocess: Any) -> dict[str, Any]:
+    found = preprocess if isinstance(preprocess, dict) else {}
+    return {"name": path.resolve().parent.name, "config": dict(config), "preprocess": found}
+
+
+def _preprocess(config: Mapping[str, Any]) -> dict[str, Any]:
+    """open_clip's preprocess_cfg for an image processor's; {} where the file is not there."""
+    size = config.get("crop_size")
+    found = {
+        "size": size.get("height") if isinstance(size, dict) else size,
+        "mean": config.get("image_mean"),
+        "std": config.get("image_std"),
+        "interpolation": _INTERPOLATIONS.get(config.get("resample", 3)),
+    }
+    return {key: value for key, value in found.items() if value is not None} if config else {}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_CONFIG + 1)
+    except OSError:
+        return {}
+    if len(text) > MAX_CONFIG:
+        raise CheckpointError(f"{path} is too large for a model's configuration", hint="remove it")
+    found = parse_json(path, text)
+    return found if isinstance(found, dict) else {}
