@@ -22,6 +22,12 @@ Stored = Callable[[Path], dict[str, Any]]
 SHAPES: Mapping[str, tuple[int, ...]] = {"a": (300, 401), "b": (), "c": (77,), "d": (500, 600), "e": (0, 3)}
 
 
+def _stored_as(dtype: str, numbers: Any) -> bytes:
+    if dtype == "BF16":
+        return (np.asarray(numbers, np.float32).view(np.uint32) >> 16).astype(np.uint16).tobytes()
+    return np.asarray(numbers, {"F32": "<f4", "F16": "<f2"}[dtype]).tobytes()
+
+
 @pytest.fixture(params=["F32", "F16", "BF16"])
 def soup(tmp_path: Path, put: Put, request: pytest.FixtureRequest) -> list[Path]:
     """Five checkpoints of one dtype, their tensors of several sizes and stored in several orders."""
@@ -31,11 +37,7 @@ def soup(tmp_path: Path, put: Put, request: pytest.FixtureRequest) -> list[Path]
         tensors = {}
         for name in rng.permutation(list(SHAPES)):
             numbers = rng.standard_normal(SHAPES[name], np.float32) * np.float32(0.02)
-            if request.param == "BF16":
-                raw = (np.asarray(numbers).view(np.uint32) >> 16).astype(np.uint16).tobytes()
-            else:
-                raw = np.asarray(numbers, "<f4" if request.param == "F32" else "<f2").tobytes()
-            tensors[str(name)] = (request.param, SHAPES[name], raw)
+            tensors[str(name)] = (request.param, SHAPES[name], _stored_as(request.param, numbers))
         paths.append(put(tmp_path / f"in{i}.safetensors", **tensors))
     return paths
 
@@ -94,6 +96,40 @@ def test_memory_and_file_hold_the_same_bytes(soup: list[Path], tmp_path: Path, s
         found = stored(merged.save(tmp_path / "out", force=True, digests=False))
         for name, tensor in merged.state_dict().items():
             assert tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() == found[name][2]
+
+
+WITHOUT_TORCH = """
+import sys
+from pathlib import Path
+import clipmerge as cm
+folder = Path(sys.argv[1])
+weights = [cm.load(path) for path in sorted(folder.glob("in*"))]
+for dtype in ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"):
+    for number, merged in enumerate((cm.mean(weights), cm.interpolate(weights[0], weights[1], 0.3))):
+        merged.save(folder / f"alone-{dtype}-{number}", dtype=dtype, threads=3)
+assert "torch" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_the_file_is_the_same_whether_or_not_torch_is_imported(
+    tmp_path: Path, put: Put, program: Callable[..., Any], dtype: str
+) -> None:
+    """torch converts halves with the processor's instructions: it may be faster, never different."""
+    import torch  # noqa: F401
+
+    rng = np.random.default_rng(3)
+    for i in range(3):
+        exponents = rng.integers(-30, 1, 200_000)  # down to where every narrow type is subnormal
+        numbers = np.asarray(rng.uniform(-2, 2, 200_000) * 2.0**exponents, np.float32)
+        put(tmp_path / f"in{i}", w=(dtype, numbers.shape, _stored_as(dtype, numbers)))
+    done = program(WITHOUT_TORCH, tmp_path)
+    assert done.returncode == 0, done.stderr
+    weights = [load(tmp_path / f"in{i}") for i in range(3)]
+    for out in ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"):
+        for number, merged in enumerate((mean(weights), interpolate(weights[0], weights[1], 0.3))):
+            here = merged.save(tmp_path / "here", dtype=out, force=True)
+            assert here.read_bytes() == (tmp_path / f"alone-{out}-{number}").read_bytes(), (out, number)
 
 
 # -- adversarial sums ----------------------------------------------------------------------------------------

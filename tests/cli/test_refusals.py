@@ -1,0 +1,184 @@
+"""`clipmerge soup` on bad input: one clear error with its hint, exit code 1, and nothing written."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from clipmerge_cli.app import main
+
+Refused = Callable[..., tuple[str, str]]
+
+
+def _put(path: Path, **tensors: Any) -> Path:
+    """A safetensors file, written byte by byte."""
+    names = {"float32": "F32", "float16": "F16", "int64": "I64"}
+    at, entries = 0, {}
+    for name, array in tensors.items():
+        entries[name] = {
+            "dtype": names[array.dtype.name],
+            "shape": list(array.shape),
+            "data_offsets": [at, at + array.nbytes],
+        }
+        at += array.nbytes
+    head = json.dumps(entries).encode()
+    raw = b"".join(array.tobytes() for array in tensors.values())
+    path.write_bytes(len(head).to_bytes(8, "little") + head + raw)
+    return path
+
+
+def _ones(*shape: int, dtype: str = "float32") -> np.ndarray[Any, Any]:
+    return np.ones(shape, dtype)
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    return _put(tmp_path / "good.safetensors", **{"visual.proj": _ones(4, 2), "logit_scale": _ones()})
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Run `clipmerge soup` in a fresh folder: the error and the hint that it shows, when nothing else happens."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+
+    def run(*arguments: object, output: Path | None = None) -> tuple[str, str]:
+        before = {path: path.read_bytes() for path in folder.iterdir()}
+        code = main(["soup", *map(str, arguments), "-o", str(output or folder / "soup.safetensors")])
+        said = capsys.readouterr()
+        assert code == 1, said.err
+        assert said.out == ""
+        assert {path: path.read_bytes() for path in folder.iterdir()} == before
+        error, blank, hint = said.err.strip().rsplit("\n", 2)
+        assert (error[:7], blank, hint[:6]) == ("error: ", "", "hint: ")
+        return error[7:], hint[6:]
+
+    return run
+
+
+def test_a_missing_file(good: Path, refused: Refused) -> None:
+    assert refused(good, good.with_name("gone.safetensors")) == (
+        f"{good.with_name('gone.safetensors')} does not exist",
+        "check the path",
+    )
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"hello", b"PK\x03\x04", bytes(100), b"\x80\x02cos\nsystem\n."], ids=repr
+)
+def test_a_file_that_is_no_checkpoint(good: Path, refused: Refused, content: bytes) -> None:
+    other = good.with_name("other.safetensors")
+    other.write_bytes(content)
+    error, hint = refused(good, other)
+    assert error.startswith(str(other))
+    assert hint
+
+
+def test_a_truncated_file(good: Path, refused: Refused) -> None:
+    cut = good.with_name("cut.safetensors")
+    cut.write_bytes(good.read_bytes()[:-3])
+    error, hint = refused(good, cut)
+    assert error.startswith(f"{cut}: tensor 'logit_scale' ends at byte")
+    assert hint == "the file is damaged or was not downloaded whole; fetch or save it again"
+
+
+def test_another_architecture_lists_every_difference_at_once(good: Path, refused: Refused) -> None:
+    other = _put(good.with_name("other.safetensors"), **{"visual.proj": _ones(4, 3), "logit_bias": _ones()})
+    error, hint = refused(good, other)
+    assert error.splitlines() == [
+        "the checkpoints do not fit together:",
+        f"  {other} lacks 'logit_scale' (it has 'logit_bias')",
+        f"  {other} has 'logit_bias', which {good} lacks",
+        f"  'visual.proj' is [4, 2] in {good} and [4, 3] in {other}",
+    ]
+    assert "one architecture" in hint
+
+
+def test_many_missing_tensors_are_counted(tmp_path: Path, refused: Refused) -> None:
+    a = _put(tmp_path / "a.safetensors", **{f"w{i:02d}": _ones() for i in range(30)})
+    b = _put(tmp_path / "b.safetensors", w00=_ones())
+    error, _ = refused(a, b)
+    lines = error.splitlines()
+    assert len(lines) == 12
+    assert lines[1] == f"  {b} lacks 'w01'"
+    assert lines[-1] == "  … and 19 more"
+
+
+def test_mixed_dtypes_ask_for_one(good: Path, refused: Refused) -> None:
+    half = {"visual.proj": _ones(4, 2, dtype="float16"), "logit_scale": _ones(dtype="float16")}
+    other = _put(good.with_name("half.safetensors"), **half)
+    error, hint = refused(good, other)
+    assert f"'visual.proj' is F32 in {good} and F16 in {other}" in error
+    assert "--dtype" in hint
+
+
+def test_not_a_number(good: Path, refused: Refused) -> None:
+    broken = {"visual.proj": _ones(4, 2), "logit_scale": _ones()}
+    broken["visual.proj"][3, 1] = np.nan
+    other = _put(good.with_name("nan.safetensors"), **broken)
+    assert refused(good, other) == (
+        f"{other}: tensor 'visual.proj' holds 1 value that is not finite, the first at [3, 1]",
+        "that checkpoint is damaged or diverged; leave it out, or pass --allow-nonfinite",
+    )
+    assert main(["soup", str(good), str(other), "--allow-nonfinite", "-o", str(good.with_name("out2"))]) == 0
+
+
+def test_integers_that_differ(tmp_path: Path, refused: Refused) -> None:
+    a, b = (_put(tmp_path / f"{i}.safetensors", ids=np.arange(3) + i, w=_ones(2)) for i in range(2))
+    error, hint = refused(a, b)
+    assert error == f"'ids' holds integers that differ between {a} and {b}"
+    assert "never averaged" in hint
+
+
+def test_an_output_that_exists(good: Path, refused: Refused) -> None:
+    out = good.parent / "out" / "soup.safetensors"
+    out.write_bytes(b"old")
+    assert refused(good) == (f"{out} already exists", "choose another name, or replace it with --force")
+    assert main(["soup", str(good), "-o", str(out), "--force"]) == 0
+    assert out.read_bytes() != b"old"
+
+
+def test_an_output_that_is_an_input_even_with_force(good: Path, refused: Refused) -> None:
+    before = good.read_bytes()
+    error, hint = refused(good, "--force", output=good)
+    assert error == f"{good} is also an input"
+    assert hint == "write to another name; inputs are never replaced"
+    assert good.read_bytes() == before
+
+
+def test_an_output_in_a_folder_that_does_not_exist(good: Path, refused: Refused) -> None:
+    nowhere = good.parent / "nowhere"
+    assert refused(good, output=nowhere / "soup.safetensors") == (
+        f"the folder {nowhere} does not exist",
+        f"mkdir -p {nowhere}",
+    )
+
+
+def test_an_output_dtype_that_overflows(tmp_path: Path, refused: Refused) -> None:
+    a = _put(tmp_path / "a.safetensors", w=np.array([1e6], np.float32))
+    assert refused(a, "--dtype", "fp16") == (
+        "tensor 'w' reaches 1e+06, more than F16 holds (65504)",
+        "write a wider dtype: --dtype fp32",
+    )
+
+
+def test_a_dtype_that_does_not_exist(good: Path, refused: Refused) -> None:
+    error, hint = refused(good, "--dtype", "fp61")
+    assert "fp61" in error.lower()
+    assert "fp16" in hint or "fp64" in hint
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["FILE"], ["-o", "OUT"], ["FILE", "-o", "OUT", "--shard-size", "big"], ["FILE", "--no-such"]],
+)
+def test_wrong_usage_exits_2(
+    good: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str]
+) -> None:
+    words = [{"FILE": str(good), "OUT": str(tmp_path / "out")}.get(word, word) for word in arguments]
+    assert main(["soup", *words]) == 2
+    assert capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
