@@ -1,5 +1,6 @@
 """The command tree: one literal table; each command's module is imported when that command is called."""
 
+import inspect
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -57,8 +58,8 @@ def application(wanted: str | None = None) -> typer.Typer:
     tree.callback()(_root)
     for name, command in COMMANDS.items():
         function = _function(name, command) if name == wanted else _elsewhere
-        shown = {"short_help": command.help} if name == wanted else {"help": command.help}
-        tree.command(name, rich_help_panel=command.panel, **shown)(function)  # type: ignore[arg-type]
+        shown = _explanation(function) if name == wanted else command.help
+        tree.command(name, help=shown, short_help=command.help, rich_help_panel=command.panel)(function)
     return tree
 
 
@@ -94,6 +95,17 @@ def _function(name: str, command: Command) -> Callable[..., Any]:
     module = import_module(f"clipmerge_cli.{command.module}")
     function: Callable[..., Any] = getattr(module, name.replace("-", "_"))
     return function
+
+
+def _explanation(function: Callable[..., Any]) -> str:
+    """A command's docstring for `--help`: prose flows, indented or `\\b` paragraphs (examples) keep their lines."""
+    paragraphs = []
+    for paragraph in (inspect.getdoc(function) or "").split("\n\n"):
+        if paragraph.startswith(("\b", "    ")):
+            paragraphs.append("\n".join(line.strip() for line in paragraph.strip("\b\n").splitlines()))
+        else:
+            paragraphs.append(" ".join(paragraph.split()))
+    return "\n\n".join(paragraphs)
 
 
 def _elsewhere() -> None:

@@ -36,9 +36,7 @@ def demo(
     and on a shift (the digits turned by 25 degrees). [bold]commands.sh[/bold] in the folder has every step as
     a command. An interrupted demo goes on where it stopped.
 
-    Example:
-
-        [cyan]clipmerge demo --out clipmerge-demo/[/cyan]
+        clipmerge demo --out clipmerge-demo/
     """
     study = run(out, force=force, quiet=quiet or json)
     if json:
