@@ -78,8 +78,9 @@ def widen(raw: npt.NDArray[Any], dtype: str, scratch: F32) -> npt.NDArray[Any]:
     mask = 0x80000000 | ((1 << (8 * raw.itemsize - 1)) - 1) << kind.shift
     np.bitwise_and(bits, np.int32(mask - (1 << 32)), out=bits)
     if _has_specials(raw, dtype):
-        specials = _table(dtype)[raw] if raw.itemsize == 1 else raw.view(np.float16).astype(np.float32)
-        np.copyto(out, specials)
+        with np.errstate(invalid="ignore"):  # signalling NaNs
+            specials = _table(dtype)[raw] if raw.itemsize == 1 else raw.view(np.float16).astype(np.float32)
+            np.copyto(out, specials)
         return out
     return np.multiply(out, kind.scale, out=out)
 
@@ -202,8 +203,9 @@ def spare_for(count: int) -> tuple[F32, F32, F32]:
 def to_float64(raw: npt.NDArray[Any], dtype: str) -> F64:
     """Stored elements of any dtype as float64, in a new array of the same shape."""
     flat = raw.reshape(-1)
-    wide = widen(flat, dtype, np.empty(flat.size, np.float32))
-    return wide.astype(np.float64).reshape(raw.shape)
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        wide = widen(flat, dtype, np.empty(flat.size, np.float32))
+        return wide.astype(np.float64).reshape(raw.shape)
 
 
 def _has_specials(raw: npt.NDArray[Any], dtype: str) -> bool:

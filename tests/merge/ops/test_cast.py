@@ -1,0 +1,162 @@
+"""Stored bits and numbers: every code of every narrow type, against torch."""
+
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clipmerge.checkpoint.tensors import storage_dtype
+from clipmerge.ops.cast import LARGEST, finite, narrow, spare_for, to_float64, widen
+
+TORCH = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+NARROW = sorted(TORCH)
+
+
+@pytest.fixture(params=["numpy", "torch"], autouse=True)
+def converter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Both ways: with torch's instructions, and as in a process that has not imported torch."""
+    if request.param == "numpy":
+        monkeypatch.setitem(sys.modules, "torch", None)
+    yield
+
+
+def codes(dtype: str) -> npt.NDArray[np.generic]:
+    """Every bit pattern of a narrow type."""
+    width = storage_dtype("U16" if dtype in ("F16", "BF16") else "U8")
+    return np.arange(1 << (8 * width.itemsize), dtype=width)
+
+
+def by_torch(raw: npt.NDArray[np.generic], dtype: str) -> npt.NDArray[np.float32]:
+    return torch.from_numpy(raw.copy()).view(TORCH[dtype]).float().numpy()
+
+
+def rounded_by_torch(numbers: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[np.generic]:
+    """float32 → narrow: one rounding, which torch does right."""
+    unsigned = torch.uint16 if dtype in ("F16", "BF16") else torch.uint8
+    return torch.from_numpy(numbers.copy()).to(TORCH[dtype]).view(unsigned).numpy()
+
+
+def narrowed(numbers: npt.ArrayLike, dtype: str) -> tuple[npt.NDArray[np.generic], bool]:
+    array = np.array(numbers, np.float64)
+    out = np.empty(array.size, storage_dtype(dtype))
+    with np.errstate(all="ignore"):
+        every = narrow(array, dtype, out, spare_for(array.size))
+    return out.view(codes(dtype).dtype) if dtype in TORCH else out, every
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_every_code_widens_to_its_number(dtype: str) -> None:
+    raw = codes(dtype)
+    got = widen(raw, dtype, np.empty(raw.size, np.float32))
+    np.testing.assert_array_equal(got, by_torch(raw, dtype))
+    np.testing.assert_array_equal(to_float64(raw, dtype), by_torch(raw, dtype).astype(np.float64))
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_every_finite_code_widens_bit_for_bit_where_nothing_special_is_near(dtype: str) -> None:
+    """The fast path: no NaN or infinity among the elements; the sign of zero counts."""
+    raw = codes(dtype)
+    raw = raw[np.isfinite(by_torch(raw, dtype))]
+    got = widen(raw, dtype, np.empty(raw.size, np.float32))
+    np.testing.assert_array_equal(got.view(np.uint32), by_torch(raw, dtype).view(np.uint32))
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_every_finite_code_survives_the_round_trip(dtype: str) -> None:
+    raw = codes(dtype)
+    raw = raw[np.isfinite(by_torch(raw, dtype))]
+    back, every = narrowed(to_float64(raw, dtype), dtype)
+    assert every
+    np.testing.assert_array_equal(back, raw)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_every_code_is_finite_exactly_where_torch_says_so(dtype: str) -> None:
+    raw = codes(dtype)
+    for code, expected in zip(raw, np.isfinite(by_torch(raw, dtype)), strict=True):
+        assert finite(np.array([code], raw.dtype), dtype) == expected
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_random_numbers_round_as_torch_rounds_them(dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    spread = np.exp2(rng.uniform(-40, 16, 100_000))
+    numbers = (rng.standard_normal(100_000) * spread).astype(np.float32)
+    numbers = numbers[np.abs(numbers) < LARGEST[dtype]]
+    out, every = narrowed(numbers, dtype)
+    assert every
+    np.testing.assert_array_equal(out, rounded_by_torch(numbers, dtype))
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_midpoints_go_to_even_and_their_neighbours_do_not(dtype: str) -> None:
+    raw = codes(dtype)
+    numbers = np.unique(by_torch(raw, dtype)[np.isfinite(by_torch(raw, dtype))].astype(np.float64))
+    middles = (numbers[1:] + numbers[:-1]) / 2
+    exact = middles[middles.astype(np.float32) == middles].astype(np.float32)
+    np.testing.assert_array_equal(narrowed(exact, dtype)[0], rounded_by_torch(exact, dtype))
+    # One float64 step off the middle decides, although float32 cannot tell it from the middle.
+    above, below = np.nextafter(middles, np.inf), np.nextafter(middles, -np.inf)
+    np.testing.assert_array_equal(to_float64(narrowed(above, dtype)[0], dtype), numbers[1:])
+    np.testing.assert_array_equal(to_float64(narrowed(below, dtype)[0], dtype), numbers[:-1])
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_what_does_not_fit_is_written_as_such_and_told(dtype: str) -> None:
+    largest, special = LARGEST[dtype], np.nan if dtype == "F8_E4M3" else np.inf
+    out, every = narrowed([1.0, np.nan, np.inf, -np.inf, 1e39, -1e39, largest, -largest], dtype)
+    assert not every
+    expected = [1.0, np.nan, special, -special, special, -special, largest, -largest]
+    np.testing.assert_array_equal(to_float64(out, dtype), expected)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_a_little_over_the_largest_still_rounds_down(dtype: str) -> None:
+    largest = LARGEST[dtype]
+    out, every = narrowed([np.nextafter(largest, np.inf)], dtype)
+    assert every
+    assert to_float64(out, dtype)[0] == largest
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F64"])
+def test_wide_types_are_stored_as_numpy_stores_them(dtype: str) -> None:
+    numbers = [0.1, -0.0, 1e-300, 3.0]
+    out, every = narrowed(numbers, dtype)
+    assert every
+    assert out.tobytes() == np.array(numbers).astype(storage_dtype(dtype)).tobytes()
+    assert narrowed([np.inf], dtype)[1] is False
+    assert narrowed([np.nan, 1.0], dtype)[1] is False
+
+
+def test_overflow_of_float32_is_told() -> None:
+    assert narrowed([1e39], "F32")[1] is False
+    assert narrowed([LARGEST["F32"]], "F32")[1] is True
+
+
+@pytest.mark.parametrize("dtype", [*NARROW, "F32", "F64"])
+def test_nothing_is_finite_and_rounds_to_nothing(dtype: str) -> None:
+    empty = np.empty(0, storage_dtype(dtype))
+    assert finite(empty, dtype)
+    assert narrowed([], dtype)[1]
+    assert widen(empty, dtype, np.empty(0, np.float32)).size == 0
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.floats(-60000, 60000, allow_subnormal=True), min_size=1, max_size=30),
+    st.sampled_from(["F16"]),
+)
+def test_halves_round_once_from_float64_as_numpy_does(numbers: list[float], dtype: str) -> None:
+    """numpy's double → half rounds once; torch's rounds twice and would fail here."""
+    out, _ = narrowed(numbers, dtype)
+    np.testing.assert_array_equal(out.view(np.float16), np.array(numbers).astype(np.float16))

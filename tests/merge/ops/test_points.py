@@ -1,0 +1,79 @@
+"""Rules that take models and give a model: laws, and values by an independent formula."""
+
+from collections.abc import Callable
+from itertools import combinations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from clipmerge.ops.points import model_stock, slerp
+
+F64 = npt.NDArray[np.float64]
+
+
+@pytest.fixture
+def draw() -> Callable[[], F64]:
+    rng = np.random.default_rng(3)
+    return lambda: rng.standard_normal((4, 5))
+
+
+def test_slerp_ends_at_its_ends(draw: Callable[[], F64]) -> None:
+    a, b = draw(), draw()
+    np.testing.assert_allclose(slerp(a, b, t=0.0), a, rtol=1e-14)
+    np.testing.assert_allclose(slerp(a, b, t=1.0), b, rtol=1e-14)
+
+
+def test_slerp_walks_the_arc() -> None:
+    """Between unit vectors the result is a unit vector at the fraction t of the angle."""
+    a, b = np.array([1.0, 0.0]), np.array([0.0, 1.0])
+    for t in (0.1, 0.25, 0.5, 0.9):
+        expected = [np.cos(t * np.pi / 2), np.sin(t * np.pi / 2)]
+        np.testing.assert_allclose(slerp(a, b, t=t), expected, rtol=1e-14)
+
+
+def test_slerp_is_the_same_backwards(draw: Callable[[], F64]) -> None:
+    a, b = draw(), draw()
+    np.testing.assert_allclose(slerp(a, b, t=0.3), slerp(b, a, t=0.7), rtol=1e-13)
+
+
+@pytest.mark.parametrize("b", [[2.0, 4.0], [-1.0, -2.0], [0.0, 0.0]])
+def test_slerp_is_a_straight_line_where_no_arc_exists(b: list[float]) -> None:
+    """Parallel, opposite, zero."""
+    a = np.array([1.0, 2.0])
+    np.testing.assert_allclose(slerp(a, np.array(b), t=0.25), 0.75 * a + 0.25 * np.array(b), rtol=1e-12)
+
+
+def test_slerp_of_scalars_and_of_nothing() -> None:
+    assert slerp(np.array(2.0), np.array(4.0), t=0.5) == 3.0
+    assert slerp(np.empty((0, 3)), np.empty((0, 3)), t=0.5).shape == (0, 3)
+
+
+def test_model_stock_by_the_papers_formula(draw: Callable[[], F64]) -> None:
+    base = draw()
+    points = [base + draw() + 1.0 for _ in range(3)]  # a common drift: positive cosines
+    vectors = [(p - base).ravel() for p in points]
+    cosines = [u @ v / np.sqrt((u @ u) * (v @ v)) for u, v in combinations(vectors, 2)]
+    cosine = np.mean(cosines)
+    t = 3 * cosine / (1 + 2 * cosine)
+    assert 0 < t < 1
+    np.testing.assert_allclose(
+        model_stock(base, *points), t * np.mean(points, axis=0) + (1 - t) * base, rtol=1e-13
+    )
+
+
+def test_model_stock_of_equal_models_is_that_model(draw: Callable[[], F64]) -> None:
+    base, point = draw(), draw()
+    np.testing.assert_allclose(model_stock(base, point, point), point, rtol=1e-13)
+
+
+def test_model_stock_of_models_at_right_angles_is_the_base() -> None:
+    base = np.zeros(2)
+    np.testing.assert_allclose(
+        model_stock(base, np.array([1.0, 0.0]), np.array([0.0, 1.0])), base, atol=1e-15
+    )
+
+
+def test_model_stock_of_untouched_tensors_is_the_base(draw: Callable[[], F64]) -> None:
+    base = draw()
+    np.testing.assert_array_equal(model_stock(base, base, base), base)
