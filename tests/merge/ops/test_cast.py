@@ -1,7 +1,6 @@
 """Stored bits and numbers: every code of every narrow type, against torch."""
 
 import sys
-from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +22,10 @@ NARROW = sorted(TORCH)
 
 
 @pytest.fixture(params=["numpy", "torch"], autouse=True)
-def converter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def converter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways: with torch's instructions, and as in a process that has not imported torch."""
     if request.param == "numpy":
         monkeypatch.setitem(sys.modules, "torch", None)
-    yield
 
 
 def codes(dtype: str) -> npt.NDArray[np.generic]:
@@ -59,7 +57,7 @@ def test_every_code_widens_to_its_number(dtype: str) -> None:
     raw = codes(dtype)
     got = widen(raw, dtype, np.empty(raw.size, np.float32))
     np.testing.assert_array_equal(got, by_torch(raw, dtype))
-    np.testing.assert_array_equal(to_float64(raw, dtype), by_torch(raw, dtype).astype(np.float64))
+    np.testing.assert_array_equal(to_float64(raw, dtype), by_torch(raw, dtype))
 
 
 @pytest.mark.parametrize("dtype", NARROW)
@@ -83,8 +81,10 @@ def test_every_finite_code_survives_the_round_trip(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", NARROW)
 def test_every_code_is_finite_exactly_where_torch_says_so(dtype: str) -> None:
     raw = codes(dtype)
-    for code, expected in zip(raw, np.isfinite(by_torch(raw, dtype)), strict=True):
-        assert finite(np.array([code], raw.dtype), dtype) == expected
+    numbers = np.isfinite(by_torch(raw, dtype))
+    assert finite(raw[numbers], dtype)
+    for special in raw[~numbers]:
+        assert not finite(np.array([0, special], raw.dtype), dtype)
 
 
 @pytest.mark.parametrize("dtype", NARROW)
