@@ -46,11 +46,6 @@ _BACK_TOWERS = {new: old for old, new in _TOWERS.items()}
 _BACK_BLOCK = {new: old for old, new in _BLOCK.items()}
 
 
-def is_huggingface(names: Mapping[str, object]) -> bool:
-    """True for names of CLIPModel, or of one of its towers."""
-    return any(name.startswith(("text_model.e", "vision_model.e")) for name in names)
-
-
 def from_huggingface(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors under open_clip's names, and the names that were dropped (`position_ids`).
 

@@ -14,13 +14,13 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from clipmerge.checkpoint.huggingface import from_huggingface, is_huggingface
 from clipmerge.checkpoint.tensors import Tensor
 from clipmerge.errors import MismatchError
 
 WRAPPERS = ("module", "_orig_mod", "image_encoder", "model")
 """First words that only say what wrapped the model."""
 
+_HUGGING_FACE = ("text_model.e", "vision_model.e")
 _OPENAI = frozenset({"input_resolution", "context_length", "vocab_size"})
 _MASKS = frozenset({"attn_mask", "text.attn_mask"})
 """Computed, not learned: saved by old versions and by TorchScript, in no model's state dict today."""
@@ -44,7 +44,9 @@ def to_open_clip(tensors: Mapping[str, Tensor]) -> Named:
     if 0 < len(tensors) <= 2 and tensors.keys() <= {"weight", "bias"} and "weight" in tensors:
         return Named({f"classification_head.{name}": t for name, t in sorted(tensors.items())}, "head")
     bare, seen = _unwrapped(tensors)
-    if is_huggingface(bare):
+    if any(name.startswith(_HUGGING_FACE) for name in bare):
+        from clipmerge.checkpoint.huggingface import from_huggingface
+
         found, dropped = from_huggingface(bare)
         return Named(dict(sorted(found.items())), "huggingface", tuple(sorted(dropped)))
     dropped = sorted(bare.keys() & (_OPENAI | _MASKS))

@@ -34,6 +34,14 @@ class Reader:
         self.file, self.source, self.at, self.end = file, source, start, end
         file.seek(start)
 
+    def byte(self) -> int:
+        """The next byte; half of all reads are one byte long."""
+        data = self.file.read(1)
+        if self.at >= self.end or not data:
+            raise Malformed("it is truncated")
+        self.at += 1
+        return data[0]
+
     def take(self, nbytes: int) -> bytes:
         """The next bytes."""
         self._advance(nbytes)
@@ -68,7 +76,7 @@ def nothing(_: Reader) -> None:
 
 
 def u1(reader: Reader) -> int:
-    return reader.take(1)[0]
+    return reader.byte()
 
 
 def u2(reader: Reader) -> int:

@@ -17,6 +17,7 @@ from clipmerge.checkpoint.pickle_reader import Malformed, Reader, Span, Unsafe
 MAX_STEPS = 1_000_000
 """Opcodes. A ViT-L/14 with its AdamW takes 59 000 in a training checkpoint, 98 000 as a module."""
 MAX_KEY = 2**60
+_STOP = ord(".")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,18 +70,18 @@ class Machine:
 
     def run(self) -> Any:
         """The object that the next pickle describes; the reader stands behind its STOP."""
-        reader, stop = self._reader, ord(".")
+        reader, budget, next_byte = self._reader, self._budget, self._reader.byte
         while True:
-            self._budget.steps -= 1
-            if self._budget.steps < 0:
+            budget.steps -= 1
+            if budget.steps < 0:
                 raise Malformed(f"its pickle has more than {MAX_STEPS} steps")
-            code = reader.take(1)[0]
-            if code == stop:
+            code = next_byte()
+            if code == _STOP:
                 return self._stack.pop()
-            if code not in _OPCODES:
+            row = _OPCODES.get(code)
+            if row is None:
                 raise Malformed(f"it has the pickle opcode {code:#04x}, which no checkpoint needs")
-            argument, action = _OPCODES[code]
-            action(self, argument(reader))
+            row[1](self, row[0](reader))
 
     def push(self, value: Any) -> None:
         self._stack.append(value)

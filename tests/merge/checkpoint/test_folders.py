@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import clipmerge
 from clipmerge.checkpoint.open import open_checkpoint
 from clipmerge.errors import CheckpointError
 
@@ -98,6 +99,7 @@ def test_an_open_clip_folder_brings_its_configuration(
     record = {"name": tmp_path.name, "config": config["model_cfg"], "preprocess": config["preprocess_cfg"]}
     assert checkpoint.extra["model"] == record
     assert open_checkpoint(tmp_path / "open_clip_model.safetensors").extra["model"] == record
+    assert clipmerge.load(tmp_path).model == record
 
 
 def test_a_folder_with_one_file_is_that_file(small: StateDict, tmp_path: Path, assert_same: Same) -> None:
