@@ -127,10 +127,10 @@ def soup(
 
     weights = load_all(checkpoints)
     writing = Writing(output, force, dtype, shard_size, allow_nonfinite, threads)
-    writing.check(*weights)
+    writing.check(*weights, based=False)
     if dry_run:
         _plan(weights, writing, kind, json)
-    elif kind == "uniform":
+    elif kind == "uniform" and val is None:
         _uniform(weights, writing, model, json, quiet)
     else:
         scoring = Scoring(
@@ -199,9 +199,12 @@ def _choose(
         from clipmerge.search.ensemble import greedy_ensemble
 
         return greedy_ensemble(weights, evaluator, on_progress=on_progress, **options)
-    from clipmerge.search.soup import greedy_soup
+    from clipmerge.search.soup import greedy_soup, uniform_soup
 
-    return greedy_soup(weights, evaluator, journal=scoring.open_journal(), on_progress=on_progress, **options)
+    journal = scoring.open_journal()
+    if kind == "uniform":
+        return uniform_soup(weights, evaluator, journal=journal)
+    return greedy_soup(weights, evaluator, journal=journal, on_progress=on_progress, **options)
 
 
 def _record(result: Any, evaluator: Any) -> dict[str, Any]:

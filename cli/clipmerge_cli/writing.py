@@ -32,12 +32,19 @@ class Writing:
     allow_nonfinite: bool = False
     threads: int | None = None
 
-    def check(self, *weights: "Weights") -> None:
-        """Refuse what would be refused at the end, before any work is done."""
+    def check(self, *weights: "Weights", based: bool = True) -> None:
+        """Refuse what would be refused at the end, before any work is done.
+
+        Args:
+            based: the first weights are a base, whose float dtypes the output takes; else all must agree.
+        """
         from clipmerge.checkpoint.write import check_target
+        from clipmerge.weights.check import check
+        from clipmerge.weights.expression import mean
 
         inputs = [file for w in weights for c in w.checkpoints for file in c.files()]
         bytes_of(self.shard_size)
+        check(mean(weights), dtype=dtype_of(self.dtype) or ("F32" if based else None))
         if self.output is not None:
             check_target(self.output, force=self.force, inputs=inputs)
 

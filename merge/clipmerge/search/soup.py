@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from clipmerge.errors import SelectionError
 from clipmerge.search.results import Table, chance, percent, plot, span
+from clipmerge.weights.check import check
 from clipmerge.weights.expression import Weights, load_all, mean
 
 if TYPE_CHECKING:
@@ -113,15 +114,30 @@ class SoupResult:
         return plot(self.to_json(), path)
 
 
-def uniform_soup(checkpoints: Sequence[Weights | str | os.PathLike[str]]) -> SoupResult:
-    """The mean of all checkpoints.
+def uniform_soup(
+    checkpoints: Sequence[Weights | str | os.PathLike[str]],
+    evaluator: "Judge | None" = None,
+    *,
+    split: str = "val",
+    journal: "Journal | str | os.PathLike[str] | None" = None,
+) -> SoupResult:
+    """The mean of all checkpoints; scored where there is an evaluator.
 
     Raises:
         SelectionError: there are none.
+        MismatchError: they do not fit together.
     """
     weights = opened(checkpoints)
     names = tuple(map(name_of, weights))
-    return SoupResult("uniform", mean(weights), names, names)
+    if evaluator is None:
+        return SoupResult("uniform", mean(weights), names, names)
+    from clipmerge.search.judge import Scorer
+
+    scorer = Scorer(evaluator, journal)
+    split = scorer.split(split)
+    return SoupResult(
+        "uniform", mean(weights), names, names, score=scorer.score(mean(weights), split), split=split
+    )
 
 
 def greedy_soup(
@@ -220,12 +236,14 @@ def permutation(order: Order, count: int, seed: int) -> list[int]:
 
 
 def opened(checkpoints: Sequence[Weights | str | os.PathLike[str]]) -> list[Weights]:
-    """Weights for each; paths are opened, with names that are distinct."""
+    """Weights for each, which fit together; paths are opened, with names that are distinct."""
     if not checkpoints:
         raise SelectionError("there are no checkpoints to choose from", hint="give at least one")
     paths = [c for c in checkpoints if not isinstance(c, Weights)]
     loaded = iter(load_all([Path(os.fspath(path)) if not isinstance(path, str) else path for path in paths]))
-    return [c if isinstance(c, Weights) else next(loaded) for c in checkpoints]
+    weights = [c if isinstance(c, Weights) else next(loaded) for c in checkpoints]
+    check(mean(weights), dtype="F32")  # whether float dtypes agree matters to a file only
+    return weights
 
 
 def name_of(weights: Weights) -> str:

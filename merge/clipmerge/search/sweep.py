@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from clipmerge.errors import SelectionError
 from clipmerge.search.judge import Judge, Progress, Scorer, goodness, mark_document, mcnemar_p, scorer_of
-from clipmerge.search.results import Table, percent, plot, span
+from clipmerge.search.results import Table, chance, percent, plot, span
 from clipmerge.search.rules import Rule
+from clipmerge.weights.check import check
 
 if TYPE_CHECKING:
     from clipmerge.search.journal import Journal
@@ -65,7 +66,7 @@ class SweepResult:
         """One row a point; the chosen one is marked in words."""
         splits = list(self.chosen.scores)
         headers: tuple[str, ...] = ("alpha" if self.family in {"interpolate", "patch"} else "scale",)
-        headers += tuple(cell for split in splits for cell in (split, "95 %"))
+        headers += tuple(cell for split in splits for cell in (split, "95 %", "p"))
         rows = tuple(self._row(point) for point in self.history)
         return Table((*headers, self.rule.name, ""), rows, f"{self.family}: {self.rule.says}")
 
@@ -88,19 +89,20 @@ class SweepResult:
 
     def _row(self, point: SweepPoint) -> tuple[str, ...]:
         cells = [f"{point.alpha:g}"]
-        for mark in point.scores.values():
-            cells += [percent(mark.value), span(mark.interval)]
+        for split, mark in point.scores.items():
+            cells += [percent(mark.value), span(mark.interval), chance(self._p(point, split))]
         notes = ["chosen"] if point is self.chosen else []
         notes += [] if point.allowed else ["not allowed"]
         notes += ["refined"] if point.refined else []
         return (*cells, percent(float(point.value)), ", ".join(notes))
 
-    def _document(self, point: SweepPoint) -> dict[str, Any]:
+    def _p(self, point: SweepPoint, split: str) -> float | None:
+        """McNemar's p of a point against the base."""
         base = self.base
-        scores = {}
-        for split, mark in point.scores.items():
-            p = None if base is None or base is point else mcnemar_p(base.scores[split], mark)
-            scores[split] = mark_document(mark) | {"p": p}
+        return None if base is None or base is point else mcnemar_p(base.scores[split], point.scores[split])
+
+    def _document(self, point: SweepPoint) -> dict[str, Any]:
+        scores = {split: mark_document(m) | {"p": self._p(point, split)} for split, m in point.scores.items()}
         return {
             "alpha": point.alpha,
             "value": float(point.value),
@@ -143,6 +145,7 @@ def sweep(
         if split not in scorer.judge.splits:
             scorer.split(split)
             raise SelectionError(f"the rule {rule.name} needs a split named {split!r}")
+    check(family(max(map(float, grid), default=0.0)), dtype="F32")
     points = _Points(family, scorer, rule, wanted, on_progress)
     points.run(_alphas(grid, rule))
     if refine:

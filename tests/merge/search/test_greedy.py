@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.merge.search.table_judge import Recipe, TableJudge, point, random_bits, recipe
 
-from clipmerge.errors import SelectionError
+from clipmerge.checkpoint.tensors import Checkpoint, Extent, Tensor
+from clipmerge.errors import MismatchError, SelectionError
 from clipmerge.search.soup import greedy_soup, uniform_soup
-from clipmerge.weights.coefficient import number_text
+from clipmerge.weights.coefficient import Coefficient, number_text
 from clipmerge.weights.expression import Weights, mean
 
 NAMES = ("a", "b", "c", "d", "e")
@@ -136,6 +137,15 @@ def test_no_checkpoints_and_no_such_split_are_refused() -> None:
     with pytest.raises(SelectionError, match="no split 'vall'") as caught:
         greedy_soup([point("a")], judge, split="vall")
     assert caught.value.hint == "did you mean 'val'?"
+
+
+def test_checkpoints_that_do_not_fit_are_refused_before_a_score_is_paid_for() -> None:
+    judge = TableJudge({"val": 4}, random_bits(0, 4))
+    raw = np.zeros(8, np.uint8)
+    other = Checkpoint("other", {"x": Tensor("I32", (2,), (Extent(raw, 0, 8),))})
+    with pytest.raises(MismatchError, match=r"'x' is \[1\] in a and \[2\] in other"):
+        greedy_soup([point("a"), Weights({other: Coefficient.of(1)}, other)], judge)
+    assert judge.asked == []
 
 
 def test_a_split_with_any_name_will_do_where_there_is_one() -> None:

@@ -141,8 +141,8 @@ def test_the_result_is_a_table_and_json() -> None:
     judge = counted({"id": lambda a: 0.6 + 0.3 * a, "shift": lambda a: 0.8 - 0.5 * a})
     found = sweep(between, GRID, judge, rule=best_mean("id", ["shift"]))
     table = found.table()
-    assert table.headers == ("alpha", "id", "95 %", "shift", "95 %", "best-mean", "")
-    assert {len(row) for row in table.rows} == {7}
+    assert table.headers == ("alpha", "id", "95 %", "p", "shift", "95 %", "p", "best-mean", "")
+    assert {len(row) for row in table.rows} == {9}
     assert [row[0] for row in table.rows if row[-1] == "chosen"] == [f"{found.alpha:g}"]
     document = json.loads(json.dumps(found.to_json()))
     assert document["rule"]["roles"] == {"id": ["id"], "shift": ["shift"]}
