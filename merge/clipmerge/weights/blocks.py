@@ -5,6 +5,7 @@ fit its cache and reads into them; nothing grows with the size or number of inpu
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import frexp
 from threading import Lock, Thread
@@ -143,16 +144,19 @@ def run_blocks(
         with np.errstate(all="ignore"):  # what is not finite is found and reported, not warned about
             work()
 
-    workers = [Thread(target=quietly, daemon=True) for _ in range(threads - 1)]
-    for worker in workers:
-        worker.start()
+    workers: list[Thread] = []
     try:
+        with suppress(RuntimeError):  # the system allows no more threads: fewer do the same work
+            for _ in range(threads - 1):
+                workers.append(Thread(target=quietly, daemon=True))
+                workers[-1].start()
         quietly()
     finally:
         with lock:
             blocks = iter(())
         for worker in workers:
-            worker.join()
+            if worker.ident is not None:  # it did start
+                worker.join()
     if failures:
         raise failures[0]
 
