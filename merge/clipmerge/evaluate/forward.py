@@ -178,16 +178,18 @@ class Forward:
         chunks = [order[start : start + step] for start in range(0, n, step)]
         mine = [chunk[rank * size : (rank + 1) * size] for chunk in chunks]
         done = 0
-        with torch.inference_mode(), ThreadPoolExecutor(1) as reader:
+        with ThreadPoolExecutor(1) as reader:
             ahead = reader.submit(self._read, mine[0])
             for i, chunk in enumerate(chunks):
                 images = ahead.result().to(device, non_blocking=True)
                 if i + 1 < len(chunks):
                     ahead = reader.submit(self._read, mine[i + 1])
-                rows = torch.zeros(len(chunk), width, dtype=_wide(device), device=device)
-                if len(mine[i]):
-                    rows[rank * size : rank * size + len(mine[i])] = make(mine[i], images).to(rows)
-                yield chunk, parallel.add_up(rows).cpu()
+                with torch.inference_mode():  # not around the yield: it would hold for whoever asks
+                    rows = torch.zeros(len(chunk), width, dtype=_wide(device), device=device)
+                    if len(mine[i]):
+                        rows[rank * size : rank * size + len(mine[i])] = make(mine[i], images).to(rows)
+                    found = parallel.add_up(rows).cpu()
+                yield chunk, found
                 done += len(chunk)
                 if self.on_progress:
                     self.on_progress(f"scoring {self.name}", done, n)

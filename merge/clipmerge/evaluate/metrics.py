@@ -138,7 +138,7 @@ METRICS: Mapping[str, Metric] = {
     "mean_per_class": Metric(mean_per_class, "mean per class"),
     "macro_f1": Metric(macro_f1, "macro-F1"),
     "worst_group": Metric(worst_group, "worst group"),
-    "ece": Metric(ece, "calibration error", higher_is_better=False),
+    "ece": Metric(ece, "ECE", higher_is_better=False),
 }
 
 

@@ -86,6 +86,7 @@ def test_a_hopeless_trial_ends_with_its_first_images(tiny_spec, digits, weights)
     assert not first.accepted
     assert first.score is None
     assert first.images_saved >= 120 - 32
+    assert not torch.is_inference_mode_enabled()
     assert trial.propose(weights["ft1"], 0.5).images_scored == 32, "images that were wrong before come first"
 
 
