@@ -32,6 +32,8 @@ def progress(*, quiet: bool = False, title: str | None = None) -> Iterator[OnPro
     def update(what: str, done: int, total: int) -> None:
         with lock:
             if what not in tasks:
+                if "" in tasks:
+                    bars.remove_task(tasks.pop(""))
                 tasks[what] = bars.add_task(
                     f"{title}: {what}" if title else what, total=total or None, count=""
                 )
