@@ -286,6 +286,7 @@ def in_a_process(args: list[str], env: dict[str, str]) -> dict[str, Any]:
         answer = json.loads(out.read_text())
         return {
             "wall": wall,
+            "cpu": usage.ru_utime + usage.ru_stime,  # workers included: they were waited for
             "peak": usage.ru_maxrss / 1024,
             "spent": json.loads(spent.read_text()),
             "answer": answer,
@@ -359,15 +360,18 @@ def show(runs: dict[str, list[dict[str, Any]]], images: int, checkpoints: int, s
     expected = runs["straight line"][0]["answer"]
     same = all(answer_of(run["answer"]) == expected for kind in ("cold", "warm") for run in runs[kind])
     wall = {kind: statistics.median(run["wall"] for run in found) for kind, found in runs.items()}
+    cpu = {kind: statistics.median(run["cpu"] for run in found) for kind, found in runs.items()}
     print(f"{checkpoints} checkpoints, {images} JPEGs of {size} × {size}, {os.cpu_count()} cores")
     print(f"ingredients {', '.join(expected['ingredients'])}; accuracy {expected['accuracy']:.4f}")
     print(f"same order, accuracies and ingredients: {'yes' if same else 'NO'}")
     for kind, found in runs.items():
-        ratio = wall["straight line"] / wall[kind]
+        ratio, work = wall["straight line"] / wall[kind], cpu["straight line"] / cpu[kind]
         peak = statistics.median(run["peak"] for run in found)
         spent = sorted(found[0]["spent"].items(), key=lambda item: -item[1])
         where = ", ".join(f"{what} {seconds:.1f}" for what, seconds in spent if seconds >= 0.05)
-        print(f"{kind:>13}: {wall[kind]:7.1f} s  {ratio:5.1f}×  peak {peak:5.0f} MB  ({where})")
+        print(
+            f"{kind:>13}: {wall[kind]:7.1f} s  {ratio:5.1f}×  CPU {cpu[kind]:6.1f} s  {work:5.1f}×  peak {peak:5.0f} MB  ({where})"
+        )
     saved = runs["warm"][0]["answer"]["images"]
     print(f"images through the model: {saved['scored']}, spared by stopping early: {saved['saved']}")
     if not same:

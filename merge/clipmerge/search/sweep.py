@@ -68,7 +68,8 @@ class SweepResult:
         headers: tuple[str, ...] = ("alpha" if self.family in {"interpolate", "patch"} else "scale",)
         headers += tuple(cell for split in splits for cell in (split, "95 %", "p"))
         rows = tuple(self._row(point) for point in self.history)
-        return Table((*headers, self.rule.name, ""), rows, f"{self.family}: {self.rule.says}")
+        figure = () if self.rule.largest_allowed else (self.rule.name,)
+        return Table((*headers, *figure, ""), rows, f"{self.family}: {self.rule.says}")
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the weights, ready for `json.dumps`."""
@@ -94,7 +95,9 @@ class SweepResult:
         notes = ["chosen"] if point is self.chosen else []
         notes += [] if point.allowed else ["not allowed"]
         notes += ["refined"] if point.refined else []
-        return (*cells, percent(float(point.value)), ", ".join(notes))
+        if not self.rule.largest_allowed:
+            cells.append(percent(float(point.value)))
+        return (*cells, ", ".join(notes))
 
     def _p(self, point: SweepPoint, split: str) -> float | None:
         """McNemar's p of a point against the base."""
