@@ -4,6 +4,7 @@ Mapped inputs would count as resident memory and a file truncated meanwhile woul
 SIGBUS; a short `pread` is an error we can name.
 """
 
+import errno
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -91,7 +92,9 @@ class Reader:
             try:
                 count = os.preadv(self._descriptor(path), [view], offset)
             except OSError as error:
-                raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+                full = error.errno in (errno.EMFILE, errno.ENFILE)
+                hint = "let it open more files: ulimit -n 4096" if full else None
+                raise CheckpointError(f"{path} cannot be read: {error.strerror}", hint=hint) from error
             if count == 0:
                 raise CheckpointError(
                     f"{path} ends at byte {offset}, before the end that its header promises",

@@ -106,8 +106,10 @@ class Checkpoint:
     stamps: Mapping[Path, Stamp] = field(default_factory=dict)
 
     def files(self) -> tuple[Path, ...]:
-        """Every file that holds bytes of this checkpoint, sorted."""
+        """Every file that it was read from, sorted: those that hold its bytes, and the index that names them."""
         found = {e.source for t in self.tensors.values() for e in t.extents if isinstance(e.source, Path)}
+        if self.path is not None:
+            found.update(self.path.glob("*.index.json") if self.path.is_dir() else [self.path])
         return tuple(sorted(found))
 
     def stamps_now(self) -> dict[Path, Stamp]:

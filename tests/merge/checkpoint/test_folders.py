@@ -41,7 +41,7 @@ def test_shards_are_one_checkpoint(kind: str, small: StateDict, tmp_path: Path, 
     for path in (index, tmp_path, str(tmp_path), f"local-dir:{tmp_path}"):
         checkpoint = open_checkpoint(path)
         assert_same(checkpoint, small)
-        assert len(checkpoint.files()) == 3
+        assert len(checkpoint.files()) == 4  # three shards and their index
     assert open_checkpoint(index).name in ("model", "pytorch_model")
 
 

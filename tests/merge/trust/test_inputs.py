@@ -125,6 +125,30 @@ def test_two_openings_with_a_change_in_between_do_not_mix(a: Path, put: Put) -> 
         mean([before, after]).save(a.with_name("out"))
 
 
+MANY = """
+import resource, sys
+from pathlib import Path
+import clipmerge as cm
+from clipmerge.errors import CheckpointError
+weights = [cm.load(path) for path in sorted(Path(sys.argv[1]).iterdir())]
+resource.setrlimit(resource.RLIMIT_NOFILE, (25, 25))
+try:
+    cm.mean(weights).save(Path(sys.argv[1]) / "out")
+except CheckpointError as error:
+    print(error.message.split(": ")[1], "-", error.hint)
+"""
+
+
+def test_more_inputs_than_files_may_be_open_are_an_error_that_says_how_to_allow_more(
+    tmp_path: Path, put: Put, program: Callable[..., Any]
+) -> None:
+    for i in range(40):
+        put(tmp_path / f"{i}.st", w=_f32(i))
+    done = program(MANY, tmp_path)
+    assert done.stdout == "Too many open files - let it open more files: ulimit -n 4096\n", done.stderr
+    assert len(_names(tmp_path)) == 40
+
+
 # -- shapes and storage --------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,35 @@ def test_an_output_that_is_an_input_through_a_linked_folder_is_refused(tmp_path:
         load(real).save(tmp_path / "alias" / ".." / "folder" / "a.safetensors", force=True)
 
 
+def test_an_index_whose_shards_are_input_is_refused_opened_by_itself_or_by_its_folder(
+    tmp_path: Path, put: Put
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    many = {f"w{i}": np.full(8, i, np.float32) for i in range(3)}
+    load(put(tmp_path / "many.safetensors", **many)).save(folder / "model.safetensors", shard_size=32)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    for opened in (folder, folder / "model.safetensors.index.json"):
+        for shard_size in (32, 64):  # other shards, the same index
+            with pytest.raises(OutputError, match="is also an input"):
+                load(opened).save(folder / "model.safetensors", shard_size=shard_size, force=True)
+        with pytest.raises(OutputError, match="is also an input"):
+            load(opened).save(folder / "model.safetensors.index.json", force=True)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_an_output_that_is_a_torch_file_which_was_read_into_memory_is_refused(
+    tmp_path: Path, legacy: bool
+) -> None:
+    import torch
+
+    path = tmp_path / "model.pt"
+    torch.save({"w": torch.ones(3)}, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(OutputError, match="is also an input"):
+        load(path).save(path, force=True)
+
+
 def test_a_linked_output_stays_a_link_and_what_it_points_to_is_replaced(weights: Weights, out: Path) -> None:
     elsewhere = out.parent.parent / "elsewhere.safetensors"
     elsewhere.write_bytes(b"old")
@@ -432,3 +462,34 @@ def test_no_index_ever_names_a_mixture_of_old_and_new_shards(
         several.save(out, shard_size=32, force=True)
     assert done == [SHARDS[0]]
     assert _names(out.parent) == SHARDS
+
+
+# -- a pass that breaks off ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_what_a_callback_raises_ends_the_pass_and_leaves_nothing(
+    weights: Weights, out: Path, error: type[BaseException], threads: int
+) -> None:
+    def fail(what: str, *_: int) -> None:
+        if what == "merging":
+            raise error("stop")
+
+    running = threading.active_count()
+    with pytest.raises(error, match="stop"):
+        weights.save(out, threads=threads, on_progress=fail)
+    assert _names(out.parent) == []
+    assert threading.active_count() == running
+
+
+def test_a_system_that_allows_no_more_threads_makes_it_slower_and_not_wrong(
+    weights: Weights, out: Path, monkeypatch: pytest.MonkeyPatch, digest: Callable[[Path], str]
+) -> None:
+    expected = digest(weights.save(out, threads=3, digests=False))
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert digest(weights.save(out, threads=3, digests=False, force=True)) == expected
