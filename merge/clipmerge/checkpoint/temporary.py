@@ -5,7 +5,8 @@ import fcntl
 import os
 import re
 import secrets
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -75,6 +76,18 @@ def reserve(target: Path, size: int) -> tuple[Path, int]:
             os.close(descriptor)
             raise
         return temporary, descriptor
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Wait for, and hold, the folder's lock, where the file system has one."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

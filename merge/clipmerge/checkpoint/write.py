@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from clipmerge.checkpoint.temporary import clear_leftovers, reserve
+from clipmerge.checkpoint.temporary import clear_leftovers, locked_folder, reserve
 from clipmerge.checkpoint.tensors import ITEMSIZE, Tensor
 from clipmerge.errors import OutputError
 
@@ -144,8 +144,16 @@ def write_at(descriptor: int, content: "bytes | memoryview", offset: int, path: 
 
 
 def _publish(temporaries: Sequence[Path], targets: Sequence[Path], force: bool) -> None:
-    if force and len(targets) > 1:
-        targets[-1].unlink(missing_ok=True)
+    if len(targets) > 1:
+        with locked_folder(targets[-1].parent):  # or two runs would each place half of the shards
+            if force:
+                targets[-1].unlink(missing_ok=True)
+            _place(temporaries, targets, force)
+    else:
+        _place(temporaries, targets, force)
+
+
+def _place(temporaries: Sequence[Path], targets: Sequence[Path], force: bool) -> None:
     placed: list[Path] = []
     try:
         for temporary, target in zip(temporaries, targets, strict=True):

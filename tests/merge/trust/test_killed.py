@@ -21,14 +21,25 @@ import hashlib, json, os, random, signal, sys, time
 from pathlib import Path
 import clipmerge as cm
 
-folder, kills = Path(sys.argv[1]), int(sys.argv[2])
+folder, kills, shard_size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]) or None
 target = folder / "out.safetensors"
 a, b = cm.load(folder / "a.safetensors"), cm.load(folder / "b.safetensors")
 choices = [cm.interpolate(a, b, 0.25), cm.interpolate(a, b, 0.75)]
-digest = lambda: hashlib.sha256(target.read_bytes()).hexdigest()
-whole = []
+options = {"force": True, "digests": False, "shard_size": shard_size}
+
+def digest():
+    index = folder / "out.safetensors.index.json"
+    if shard_size is None:
+        files = [target]
+    elif index.exists():
+        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+    else:
+        return "no index"
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+whole = ["no index"] if shard_size else []
 for weights in choices:
-    weights.save(target, force=True, threads=1)
+    weights.save(target, **options, threads=1)
     whole.append(digest())
 seen, left = [], []
 for turn in range(kills):
@@ -38,23 +49,28 @@ for turn in range(kills):
         os.write(started, b"x")
         while True:
             for weights in choices:
-                weights.save(target, force=True, threads=2)
+                weights.save(target, **options, threads=2)
     os.read(ready, 1)
     time.sleep(random.uniform(0, 0.04))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     seen.append(whole.index(digest()) if digest() in whole else None)
     left.append(sorted(p.name for p in folder.iterdir() if p.suffix == ".clipmerge-tmp"))
-choices[0].save(target, force=True)
+choices[0].save(target, **options)
 print(json.dumps({"seen": seen, "left": left, "files": sorted(os.listdir(folder))}))
 """
 
 
-def _kill(folder: Path, put: Callable[..., Path], program: Callable[..., Any], times: int) -> dict[str, Any]:
+def _kill(
+    folder: Path, put: Callable[..., Path], program: Callable[..., Any], times: int, shard_size: int = 0
+) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
-        put(folder / f"{name}.safetensors", w=rng.standard_normal((1024, 512), np.float32), v=np.float32(1))
-    done = program(KILL, folder, times)
+        put(
+            folder / f"{name}.safetensors",
+            **{f"w{i}": rng.standard_normal((512, 512), np.float32) for i in range(2)},
+        )
+    done = program(KILL, folder, times, shard_size)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -73,6 +89,17 @@ def test_a_run_killed_while_it_overwrites_leaves_the_old_or_the_new_file_whole(
         for name in names:
             assert name.startswith(".out.safetensors.")
     assert found["files"] == ["a.safetensors", "b.safetensors", "out.safetensors"]
+
+
+@pytest.mark.parametrize("times", [12, pytest.param(100, marks=pytest.mark.slow)])
+def test_a_run_killed_while_it_overwrites_shards_leaves_those_of_one_run_or_no_index(
+    tmp_path: Path, put: Callable[..., Path], program: Callable[..., Any], times: int
+) -> None:
+    found = _kill(tmp_path, put, program, times, shard_size=1_000_000)
+    assert None not in found["seen"]
+    assert all(len(names) <= 3 for names in found["left"])
+    shards = [f"out-{i:05d}-of-00002.safetensors" for i in (1, 2)]
+    assert found["files"] == sorted(["a.safetensors", "b.safetensors", *shards, "out.safetensors.index.json"])
 
 
 def _interrupted(arguments: list[Any], folder: Path) -> subprocess.CompletedProcess[str]:

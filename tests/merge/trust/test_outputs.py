@@ -403,6 +403,39 @@ def test_runs_that_write_one_output_at_once_all_finish_or_are_refused_and_it_is_
     assert json.loads(done.stdout) == [codes, True, [out.name]]
 
 
+SHARDS_AT_ONCE = """
+import json, os, sys
+from pathlib import Path
+import clipmerge as cm
+from clipmerge.weights.digest import content_digest
+folder = Path(sys.argv[1])
+out = folder / "out"
+a, b = (cm.load(folder / f"many-{name}.st") for name in "ab")
+choices = [cm.interpolate(a, b, k / 4) for k in range(3)]
+whole = [content_digest(cm.load(w.save(folder / f"{k}.st")).checkpoints[0]) for k, w in enumerate(choices)]
+children = []
+for weights in choices:
+    children.append(os.fork())
+    if not children[-1]:
+        for _ in range(15):
+            weights.save(out / "soup.safetensors", shard_size=64, force=True)
+        os._exit(0)
+codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+found = content_digest(cm.load(out / "soup.safetensors.index.json").checkpoints[0])
+print(json.dumps([codes, found in whole, len(os.listdir(out))]))
+"""
+
+
+def test_runs_that_write_the_same_shards_at_once_leave_those_of_one_run(
+    tmp_path: Path, out: Path, put: Put, program: Callable[..., Any]
+) -> None:
+    for name, value in (("a", 0.0), ("b", 1.0)):
+        put(tmp_path / f"many-{name}.st", **{f"w{i}": np.full(8, value, np.float32) for i in range(8)})
+    done = program(SHARDS_AT_ONCE, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [[0, 0, 0], True, 5]
+
+
 def test_a_file_that_appears_meanwhile_is_kept(weights: Weights, out: Path) -> None:
     with pytest.raises(OutputError, match="appeared while it was being written"):
         weights.save(out, on_progress=lambda *_: _touch(out))

@@ -166,7 +166,7 @@ NUMBER = st.builds(
 CHECKPOINTS = st.integers(3, 6).flatmap(
     lambda count: st.lists(st.lists(NUMBER, min_size=3, max_size=3), min_size=count, max_size=count)
 )
-LAW = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+LAW = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 
 
 @LAW
