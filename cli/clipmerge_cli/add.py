@@ -128,6 +128,10 @@ def add(
         raise typer.BadParameter(says, param_hint="--val")
     if per not in ("all", "task", "tower", "block"):
         raise typer.BadParameter(f"{per!r} is not all, task, tower or block", param_hint="--per")
+    if refine and per != "all":
+        raise typer.BadParameter(
+            "--refine is for one scale; a search refines by itself", param_hint="--refine"
+        )
     grid = numbers(scales, "--scales")
     data = splits_of(val or [], [repr(w) for w in tuned])
     if dry_run:

@@ -121,6 +121,8 @@ def soup(
         raise typer.BadParameter("a choice needs held-out images: --val DATA", param_hint="--val")
     if output is None and kind == "uniform" and not dry_run:
         raise typer.BadParameter("say where to write: -o FILE", param_hint="--output")
+    if output is not None and kind == "ensemble":
+        raise typer.BadParameter("an ensemble is many models, not a file", param_hint="--output")
     if order not in ("score", "given", "random"):
         raise typer.BadParameter(f"{order!r} is not score, given or random", param_hint="--order")
     from clipmerge.weights.expression import load_all

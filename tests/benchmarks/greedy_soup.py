@@ -369,9 +369,10 @@ def show(runs: dict[str, list[dict[str, Any]]], images: int, checkpoints: int, s
         peak = statistics.median(run["peak"] for run in found)
         spent = sorted(found[0]["spent"].items(), key=lambda item: -item[1])
         where = ", ".join(f"{what} {seconds:.1f}" for what, seconds in spent if seconds >= 0.05)
-        print(
-            f"{kind:>13}: {wall[kind]:7.1f} s  {ratio:5.1f}×  CPU {cpu[kind]:6.1f} s  {work:5.1f}×  peak {peak:5.0f} MB  ({where})"
+        figures = (
+            f"{wall[kind]:7.1f} s {ratio:5.1f}×, CPU {cpu[kind]:6.1f} s {work:5.1f}×, peak {peak:5.0f} MB"
         )
+        print(f"{kind:>13}: {figures}  ({where})")
     saved = runs["warm"][0]["answer"]["images"]
     print(f"images through the model: {saved['scored']}, spared by stopping early: {saved['saved']}")
     if not same:

@@ -266,6 +266,11 @@ def test_two_processes_give_the_answer_of_one(
         (["soup", "CKPT"], "where to write"),
         (["soup", "CKPT", "--greedy", "--learned", "--val", "digits"], "choose one of"),
         (["soup", "CKPT", "--greedy", "--val", "digits", "--order", "best"], "not score, given or random"),
+        (["soup", "CKPT", "--ensemble", "--val", "digits", "-o", "x"], "many models, not a file"),
+        (
+            ["add", "CKPT", "CKPT", "--scale", "auto", "--val", "digits", "--per", "task", "--refine"],
+            "for one scale",
+        ),
         (["interpolate", "CKPT", "CKPT", "--alpha", "0.5", "--alphas", "0:1:0.1"], "--alpha, or --alphas"),
         (["interpolate", "CKPT", "CKPT", "--alphas", "0:1:0.1"], "--eval"),
         (["interpolate", "CKPT", "CKPT", "--eval", "id=digits", "--rule", "best-mean"], "needs a shift"),
