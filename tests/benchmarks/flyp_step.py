@@ -1,12 +1,12 @@
 """A FLYP step, ours against open_clip's own training step: same model, same batch, in turns, in one run.
 
-    python tests/benchmarks/flyp_step.py                     # this machine's CPU: ViT-B-32, fp32
-    python tests/benchmarks/flyp_step.py --device cuda       # a GPU: ViT-B-32 and ViT-B-16, bf16, largest batch that fits
+    python tests/benchmarks/flyp_step.py                  # this machine's CPU: ViT-B-32, fp32
+    python tests/benchmarks/flyp_step.py --device cuda    # a GPU: B/32 and B/16, bf16, largest batch that fits
 
 The plain step is open_clip's: its model called on images and token ids of the whole context, its ClipLoss, its
-autocast, torch's AdamW with open_clip's settings, logit_scale clamped. Ours is `clipmerge.finetuning`'s objective and optimiser:
-distinct prompts once, context cut, fused AdamW. Both get pixels that lie on the device. Prints ratios of medians;
-asserts nothing.
+autocast, torch's AdamW with open_clip's settings, logit_scale clamped. Ours is the finetuner's objective and
+optimiser: distinct prompts once, context cut, fused AdamW. Both get pixels that lie on the device. Prints ratios of
+medians; asserts nothing.
 """
 
 import argparse

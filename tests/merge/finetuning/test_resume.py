@@ -16,22 +16,26 @@ from clipmerge.finetuning.log import read
 
 KILLED = """
 import os, random, signal, sys
-import torch
+import open_clip, sklearn.datasets, torch, torchvision
 from clipmerge.data.split import open_split
 from clipmerge.finetuning.methods import finetune
+import clipmerge.evaluate.parallel, clipmerge.finetuning.keeper, clipmerge.finetuning.loop, clipmerge.finetuning.setup
 from clipmerge.weights.expression import load
 
 torch.set_num_threads(1)
 folder, base, model, method, kills = sys.argv[1:]
-train, val = open_split("digits#train", limit=60), open_split("digits#val", limit=40)
 more = {"ce": {"mixup": 0.4}, "flyp": {"accumulate": 2}}[method]
 
-def run(name, resume, on_progress=None):
+def run(name, resume, on_progress=None):  # only children hash: the hasher's threads do not survive a fork
+    train, val = open_split("digits#train", limit=60), open_split("digits#val", limit=40)
     finetune(load(base), train, val=val, out=f"{folder}/{name}.safetensors", model=model, method=method, lr=1e-3,
              batch_size=8, steps=12, ema=0.9, clip_grad=1.0, augment="crop:0.5+flip+jitter:0.4", save_every=1,
              score_every=4, trajectory=3, resume=resume, on_progress=on_progress, **more)
 
-run("whole", False)
+if os.fork() == 0:
+    run("whole", False)
+    os._exit(0)
+assert os.wait()[1] == 0
 dice = random.Random(7)
 for attempt in range(int(kills) + 1):
     child = os.fork()
