@@ -1,9 +1,11 @@
 """The command tree: one literal table; each command's module is imported when that command is called."""
 
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import wraps
 from importlib import import_module
 from typing import Annotated, Any, NamedTuple
 
@@ -67,6 +69,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted."""
     args = list(sys.argv[1:] if argv is None else argv)
     wanted = next((word for word in args if not word.startswith("-")), None)
+    code = _run(args, wanted)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader went away; what is left in the buffer must not be an error again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return code or 1
+    return code
+
+
+def _run(args: list[str], wanted: str | None) -> int:
     try:
         application(wanted)(args=args, prog_name="clipmerge")
     except SystemExit as done:
@@ -94,7 +107,15 @@ def _refuse(message: str, hint: str | None) -> int:
 def _function(name: str, command: Command) -> Callable[..., Any]:
     module = import_module(f"clipmerge_cli.{command.module}")
     function: Callable[..., Any] = getattr(module, name.replace("-", "_"))
-    return function
+
+    @wraps(function)
+    def interruptible(*args: Any, **options: Any) -> None:
+        try:
+            function(*args, **options)
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None  # the same with every version of typer
+
+    return interruptible
 
 
 def _explanation(function: Callable[..., Any]) -> str:

@@ -118,6 +118,22 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("amount", [1, 1_000_000])
+def test_a_reader_that_is_gone_before_a_command_prints_is_no_error(amount: int) -> None:
+    code = (
+        "import sys; from types import ModuleType; from clipmerge_cli.app import main\n"
+        "module = sys.modules['clipmerge_cli.inspect'] = ModuleType('inspect')\n"
+        f"def inspect() -> None: print('x' * {amount})\n"
+        "module.inspect = inspect\n"
+        "sys.exit(main(['inspect']))"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
 def test_the_other_door(tmp_path: Path) -> None:
     done = run("--version", cwd=tmp_path, env={**os.environ, "NO_COLOR": "1"})
     assert done.returncode == 0

@@ -93,8 +93,9 @@ def _tradeoff(axes: "Axes", document: Document, sides: Sequence[Sequence[str]], 
 
 
 def _label(words: str, splits: Sequence[str], document: Document) -> str:
-    what = splits[0] if len(splits) == 1 else f"mean of {', '.join(splits)}"
-    return f"{words} ({what}), {document.get('metric', 'top1')} %"
+    names = splits[0] if len(splits) == 1 else f"mean of {', '.join(splits)}"
+    what = words if names == words else f"{words} ({names})"
+    return f"{what}, {document.get('metric', 'top1')} %"
 
 
 def _annotate(axes: "Axes", x: Sequence[float], y: Sequence[float], alphas: Sequence[float]) -> None:

@@ -74,7 +74,7 @@ def search(document: Document, path: str | Path) -> None:
         axes.plot(tried, values, "o", color=GREY, markersize=5, label="tried")
         axes.step(tried, list(accumulate(values, max)), where="post", color=BLUE, label="best so far")
         axes.set_xlabel("evaluations")
-        axes.set_ylabel("what the rule measures, %")
+        axes.set_ylabel(f"{document['rule']['says']}, %")
         percent(axes, "y")
         axes.legend(loc="best")
 
