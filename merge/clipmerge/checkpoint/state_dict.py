@@ -48,12 +48,12 @@ def find_state_dict(root: Any, members: ScriptMembers | None = None) -> Found:
 def _of_module(root: Stub, members: ScriptMembers | None) -> Found:
     walk = _script_tensors(root, members) if members else _module_tensors(root)
     if not members and not _is_module(root):
-        raise Malformed(f"it holds a {root.cls[:200]}, not weights")
+        raise Malformed(f"it holds a {root.cls[:200]!r}, not weights")
     tensors = dict(islice(walk, MAX_TENSORS + 1))
     if len(tensors) > MAX_TENSORS:
         raise Malformed(f"its modules hold more than {MAX_TENSORS} tensors")
     if not tensors:
-        raise Malformed(f"its {root.cls[:200]} holds no tensors")
+        raise Malformed(f"its {root.cls[:200]!r} holds no tensors")
     return Found(tensors, {"class": root.cls})
 
 
