@@ -117,6 +117,31 @@ def test_allow_nonfinite_keeps_nan_nan_and_infinity_infinity_through_arithmetic(
                 assert array[place] == marks[place]
 
 
+@pytest.mark.parametrize("source", FORMATS)
+def test_allow_nonfinite_keeps_them_through_every_change_of_dtype(
+    tmp_path: Path, put: Put, stored: Stored, source: str
+) -> None:
+    _, _, _, nan, infinity = FORMATS[source]
+    marks = {1: nan} | ({2: infinity} if infinity is not None else {})
+    weights = load(put(tmp_path / "a", w=_bits(source, marks, 1)))
+    for target, (kind, _, _, _, target_infinity) in FORMATS.items():
+        if target == source:
+            continue
+        with pytest.raises(NonFiniteError, match="the first at"):
+            weights.save(tmp_path / "out", dtype=target)
+        raw = stored(weights.save(tmp_path / "out", dtype=target, allow_nonfinite=True))["w"][2]
+        (tmp_path / "out").unlink()
+        full = FORMATS[target][4] or 0x7F  # every bit of the exponent; E4M3 has one NaN and no infinity
+        array = np.frombuffer(raw, kind)
+        assert int(array[1]) & full == full, target
+        assert target_infinity is None or int(array[1]) & ~(1 << (8 * array.itemsize - 1)) != full
+        if infinity is not None:
+            assert int(array[2]) == (FORMATS[target][3] if target_infinity is None else target_infinity), (
+                target
+            )
+        assert int(array[0]) == int(array[3]) == FORMATS[target][1]
+
+
 def test_opposite_infinities_make_nan_where_they_are_allowed(
     tmp_path: Path, put: Put, stored: Stored
 ) -> None:
