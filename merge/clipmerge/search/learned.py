@@ -21,6 +21,8 @@ from clipmerge.weights.expression import Weights
 from clipmerge.weights.names import matches
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
+
     from clipmerge.evaluate.evaluator import Evaluator
 
 Per = Literal["model", "tower", "block", "tensor"]
@@ -86,8 +88,8 @@ def _descend(
     temperature: bool,
     seed: int,
     on_progress: Progress,
-) -> tuple[Tensor, float]:
-    """Shares (groups, models) and the temperature, after AdamW's last step."""
+) -> "tuple[Float[Tensor, 'groups models'], float]":
+    """Shares and the temperature, after AdamW's last step."""
     raw = torch.zeros(mixture.groups, mixture.models, requires_grad=True)
     beta = torch.ones((), requires_grad=temperature)
     optimizer = torch.optim.AdamW([raw, beta] if temperature else [raw], lr=lr, weight_decay=0.0)
@@ -131,7 +133,7 @@ def _matcher(pattern: str) -> Callable[[str], bool]:
     return lambda name: matches(pattern, name)
 
 
-def rounded(shares: Tensor) -> list[list[Fraction]]:
+def rounded(shares: "Float[Tensor, 'groups models']") -> list[list[Fraction]]:
     """Each row to six decimals, with the remainder in its largest share: rows sum to exactly 1."""
     rows = []
     for row in shares.tolist():

@@ -20,6 +20,8 @@ from clipmerge.weights.expression import Weights
 from clipmerge.weights.names import tower_of
 
 if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
     from clipmerge.evaluate.evaluator import Evaluator
 
 MOST_PROMPTS = 2048
@@ -62,11 +64,13 @@ class Mixture:
         }
         self._logits = _Logits(module, *_head_of(evaluator, split, self.weights))
 
-    def gradients(self, shares: Tensor, beta: float, indices: Tensor) -> tuple[Tensor, float, float]:
-        """The loss's gradient by share (groups, models) and by temperature, and the loss, over a batch.
+    def gradients(
+        self, shares: "Float[Tensor, 'groups models']", beta: float, indices: "Int[Tensor, ' batch']"
+    ) -> "tuple[Float[Tensor, 'groups models'], float, float]":
+        """The loss's gradient by share and by temperature, and the loss, over a batch.
 
         Args:
-            shares: (groups, models), rows sum to 1. indices: (batch,) into the split's images.
+            shares: rows sum to 1. indices: into the split's images.
         """
         sums = torch.zeros(shares.numel() + 2, dtype=torch.float64)
         mine = indices[parallel.rank() :: parallel.world()]
@@ -78,7 +82,7 @@ class Mixture:
         sums = parallel.add_up(sums.to(self._device)).cpu()
         return sums[:-2].view_as(shares).float(), float(sums[-2]), float(sums[-1])
 
-    def _mix(self, shares: Tensor) -> None:
+    def _mix(self, shares: "Float[Tensor, 'groups models']") -> None:
         for tensor in self._mixed.values():
             tensor.zero_()
         for column, candidate in enumerate(self.weights):
@@ -105,7 +109,7 @@ class Mixture:
         by_name = {n: g for n, g in zip(leaves, found[1:], strict=True) if g is not None}
         return by_name, float(found[0]) if found[0] is not None else 0.0, float(loss.detach())
 
-    def _by_share(self, by_name: Mapping[str, Tensor]) -> Tensor:
+    def _by_share(self, by_name: Mapping[str, Tensor]) -> "Float[Tensor, 'groups models']":
         """Inner products of the mixture's gradient with each checkpoint, group by group."""
         sums = torch.zeros(self.groups, self.models, dtype=torch.float64)
         for column, candidate in enumerate(self.weights):
@@ -128,7 +132,7 @@ class _Logits(nn.Module):
         self.register_buffer("tokens", tokens, persistent=False)
         self.classes = classes
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: "Float[Tensor, 'batch 3 height width']") -> "Float[Tensor, 'batch classes']":
         model: Any = self.model
         features = model.encode_image(images, normalize=True)
         trained = getattr(model, "classification_head", None)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from clipmerge.errors import NonFiniteError
 from clipmerge.search.judge import Bound, Scorer, goodness, mcnemar_p
 from clipmerge.search.soup import SoupStep, name_of
 from clipmerge.weights.expression import Weights, mean
@@ -70,7 +71,11 @@ class MeanTrials:
                     self._trial.learn(mark)
             self._trial.begin(mean(self.ingredients), self.incumbent)
             self._held = len(self.ingredients)
-        outcome = self._trial.propose(candidate, 1 / (len(self.ingredients) + 1), early_stop=self.early_stop)
+        try:
+            share = 1 / (len(self.ingredients) + 1)
+            outcome = self._trial.propose(candidate, share, early_stop=self.early_stop)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"with {name_of(candidate)}, {error.message}", hint=error.hint) from error
         if outcome.score is not None:
             return self.scorer.learn(key, proposed, self.split, outcome.score)
         bound = Bound(float(outcome.bound), int(outcome.images_scored), self.scorer.size(self.split))

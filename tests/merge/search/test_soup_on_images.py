@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from clipmerge import greedy_soup, mean
 from clipmerge.data.split import Split
+from clipmerge.errors import NonFiniteError
 from clipmerge.evaluate.evaluator import Evaluator
 from clipmerge.model import build_model, eval_transform, get_tokenizer
 from clipmerge.search.ensemble import greedy_ensemble
@@ -145,3 +146,14 @@ def test_a_uniform_soup_is_scored_where_it_can_be(spread: Sequence[Path], evalua
     assert uniform_soup(list(spread)).score is None
     soup = uniform_soup(list(spread), evaluator)
     assert soup.score.correct == evaluator.score(mean(load_all(list(spread)))).correct
+
+
+def test_a_candidate_that_is_not_finite_is_named(
+    spread: Sequence[Path], evaluator: Evaluator, tmp_path: Path
+) -> None:
+    state = load_file(spread[0])
+    state["visual.conv1.weight"][0, 0, 0, 0] = torch.nan
+    save_file(state, tmp_path / "broken.safetensors")
+    for order in ("score", "given"):
+        with pytest.raises(NonFiniteError, match="broken"):
+            greedy_soup([spread[1], tmp_path / "broken.safetensors"], evaluator, order=order)
