@@ -29,7 +29,7 @@ def check(weights: Weights, *, dtype: str | None = None) -> None:
             problems = _float_dtypes(checkpoints)
         if problems:
             raise MismatchError(listed(problems), hint=_hint(problems))
-        _check_patterns(weights)
+        _check_patterns(weights, weights.names)
     weights.kind()
     weights.model  # noqa: B018 - raises where two models are mixed
 
@@ -93,9 +93,8 @@ def _hint(problems: Sequence[str]) -> str:
     return "all checkpoints must come from one architecture; `clipmerge inspect FILE` shows what each holds"
 
 
-def _check_patterns(weights: Weights) -> None:
-    names = weights.names
-    for coefficient in weights.terms.values():
+def _check_patterns(weights: Weights, names: Sequence[str]) -> None:
+    for leaf, coefficient in weights.terms.items():
         for pattern in coefficient.patterns:
             if not any(matches(pattern, name) for name in names):
                 close = nearest(pattern, names)
@@ -105,3 +104,5 @@ def _check_patterns(weights: Weights) -> None:
                     if close
                     else "patterns are globs over names, such as 'visual.*'",
                 )
+        for operand in () if isinstance(leaf, Checkpoint) else leaf.operands:
+            _check_patterns(operand, names)

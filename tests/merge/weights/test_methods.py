@@ -1,0 +1,53 @@
+"""The table of nonlinear methods, and what it refuses."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from clipmerge.errors import RecipeError
+from clipmerge.weights.expression import Weights
+from clipmerge.weights.methods import METHODS, apply
+
+Point = Callable[..., Weights]
+
+
+def test_the_table_says_what_the_functions_take() -> None:
+    for name, method in METHODS.items():
+        parameters = inspect.signature(method.function).parameters.values()
+        options = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+        assert (name, options) == (method.name, set(method.options))
+        assert method.function.__doc__
+
+
+def test_points_give_a_point_and_vectors_a_vector(point: Point) -> None:
+    a, b = point("a"), point("b")
+    assert apply("slerp", [a, b]).kind() == 1
+    assert apply("magmax", [a - b, b - a]).kind() == 0
+    assert (a + 0.5 * apply("magmax", [a - b, b - a])).kind() == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "options", "message", "hint"),
+    [
+        ("slrp", 2, {}, "there is no method 'slrp'", "did you mean 'slerp'?"),
+        ("qqq", 2, {}, "there is no method 'qqq'", "known: "),
+        ("slerp", 3, {}, "slerp takes 2 operands, not 3", None),
+        ("model_stock", 2, {}, "model_stock takes at least 3 operands, not 2", None),
+        ("slerp", 2, {"tt": 1.0}, "slerp has no option 'tt'", "did you mean 't'?"),
+        ("magmax", 2, {}, "magmax takes task vectors (total 0), such as a - base, not m0", None),
+    ],
+)
+def test_what_is_refused(
+    point: Point, name: str, count: int, options: dict[str, Any], message: str, hint: str | None
+) -> None:
+    with pytest.raises(RecipeError) as refused:
+        apply(name, [point(f"m{i}") for i in range(count)], **options)
+    assert refused.value.message == message
+    assert (refused.value.hint or "").startswith(hint or "")
+
+
+def test_vectors_are_no_points(point: Point) -> None:
+    with pytest.raises(RecipeError, match=r"slerp takes models \(total 1\), not a - b"):
+        apply("slerp", [point("a") - point("b"), point("c")])

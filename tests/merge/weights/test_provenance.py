@@ -1,0 +1,88 @@
+"""What a written file says about how it was made."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+import clipmerge
+from clipmerge.weights.digest import content_digest
+from clipmerge.weights.expression import Weights, interpolate, load, mean
+from clipmerge.weights.provenance import GENERATIONS, file_metadata, history, is_original, parents_of
+from clipmerge.weights.record import read_record, write_record
+
+Point = Callable[..., Weights]
+Put = Callable[..., Path]
+
+
+def test_the_record_of_a_merge(put: Put) -> None:
+    a, b = load(put("a", x=np.float32([1])), "a"), load(put("b", x=np.float32([2])), "b")
+    metadata = file_metadata(interpolate(a, b, 0.5), dtype="F16", extra={"scores": {"val": {"value": 0.5}}})
+    assert metadata["format"] == "pt"
+    assert json.loads(metadata["clipmerge"]) == {
+        "format": 1,
+        "version": clipmerge.__version__,
+        "notation": "0.5*a + 0.5*b",
+        "total": 1,
+        "dtype": "F16",
+        "parents": {
+            "a": {"file": "a.safetensors", "digest": content_digest(a.checkpoints[0])},
+            "b": {"file": "b.safetensors", "digest": content_digest(b.checkpoints[0])},
+        },
+        "scores": {"val": {"value": 0.5}},
+    }
+
+
+def test_it_depends_on_neither_order_nor_folder(put: Put) -> None:
+    files = [put(f"{n}/{n}", x=np.float32([i])) for i, n in enumerate("abc")]
+    models = [load(file) for file in files]
+    assert file_metadata(mean(models)) == file_metadata(mean(models[::-1]))
+    assert str(files[0].parent) not in json.dumps(file_metadata(mean(models)))
+
+
+def test_a_vector_and_the_model_are_recorded(point: Point) -> None:
+    model = {"name": "tiny", "config": {"embed_dim": 4}, "preprocess": {"size": 16}}
+    a, b = (point(n, 1, {"model": model}) for n in "ab")
+    record = read_record(file_metadata(a - b))
+    assert (record["total"], record["notation"], record["dtype"]) == (0, "a - b", "base")
+    assert record["model"] == model
+
+
+def test_without_digests_none_is_computed(point: Point) -> None:
+    record = read_record(file_metadata(mean([point("a"), point("b")]), digests=False))
+    assert record["parents"] == {"a": {"file": None}, "b": {"file": None}}
+
+
+def test_the_history_goes_through_generations(tmp_path: Path, put: Put) -> None:
+    trained = {"format": 1, "training": {"lr": 1e-5}}
+    weights = load(put("ft", write_record(trained), x=np.float32([1.0])))
+    for generation in range(GENERATIONS + 3):
+        weights = load(interpolate(weights, weights * 1, 0).save(tmp_path / f"g{generation}.safetensors"))
+    depth, made = 0, read_record(weights.checkpoints[0].metadata)
+    while made and parents_of(made):
+        made, depth = parents_of(made)[0].made, depth + 1
+    assert depth == GENERATIONS + 1
+
+
+def test_training_is_kept_and_notes_of_weights_in_memory_are_not() -> None:
+    parents = {"model": {"file": None, "digest": "ab"}}
+    original = {"notation": "model", "parents": parents, "training": {"lr": 1}, "scores": {"val": 1}}
+    assert is_original(original)
+    assert history(original) == {"training": {"lr": 1}}
+    merged = {"notation": "a", "parents": {"a": {"file": "a.pt"}}, "selection": {"by": "x"}, "dtype": "F16"}
+    assert not is_original(merged)
+    assert history(merged) == {"notation": "a", "dtype": "F16", "parents": {"a": {"file": "a.pt"}}}
+    assert history({"training": {"note": "x" * 20_000}}) == {}
+
+
+def test_records_that_are_not_ours_do_no_harm() -> None:
+    for text in ("not json", "[1]", '{"total": 7}', "[" * 100_000):
+        assert read_record({"clipmerge": text}) == {}
+    assert parents_of({"parents": "a"}) == ()
+    assert parents_of({"parents": {"a": 1, "b": {"file": 2, "digest": 3, "made": 4}}})[0].digest is None
+
+
+def test_the_same_record_is_the_same_text() -> None:
+    assert write_record({"b": 1, "a": "é"}) == write_record({"a": "é", "b": 1})
+    assert write_record({"a": "é"})["clipmerge"] == '{"a":"é"}'

@@ -1,0 +1,204 @@
+"""Plan → numbers: values, dtypes, integers, blocks, progress. (Same bytes and memory: tests/merge/trust.)"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from clipmerge.errors import MismatchError, NonFiniteError, RecipeError
+from clipmerge.weights import blocks
+from clipmerge.weights.expression import Weights, interpolate, load, mean
+from clipmerge.weights.methods import apply
+
+Point = Callable[..., Weights]
+Arrays = Callable[..., dict[str, Any]]
+Put = Callable[..., Path]
+
+
+def test_values_by_hand(point: Point, arrays: Arrays) -> None:
+    zs, cars, dtd = (
+        point(n, x=v) for n, v in (("zs", [1.0, 2.0]), ("cars", [3.0, 2.0]), ("dtd", [1.0, -8.0]))
+    )
+    for weights, expected in [
+        (interpolate(zs, cars, 0.25), [1.5, 2.0]),
+        (mean([zs, cars, dtd]), [np.float32(5 / 3), np.float32(-4 / 3)]),
+        (zs + 0.5 * ((cars - zs) + (dtd - zs)), [2.0, -3.0]),
+        (zs - 0.5 * (cars - zs), [0.0, 2.0]),
+        (cars - zs, [2.0, 0.0]),
+    ]:
+        np.testing.assert_array_equal(arrays(weights)["x"], np.array(expected, np.float32))
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F8_E4M3", "F8_E5M2", "F64", "F32"])
+def test_any_float_dtype_in_any_out(point: Point, arrays: Arrays, dtype: str) -> None:
+    a, b = point("a", x=(dtype, [1.0, -2.0, 0.5])), point("b", x=[2.0, 4.0, 0.5])
+    np.testing.assert_array_equal(arrays(interpolate(a, b, 0.5), "F32")["x"], np.float32([1.5, 1.0, 0.5]))
+    from clipmerge.ops.cast import to_float64
+
+    stored = arrays(interpolate(a, b, 0.5))["x"]
+    np.testing.assert_array_equal(to_float64(stored, dtype), [1.5, 1.0, 0.5])
+
+
+def test_minus_zero_survives_every_way(point: Point, arrays: Arrays) -> None:
+    """Copied, summed, and as a tensor that is not streamed."""
+    minus = np.array([-0.0, 1.0], np.float32)
+    a = point("a", x=minus)
+    for weights in (a, mean([a, point("b", x=minus)]), apply("slerp", [a, point("b", x=minus)])):
+        assert np.signbit(arrays(weights)["x"]).tolist() == [True, False]
+
+
+def test_tensors_of_every_shape_pass(point: Point, arrays: Arrays) -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"scalar": (), "empty": (0, 4), "one": (1,), "matrix": (3, 5), "four": (2, 3, 1, 2)}
+    a, b = ({k: rng.standard_normal(s).astype("f4") for k, s in shapes.items()} for _ in range(2))
+    merged = arrays(mean([point("a", **a), point("b", **b)]))
+    for name in shapes:
+        expected = ((a[name].astype("f8") + b[name]) / 2).astype("f4")
+        assert merged[name].shape == shapes[name]
+        np.testing.assert_array_equal(merged[name], expected)
+
+
+def test_blocks_and_chunks_do_not_show(point: Point, arrays: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(1)
+    a, b, c = (rng.standard_normal(5000).astype("f4") for _ in range(3))
+    merged = mean([point("a", x=a), point("b", x=b), point("c", x=c)])
+    whole = arrays(merged)["x"].tobytes()
+    monkeypatch.setattr(blocks, "BLOCK", 96)
+    monkeypatch.setattr(blocks, "CHUNK", 32)
+    assert arrays(merged)["x"].tobytes() == whole
+
+
+def test_integers_are_copied_and_must_agree(point: Point, arrays: Arrays) -> None:
+    a, b = (point(n, ids=np.arange(4), x=[1.0], on=np.array([True, False])) for n in "ab")
+    merged = arrays(mean([a, b]))
+    np.testing.assert_array_equal(merged["ids"], np.arange(4))
+    np.testing.assert_array_equal(merged["on"], [True, False])
+    odd = point("odd", ids=np.arange(4) + 1, x=[1.0], on=np.array([True, False]))
+    with pytest.raises(MismatchError, match="'ids' holds integers that differ between a and odd"):
+        arrays(mean([a, odd]))
+
+
+def test_step_counters(point: Point, arrays: Arrays) -> None:
+    a, b = (point(n, **{"bn.num_batches_tracked": np.array(k), "x": [1.0]}) for n, k in (("a", 3), ("b", 7)))
+    counter = "bn.num_batches_tracked"
+    assert arrays(mean([a, b]))[counter] == 7
+    assert arrays(interpolate(a, b, 0.9))[counter] == 3
+    assert arrays(interpolate(b, a, 0.9))[counter] == 7
+
+
+def test_methods_within_expressions(point: Point, arrays: Arrays) -> None:
+    """slerp at right angles: (1, 0) and (0, 1) meet at (1, 1)/√2."""
+    a, b = point("a", x=[1.0, 0.0]), point("b", x=[0.0, 1.0])
+    half = float(np.sqrt(0.5))
+    arc = apply("slerp", [a, b])
+    np.testing.assert_allclose(arrays(arc)["x"], [half, half], rtol=1e-7)
+    np.testing.assert_allclose(arrays(a + 2 * (arc - a))["x"], [2 * half - 1, 2 * half], rtol=1e-6)
+    vector = apply("magmax", [a - b, 3 * (b - a)])
+    np.testing.assert_array_equal(arrays(b + 0.5 * vector)["x"], [-1.5, 2.5])
+
+
+def test_a_methods_operands_do_not_depend_on_how_they_were_listed(point: Point, arrays: Arrays) -> None:
+    rng = np.random.default_rng(2)
+    models = [point(f"m{i}", x=rng.standard_normal(500).astype("f4")) for i in range(4)]
+    pivot = point("p", x=rng.standard_normal(500).astype("f4"))
+    forward = arrays(apply("slerp", [mean(models), pivot], t=0.3))["x"]
+    backward = arrays(apply("slerp", [mean(models[::-1]), pivot], t=0.3))["x"]
+    assert forward.tobytes() == backward.tobytes()
+
+
+def test_patterns_inside_methods_leave_what_they_do_not_match(point: Point, arrays: Arrays) -> None:
+    a, b = (point(n, **{"visual.x": [v], "text.x": [v]}) for n, v in (("a", 1.0), ("b", 3.0)))
+    vector = apply("magmax", [{"visual": 1.0} * (b - a), {"visual": 0.5} * (b - a)])
+    found = arrays(vector)
+    assert found["visual.x"] == [2.0]
+    assert found["text.x"] == [0.0]
+
+
+def test_a_bad_number_is_located_in_methods_too(point: Point, arrays: Arrays) -> None:
+    a, b = point("a", x=[1.0, 2.0]), point("b", x=[1.0, float("nan")])
+    with pytest.raises(NonFiniteError, match=r"b: tensor 'x' holds 1 values? that (is|are) not finite"):
+        arrays(apply("slerp", [a, b]))
+
+
+def test_overflow_of_the_dtype_is_told_with_the_way_out(point: Point, arrays: Arrays) -> None:
+    a, b = point("a", x=[60000.0]), point("b", x=[1.0])
+    with pytest.raises(NonFiniteError, match="tensor 'x' reaches 119999") as refused:
+        arrays(2 * a - b, "F16")
+    assert refused.value.hint == "write a wider dtype: --dtype fp32"
+
+
+def test_progress_counts_bytes_up_to_all_of_them(point: Point, tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    weights = mean([point(n, x=np.ones(1000, np.float32)) for n in "ab"])
+    weights.save(tmp_path / "out.safetensors", on_progress=lambda *args: told.append(args), digests=False)
+    assert told[-1] == ("merging", 4000, 4000)
+
+
+def test_a_saved_file_reads_as_any_safetensors_file(point: Point, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    a, b = (point(n, y=np.ones(3, np.float16), x=[[v, v]]) for n, v in (("a", 1.0), ("b", 2.0)))
+    path = mean([a, b]).save(tmp_path / "out.safetensors")
+    found = load_file(path)
+    np.testing.assert_array_equal(found["x"], np.float32([[1.5, 1.5]]))
+    assert found["y"].dtype == np.float16
+
+
+def test_the_record_says_how_it_was_made(put: Put, tmp_path: Path) -> None:
+    from clipmerge.weights.record import read_record
+
+    a, b = (load(put(n, x=np.float32([v]))) for n, v in (("a", 1.0), ("b", 2.0)))
+    path = mean([a, b]).save(
+        tmp_path / "out.safetensors", metadata={"selection": {"by": "hand"}}, dtype="half"
+    )
+    record = read_record(load(path).checkpoints[0].metadata)
+    assert record["notation"] == "mean([a, b])"
+    assert record["dtype"] == "F16"
+    assert record["selection"] == {"by": "hand"}
+    assert (record["format"], record["total"]) == (1, 1)
+
+
+def test_a_task_vector_is_no_model_to_load(point: Point) -> None:
+    torch = pytest.importorskip("torch")
+    a, b = (point(n, weight=[[1.0]], bias=[0.0]) for n in "ab")
+    with pytest.raises(RecipeError, match=r"a - b is a task vector \(total 0\), not a model"):
+        (a - b).load_into(torch.nn.Linear(1, 1))
+
+
+def test_weights_go_into_a_module_in_its_own_dtype(point: Point) -> None:
+    torch = pytest.importorskip("torch")
+    a, b = (point(n, weight=[[v]], bias=[v]) for n, v in (("a", 1.0), ("b", 2.0)))
+    module = torch.nn.Linear(1, 1).to(torch.bfloat16)
+    before = module.weight
+    mean([a, b]).load_into(module)
+    assert module.weight is before
+    assert module.weight.item() == module.bias.item() == 1.5
+
+
+def test_a_module_that_does_not_fit_is_explained_all_at_once(point: Point) -> None:
+    from clipmerge.errors import ModelError
+
+    torch = pytest.importorskip("torch")
+    weights = point("a", wieght=[[1.0]], bias=[1.0, 2.0])
+    with pytest.raises(ModelError) as refused:
+        weights.load_into(torch.nn.Linear(1, 1))
+    assert refused.value.message.splitlines()[1:] == [
+        "  the weights lack 'weight'",
+        "  the model has no 'wieght' (it has 'weight')",
+        "  'bias' is [2] in the weights and [1] in the model",
+    ]
+    with pytest.raises(ModelError):
+        weights.check_fit(torch.nn.Linear(1, 1, device="meta"))
+
+
+def test_a_state_dict_is_what_would_be_saved(point: Point, arrays: Arrays) -> None:
+    torch = pytest.importorskip("torch")
+    a = point("a", x=("BF16", [1.0, 2.0]), n=np.array(3))
+    b = point("b", x=("BF16", [3.0, 2.0]), n=np.array(3))
+    found = mean([a, b]).state_dict()
+    assert found["x"].dtype == torch.bfloat16
+    assert found["x"].tolist() == [2.0, 2.0]
+    assert found["n"].item() == 3
+    assert mean([a, b]).state_dict("fp32")["x"].dtype == torch.float32
