@@ -24,18 +24,35 @@ def document(data: Any) -> None:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None) -> None:
-    """A table on stdout: first column to the left, the others to the right; None shows as a dash."""
+    """A table on stdout: first column to the left, the others to the right; None shows as a dash.
+
+    Headers wrap between words where the terminal is narrow; cells never do.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(box=SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
-    for i, column in enumerate(columns):
-        shown.add_column(Text(column), justify="left" if i == 0 else "right", overflow="fold")
-    for row in rows:
-        shown.add_row(*(Text(_cell(value)) for value in row))
-    Console(width=None if sys.stdout.isatty() else 200).print(shown)
+    console = Console()
+    room = console.width if sys.stdout.isatty() else 200
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max([1, *(len(row[i]) for row in cells)]) for i in range(len(columns))]
+    heads = list(columns)
+    if sum(max(len(head), width) + 3 for head, width in zip(heads, widths, strict=True)) > room:
+        heads = [head.replace(" ", "\n") if len(head) > width else head
+                 for head, width in zip(heads, widths, strict=True)]  # fmt: skip
+    longest = [max(width, *map(len, head.split("\n"))) for head, width in zip(heads, widths, strict=True)]
+    apart = 1 if sum(longest) + 3 * len(longest) <= room else 0
+    shown = Table(
+        box=SIMPLE_HEAD, padding=(0, apart), pad_edge=False,
+        title=title, title_justify="left", title_style="bold",
+    )  # fmt: skip
+    for i, head in enumerate(heads):
+        shown.add_column(Text(head), justify="left" if i == 0 else "right", no_wrap=True)
+    for row in cells:
+        shown.add_row(*map(Text, row))
+    console.width = max(room, sum(longest) + (2 * apart + 1) * len(longest) + 1)
+    console.print(shown)
 
 
 def _cell(value: Any) -> str:
