@@ -57,8 +57,8 @@ def inspect(
 def _show(summary: "Summary") -> None:
     from rich.console import Console
 
-    from clipmerge_cli.output import counted, size_text
     from clipmerge_cli.show import table
+    from clipmerge_cli.writing import counted, size_text
 
     model = summary.record.get("model")
     facts = [

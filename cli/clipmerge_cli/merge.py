@@ -1,11 +1,11 @@
 """`clipmerge merge`: any expression over checkpoints, or a recipe file."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from clipmerge_cli.options import (
+    HUB_FILE,
     AllowNonfinite,
     DryRun,
     Dtype,
@@ -63,31 +63,21 @@ def merge(
     and, where wanted, output, dtype and shard_size. What the command line says wins.
     """
     from clipmerge.weights.recipe import Recipe, read_recipe
-    from clipmerge_cli.output import show_plan, write
-    from clipmerge_cli.show import document, wrote
+    from clipmerge_cli.writing import Writing, merge_or_plan
 
     given = named(files or [], "NAME=FILE")
-    is_file = expression.endswith(".toml")
-    recipe = read_recipe(expression) if is_file else Recipe(expression, {})
+    recipe = read_recipe(expression) if expression.endswith(".toml") else Recipe(expression, {})
     weights = Recipe(recipe.expression, {**recipe.checkpoints, **given}).weights()
-    target: Path | None = output or recipe.output
-    dtype = dtype or recipe.dtype
-    if dry_run:
-        show_plan(weights, target, dtype=dtype, force=force, as_json=json, quiet=quiet)
-        return
-    if target is None:
-        raise typer.BadParameter("say where to write: -o merged.safetensors", param_hint="--output")
-    if push_to_hub and target.name != "open_clip_model.safetensors":
+    target = output or recipe.output
+    if push_to_hub and (target is None or target.name != HUB_FILE):
         raise typer.BadParameter("goes with a folder: -o DIR/", param_hint="--push-to-hub")
-    path = write(
-        weights, target, force=force, dtype=dtype, shard_size=shard_size or recipe.shard_size,
-        allow_nonfinite=allow_nonfinite, threads=threads, model=model, digests=not no_digests,
-        quiet=quiet or json,
+    writing = Writing(
+        target, force, dtype or recipe.dtype, shard_size or recipe.shard_size, allow_nonfinite, threads,
+        digests=not no_digests, model=model,
     )  # fmt: skip
-    if push_to_hub:
+    written = merge_or_plan(weights, writing, dry_run, json, quiet)
+    if push_to_hub and written is not None:
         from clipmerge.report.hub import push
+        from clipmerge_cli.show import say
 
-        wrote_to = push(path, push_to_hub)
-    if json:
-        document({"output": path, "notation": repr(weights), **({"pushed": wrote_to} if push_to_hub else {})})
-    wrote(path, quiet=quiet or json)
+        say(f"uploaded to {push(written, push_to_hub)}", quiet=quiet)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from clipmerge_cli.options import AllowNonfinite, Dtype, Force, Json, Output, Quiet, Threads
+from clipmerge_cli.options import AllowNonfinite, DryRun, Dtype, Force, Json, Output, Quiet, Threads
 
 
 def task_vector(
@@ -15,6 +15,7 @@ def task_vector(
     output: Output,
     dtype: Dtype = None,
     force: Force = False,
+    dry_run: DryRun = False,
     allow_nonfinite: AllowNonfinite = False,
     threads: Threads = None,
     json: Json = False,
@@ -29,14 +30,8 @@ def task_vector(
     clipmerge merge "zs + 0.4*cars" zs=zs.safetensors cars=cars.tv.safetensors -o added.safetensors
     """
     from clipmerge.weights.expression import load_all
-    from clipmerge_cli.output import write
-    from clipmerge_cli.show import document, wrote
+    from clipmerge_cli.writing import Writing, merge_or_plan
 
     start, end = load_all([base, finetuned])
-    path = write(
-        end - start, output, force=force, dtype=dtype, allow_nonfinite=allow_nonfinite, threads=threads,
-        quiet=quiet or json,
-    )  # fmt: skip
-    if json:
-        document({"output": path, "notation": repr(end - start), "total": 0})
-    wrote(path, quiet=quiet or json)
+    writing = Writing(output, force, dtype, None, allow_nonfinite, threads)
+    merge_or_plan(end - start, writing, dry_run, json, quiet)

@@ -1,6 +1,5 @@
 """How commands that merge write their output, or show what they would write."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,28 +8,32 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from clipmerge_cli import show
+from clipmerge_cli.options import HUB_FILE
 from clipmerge_cli.progress import OnProgress, progress
 
 if TYPE_CHECKING:
     from clipmerge.weights.expression import Weights
 
-_DTYPES = {
-    "fp64": "F64", "float64": "F64", "fp32": "F32", "float32": "F32", "float": "F32",
-    "fp16": "F16", "float16": "F16", "half": "F16", "bf16": "BF16", "bfloat16": "BF16",
-}  # fmt: skip
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-
 
 @dataclass(frozen=True)
 class Writing:
-    """How the output is written: the options of that name."""
+    """How the output is written: the options of that name.
+
+    Attributes:
+        output: a file; one called open_clip_model.safetensors (what `-o DIR/` becomes) gets its folder's
+            open_clip_config.json and model card.
+        digests: whether the parents' content digests are recorded, which `verify` needs.
+        model: what --model said, recorded in the file; None keeps what the checkpoints record.
+    """
 
     output: Path | None
     force: bool = False
     dtype: str | None = None
-    shard_size: str | None = None
+    shard_size: str | int | None = None
     allow_nonfinite: bool = False
     threads: int | None = None
+    digests: bool = True
+    model: str | None = None
 
     def check(self, *weights: "Weights", based: bool = True) -> None:
         """Refuse what would be refused at the end, before any work is done.
@@ -38,86 +41,120 @@ class Writing:
         Args:
             based: the first weights are a base, whose float dtypes the output takes; else all must agree.
         """
-        from clipmerge.checkpoint.write import check_target
         from clipmerge.weights.check import check
         from clipmerge.weights.expression import mean
+        from clipmerge.weights.plan import float_dtype
 
-        inputs = [file for w in weights for c in w.checkpoints for file in c.files()]
         bytes_of(self.shard_size)
-        check(mean(weights), dtype=dtype_of(self.dtype) or ("F32" if based else None))
-        if self.output is not None:
-            check_target(self.output, force=self.force, inputs=inputs)
+        check(mean(weights), dtype=float_dtype(self.dtype) or ("F32" if based else None))
+        self.check_output(*weights)
+
+    def check_output(self, *weights: "Weights") -> None:
+        """Refuse an output that exists, is an input, or has no folder to stand in."""
+        from clipmerge.checkpoint.write import check_target
+
+        if self.output is None or (self.output.name == HUB_FILE and not self.output.parent.exists()):
+            return
+        inputs = [file for w in weights for c in w.checkpoints for file in c.files()]
+        check_target(self.output, force=self.force, inputs=inputs)
 
     def write(
         self,
         weights: "Weights",
         metadata: Mapping[str, Any] | None = None,
         on_progress: OnProgress | None = None,
-    ) -> None:
-        """Write the weights, where an output was named."""
+    ) -> Path | None:
+        """Write the weights where an output was named; the file or folder that was written.
+
+        Args:
+            metadata: further keys of the file's record: "selection", "scores" …
+        """
         if self.output is None:
-            return
-        weights.save(
-            self.output,
-            force=self.force,
-            dtype=dtype_of(self.dtype),
-            shard_size=bytes_of(self.shard_size),
-            allow_nonfinite=self.allow_nonfinite,
-            threads=self.threads,
-            metadata=metadata,
-            on_progress=on_progress,
-        )
+            return None
+        extra = dict(metadata or {})
+        options: dict[str, Any] = {
+            "force": self.force, "dtype": self.dtype, "shard_size": bytes_of(self.shard_size),
+            "allow_nonfinite": self.allow_nonfinite, "threads": self.threads, "digests": self.digests,
+            "on_progress": on_progress,
+        }  # fmt: skip
+        if self.model is not None:
+            from clipmerge.model import resolve_model
+
+            extra["model"] = resolve_model(self.model, weights).to_metadata()
+        if self.output.name != HUB_FILE:
+            return weights.save(self.output, metadata=extra, **options)
+        from clipmerge.report.hub import save_folder
+
+        return save_folder(weights, self.output.parent, metadata=extra, **options)
 
 
-def merge_or_plan(weights: "Weights", writing: Writing, dry_run: bool, json: bool, quiet: bool) -> None:
-    """Write weights that nobody has to choose, or with `--dry-run` show what would be written."""
+def merge_or_plan(
+    weights: "Weights", writing: Writing, dry_run: bool, json: bool, quiet: bool
+) -> Path | None:
+    """Write weights that nobody has to choose, or with `--dry-run` show what would be written; what was written."""
     if dry_run:
         plan(weights, writing, json=json)
-        return
+        return None
     if writing.output is None:
         raise typer.BadParameter("say where to write: -o FILE", param_hint="--output")
     with progress(quiet=quiet or json) as on_progress:
-        writing.write(weights, None, on_progress)
+        written = writing.write(weights, None, on_progress)
     if json:
-        show.document({"kind": "merge", "notation": repr(weights), "output": writing.output})
-    show.wrote(writing.output, quiet=quiet)
+        show.document({"kind": "merge", "notation": repr(weights), "output": written})
+    show.wrote(written or writing.output, quiet=quiet or json)
+    return written
 
 
 def plan(weights: "Weights", writing: Writing, *, json: bool) -> None:
-    """What would be written, after every check that needs no tensor."""
-    from clipmerge.weights.plan import make_plan
+    """The plan on stdout, after every check that headers and the output's folder allow."""
+    from clipmerge.weights.describe import describe
 
-    made = make_plan(weights, dtype=dtype_of(writing.dtype))
-    facts = {
-        "notation": repr(weights),
-        "total": int(weights.kind()),
-        "inputs": [str(c.path or c.name) for c in weights.checkpoints],
-        "tensors": len(made.steps),
-        "output": None if writing.output is None else str(writing.output),
-    }
+    made = describe(weights, dtype=writing.dtype)
+    writing.check_output(weights)
+    bytes_of(writing.shard_size)
     if json:
-        show.document({"kind": "plan"} | facts)
+        show.document({"kind": "plan", **made.to_json(), "output": writing.output})
         return
-    shown = ", ".join(facts["inputs"]) if isinstance(facts["inputs"], list) else ""
-    show.table(
-        ("plan", ""), [(key, shown if key == "inputs" else str(value)) for key, value in facts.items()]
-    )
+    inputs = [
+        (i.name, i.path or "in memory", i.layout, i.tensors, counted(i.dtypes), size_text(i.nbytes))
+        for i in made.inputs
+    ]
+    show.table(("input", "path", "layout", "tensors", "dtypes", "size"), inputs, title="Inputs")
+    groups = [
+        (g.formula, g.tensors, counted(g.towers), g.dtype, size_text(g.nbytes), g.example)
+        for g in made.groups
+    ]
+    show.table(("what each gets", "tensors", "where", "dtype", "size", "such as"), groups, title="Tensors")
+    read, written, memory = (size_text(n) for n in (made.read_bytes, made.written_bytes, made.memory_bytes))
+    print(f"{made.notation} gives {made.gives}: reads {read}, writes {written}, works in {memory}")
+    show.say("dry run: nothing was written")
 
 
-def dtype_of(text: str | None) -> str | None:
-    """`fp16` as safetensors calls it."""
-    return None if text is None else _DTYPES.get(text.lower(), text.upper())
-
-
-def bytes_of(text: str | None) -> int | None:
+def bytes_of(size: str | int | None) -> int | None:
     """`5GB` or `512MiB` as a number of bytes; wrong form: exit 2."""
-    if text is None:
-        return None
-    found = re.fullmatch(r"([\d.]+)\s*([KMG]I?)?B?", text.strip(), re.IGNORECASE)
+    if size is None or isinstance(size, int):
+        return size
+    from clipmerge.errors import RecipeError
+    from clipmerge.weights.recipe import parse_size
+
     try:
-        size = int(float(found.group(1)) * _UNITS[(found.group(2) or "").upper()]) if found else 0
-    except ValueError:
-        size = 0
-    if size <= 0:
-        raise typer.BadParameter(f"{text!r} is not a size such as 5GB", param_hint="--shard-size")
-    return size
+        return parse_size(size)
+    except RecipeError as error:
+        raise typer.BadParameter(f"{error.message}: {error.hint}", param_hint="--shard-size") from error
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """`{"F32": 302}` → `F32`; several with their counts: `F32 300, I64 2`."""
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{key} {count}" for key, count in counts.items())
+
+
+def size_text(nbytes: int) -> str:
+    """Bytes for people, in thousands: `605.2 MB`."""
+    size = float(nbytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"

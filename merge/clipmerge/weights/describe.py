@@ -52,6 +52,7 @@ class Description:
     """See `describe`."""
 
     notation: str
+    total: int
     gives: str
     inputs: tuple[Input, ...]
     groups: tuple[Group, ...]
@@ -93,6 +94,7 @@ def describe(weights: Weights, plan: Plan | None = None, *, dtype: str | None = 
     groups = tuple(_group(formula, dtype, steps) for (formula, dtype), steps in grouped.items())
     return Description(
         notation(weights),
+        weights.kind(),
         "a model" if weights.kind() else "a task vector",
         inputs,
         groups,
