@@ -241,22 +241,45 @@ def same(document: dict[str, Any]) -> dict[str, Any]:
     return {**document, "images": None, "output": None, "history": steps}
 
 
+def together(*args: str) -> dict[str, Any]:
+    """What two processes print when they search as one."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "clipmerge"]
+    done = subprocess.run([sys.executable, *torchrun, *args], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
 def test_two_processes_give_the_answer_of_one(
     ckpt: dict[str, str], scoring: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [ckpt[f"ft{i}"] for i in range(3)]
     args = ["soup", *given, "--greedy", "--val", VAL, *scoring, "--json", "--fresh"]
-    alone = json.loads(run(capsys, *args, "-o", str(tmp_path / "one.safetensors"))[0])
-    together = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "clipmerge",
-         *args, "-o", str(tmp_path / "two.safetensors")],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert together.returncode == 0, together.stderr
-    found = json.loads(together.stdout)
-    assert same(found) == same(alone)
     one, two = (tmp_path / f"{name}.safetensors" for name in ("one", "two"))
+    alone = json.loads(run(capsys, *args, "-o", str(one))[0])
+    assert same(together(*args, "-o", str(two))) == same(alone)
     assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_learn_the_soup_of_one(
+    ckpt: dict[str, str], scoring: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = [
+        "soup",
+        ckpt["ft0"],
+        ckpt["ft1"],
+        "--learned",
+        "--val",
+        VAL,
+        *scoring,
+        "--batch-size",
+        "33",
+        "--json",
+    ]
+    alone, found = json.loads(run(capsys, *args)[0]), together(*args)
+    assert found["coefficients"] == pytest.approx(alone["coefficients"], abs=1e-5)
+    assert found["temperature"] == pytest.approx(alone["temperature"], abs=1e-5)
 
 
 @pytest.mark.parametrize(
