@@ -1,17 +1,17 @@
 """Every error that clipmerge raises on purpose.
 
-    ClipmergeError
-    ├── CheckpointError        a checkpoint cannot be read: missing, truncated, not a checkpoint
-    │   └── UnsafeFileError    reading it would need code to run; refused
-    ├── MismatchError          checkpoints do not fit together: names, shapes or dtypes differ
-    ├── RecipeError            an expression that means nothing: unknown name, wrong total, bad syntax
-    ├── NonFiniteError         NaN or infinity in an input, or an output that overflows its dtype
-    ├── OutputError            the output cannot be written: exists, is an input, disk full, read-only
-    ├── ModelError             no such model, or weights that do not fit it
-    ├── DataError              images or labels that cannot be used
-    ├── SelectionError         a search that cannot choose: no candidates, no split for a role
-    ├── TrainingError          finetuning that cannot go on: non-finite loss, state that does not fit
-    └── MissingExtraError      an optional library is not installed
+ClipmergeError
+├── CheckpointError        a checkpoint cannot be read: missing, truncated, not a checkpoint
+│   └── UnsafeFileError    reading it would need code to run; refused
+├── MismatchError          checkpoints do not fit together: names, shapes or dtypes differ
+├── RecipeError            an expression that means nothing: unknown name, wrong total, bad syntax
+├── NonFiniteError         NaN or infinity in an input, or an output that overflows its dtype
+├── OutputError            the output cannot be written: exists, is an input, disk full, read-only
+├── ModelError             no such model, or weights that do not fit it
+├── DataError              images or labels that cannot be used
+├── SelectionError         a search that cannot choose: no candidates, no split for a role
+├── TrainingError          finetuning that cannot go on: non-finite loss, state that does not fit
+└── MissingExtraError      an optional library is not installed
 """
 
 __all__ = [
