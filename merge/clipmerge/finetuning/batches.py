@@ -1,6 +1,6 @@
 """Which items, with which prompts, at which step: a pure function of the seed, so nothing of it needs saving."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from clipmerge.data.split import Split
-    from clipmerge.model import Tokenizer
+
+    Tokenizer = Callable[[list[str]], Tensor]
 
 __all__ = ["Batch", "Prompts", "Sampler", "distinct"]
 

@@ -18,7 +18,7 @@ from clipmerge.finetuning.loader import Loader
 from clipmerge.finetuning.log import Log
 from clipmerge.finetuning.objective import Objective
 from clipmerge.finetuning.optimiser import CLAMP, MovingAverage, learning_rate, set_learning_rate
-from clipmerge.finetuning.resume import interruptions
+from clipmerge.finetuning.resume import StoppedBySignalError, interruptions
 from clipmerge.finetuning.towers import is_outside, unsynced
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ def train(
         save: writes the state after so many steps; called where `save_at` says so and when a signal came.
 
     Raises:
-        TrainingError: the loss is not finite, or a signal asked to stop (the state is saved).
+        TrainingError: the loss is not finite.
+        StoppedBySignalError: a signal asked to stop; the state is saved.
     """
     outside = [p for name, p in trained.items() if not (synced or sharded) or is_outside(name)]
     watch = Watch(loader.split.names, log, every=log_every, steps=steps, images=sampler.batch * sampler.micro)
@@ -95,7 +96,7 @@ def train(
                 watch.check()
                 saved = save(step + 1)
                 if stop and step + 1 < steps:
-                    raise TrainingError(
+                    raise StoppedBySignalError(
                         f"stopped by {interrupted() or 'another rank'} after step {step + 1} of {steps}; "
                         + (
                             f"everything is saved in {saved}" if saved else "nothing was saved: saving is off"

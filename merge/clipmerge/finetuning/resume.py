@@ -24,7 +24,18 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["generators", "interruptions", "load_state", "restore_generators", "save_state"]
+__all__ = [
+    "StoppedBySignalError",
+    "generators",
+    "interruptions",
+    "load_state",
+    "restore_generators",
+    "save_state",
+]
+
+
+class StoppedBySignalError(TrainingError):
+    """A signal asked the run to stop; nothing is wrong with it."""
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from clipmerge.data.split import Split
     from clipmerge.finetuning.images import Images, Pixels
-    from clipmerge.model import ModelSpec, Tokenizer
+    from clipmerge.model import ModelSpec
     from clipmerge.weights.expression import Weights
 
 __all__ = ["give_head", "pick_device", "starting_model", "training_prompts"]
@@ -92,7 +92,7 @@ def training_prompts(
 
 
 @lru_cache(maxsize=4)
-def _tokenizer(model: str) -> "Tokenizer":
+def _tokenizer(model: str) -> Callable[[list[str]], Tensor]:
     """The tokenizer of a model's record; reading its vocabulary takes longer than a tiny model's step."""
     from clipmerge.model import ModelSpec, get_tokenizer
 

@@ -1,0 +1,140 @@
+"""Training images: open_clip's crop from each image's own seed, and pixels that arrive in order."""
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from clipmerge.errors import TrainingError
+from clipmerge.finetuning.augment import _crop_box, augmenter
+from clipmerge.finetuning.batches import Batch, Sampler, fitted_batch
+from clipmerge.finetuning.images import Images
+from clipmerge.finetuning.towers import Towers
+
+PREPROCESS = {
+    "size": 32,
+    "mean": (0.5,) * 3,
+    "std": (0.25,) * 3,
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+}
+CPU = torch.device("cpu")
+
+
+def noise(width: int = 60, height: int = 40) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def test_the_crop_is_torchvisions_given_its_box() -> None:
+    """What torchvision's RandomResizedCrop does with the box that we drew."""
+    from torchvision.transforms import functional as tf
+
+    make = augmenter("crop:0.3", PREPROCESS)
+    assert make is not None
+    top, left, height, width = _crop_box(40, 60, random.Random("s"), (0.3, 1.0), (3 / 4, 4 / 3))
+    expected = tf.resized_crop(noise(), top, left, height, width, [32, 32], tf.InterpolationMode.BICUBIC)
+    assert np.array_equal(make(noise(), "s"), np.asarray(expected).transpose(2, 0, 1))
+
+
+def test_boxes_are_distributed_as_torchvisions() -> None:
+    from torchvision.transforms import RandomResizedCrop
+
+    ours = np.array([_crop_box(48, 64, random.Random(i), (0.2, 1.0), (3 / 4, 4 / 3)) for i in range(2000)])
+    torch.manual_seed(0)
+    image = torch.zeros(3, 48, 64)
+    theirs = np.array([RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(2000)])
+    assert np.abs(ours.mean(0) - theirs.mean(0)).max() < 1.2
+    assert np.abs(ours.std(0) - theirs.std(0)).max() < 1.2
+
+
+def test_a_cfg_of_open_clip_is_the_same_crop() -> None:
+    by_text, by_cfg = (
+        augmenter("crop:0.5+gray:0.2", PREPROCESS),
+        augmenter({"scale": [0.5, 1.0], "gray_scale_prob": 0.2}, PREPROCESS),
+    )
+    assert by_text is not None
+    assert by_cfg is not None
+    assert np.array_equal(by_text(noise(), "1"), by_cfg(noise(), "1"))
+
+
+@pytest.mark.parametrize(
+    "augment",
+    ["crop", "flip", "jitter:0.4", "jitter:0.4,0.4,0.4,0.1", "gray:0.5", "randaugment:2,9",
+     {"use_timm": True, "scale": [0.5, 1.0], "auto_augment": "rand-m9-n2"}],
+)  # fmt: skip
+def test_an_image_depends_on_its_seed_alone(augment: Any) -> None:
+    make = augmenter(augment, PREPROCESS)
+    assert make is not None
+    state = random.getstate(), torch.get_rng_state()
+    image = noise(50, 50)
+    first = make(image, "0/0/1")
+    others = [make(image, f"0/0/{i}") for i in range(2, 8)]
+    assert first.shape == (3, 32, 32)
+    assert first.dtype == np.uint8
+    assert np.array_equal(first, make(image, "0/0/1"))
+    assert any(not np.array_equal(first, other) for other in others)
+    assert random.getstate() == state[0]
+    assert torch.equal(torch.get_rng_state(), state[1])
+
+
+def test_nothing_random_is_no_augmentation() -> None:
+    assert augmenter("none", PREPROCESS) is None
+    with pytest.raises(TrainingError, match="magnitude is 31"):
+        augmenter("randaugment:2,31", PREPROCESS)
+
+
+def test_pixels_are_to_tensor_and_normalise(tiny_spec: Any) -> None:
+    from clipmerge.model import build_model, eval_transform
+
+    towers = Towers(build_model(tiny_spec, seed=0), tiny_spec.preprocess)
+    image = noise(16, 16)
+    pixels = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())[None]
+    assert torch.equal(towers.prepared(pixels)[0], eval_transform(tiny_spec)(image))
+
+
+def test_an_epoch_visits_each_item_once_and_draws_a_prompt_of_its_class() -> None:
+    labels = np.arange(23) % 3
+    sampler = Sampler(labels, labels * 4, 4, seed=5, batch=3, micro=2)
+    assert sampler.steps_per_epoch == 3
+    batches = list(sampler.batches(0, 6))
+    first, second = (np.concatenate([b.items for b in batches if b.epoch == e]) for e in (0, 1))
+    assert len(set(first.tolist())) == 18
+    assert first.tolist() != second.tolist()
+    for batch in batches:
+        assert (batch.prompts // 4 == batch.labels).all()
+        assert (batch.labels == labels[batch.items]).all()
+    drawn = {int(p % 4) for b in batches for p in b.prompts}
+    assert drawn == {0, 1, 2, 3}
+
+
+def test_the_sampler_starts_anywhere() -> None:
+    sampler = Sampler(np.zeros(10, np.int64), np.zeros(10, np.int64), 5, seed=1, batch=4)
+    whole = list(sampler.batches(0, 9))
+    for a, b in zip(whole[5:], sampler.batches(5, 9), strict=True):
+        assert a.step == b.step
+        assert a.items.tolist() == b.items.tolist()
+        assert a.prompts.tolist() == b.prompts.tolist()
+
+
+def test_batches_shrink_to_few_images() -> None:
+    assert fitted_batch(512, 1, 1, 60) == 60
+    assert fitted_batch(16, 2, 2, 60) == 30
+    assert fitted_batch(16, 2, 1, 60) == 32
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("augment", ["none", "crop"])
+def test_ranks_share_a_batch_in_order(train: Any, tiny_spec: Any, workers: int, augment: str) -> None:
+    images = Images(train, None, tiny_spec.preprocess, CPU, augmenter(augment, tiny_spec.preprocess))
+    order = np.array([5, 3, 9, 1], dtype=np.int64)
+    batches = [Batch(0, 0, order, order, order), Batch(1, 0, order[::-1].copy(), order, order)]
+    whole = [p for _, p in images.loader(0, workers=0, rank=0, ranks=1)(batches)]
+    for rank in range(2):
+        loader = images.loader(0, workers=workers, rank=rank, ranks=2)
+        for (_, pixels), expected in zip(loader(batches), whole, strict=True):
+            assert torch.equal(pixels, expected[2 * rank : 2 * rank + 2])
+    if augment == "none":
+        assert torch.equal(whole[0], torch.from_numpy(images.plain()[order]))
