@@ -1,0 +1,53 @@
+"""Every result draws itself, through the report room."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.merge.search.table_judge import TableJudge, point, random_bits
+
+from clipmerge.search.coefficients import search_coefficients, task_family
+from clipmerge.search.ensemble import greedy_ensemble
+from clipmerge.search.learned import learned_soup
+from clipmerge.search.patch import patch
+from clipmerge.search.rules import best_mean, keep_control, mean_of
+from clipmerge.search.soup import greedy_soup
+from clipmerge.search.sweep import sweep
+from clipmerge.weights.expression import interpolate
+
+A, B, C = point("a"), point("b"), point("c")
+TABLE = TableJudge({"id": 50, "shift": 50}, random_bits(1, 50))
+GRID = (0, 0.5, 1)
+
+RESULTS: dict[str, Callable[[], Any]] = {
+    "greedy": lambda: greedy_soup([A, B, C], TABLE, split="id"),
+    "sweep": lambda: sweep(
+        lambda at: interpolate(A, B, at), GRID, TABLE, rule=best_mean("id", ["shift"]), refine=True
+    ),
+    "negate": lambda: sweep(
+        lambda at: A - (B - A) * at, GRID, TABLE, rule=keep_control(0.5, "id", "shift"), name="negate"
+    ),
+    "patch": lambda: patch(A, B, TABLE, patching="id", supported="shift", grid=GRID),
+    "sequential": lambda: patch(
+        A, [B, C], TABLE, patching=["id", "shift"], supported="id", grid=GRID, mode="sequential"
+    ),
+    "parallel": lambda: patch(
+        A, [B, C], TABLE, patching=["id", "shift"], supported="id", mode="parallel", budget=5
+    ),
+    "coefficients": lambda: search_coefficients(
+        task_family(A, {"b": B})[1], ["b"], TABLE, rule=mean_of(["id"]), budget=5
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", RESULTS)
+def test_a_result_draws_itself(kind: str, tmp_path: Path) -> None:
+    drawn = RESULTS[kind]().plot(tmp_path / "figure.png")
+    assert {path.suffix for path in drawn} == {".png", ".svg"}
+    assert all(path.stat().st_size > 1000 for path in drawn)
+
+
+def test_ensembles_and_learned_soups_draw_themselves(spread: Any, evaluator: Any, tmp_path: Path) -> None:
+    for result in (greedy_ensemble(spread[:2], evaluator), learned_soup(spread[:2], evaluator, epochs=1)):
+        assert all(path.exists() for path in result.plot(tmp_path / f"{type(result).__name__}.png"))
