@@ -12,6 +12,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from clipmerge.errors import ClipmergeError
+from clipmerge_cli.show import plain
 
 
 class Command(NamedTuple):
@@ -100,7 +101,8 @@ def _run(args: list[str], wanted: str | None) -> int:
 
 
 def _refuse(message: str, hint: str | None) -> int:
-    print(f"error: {message}" + (f"\n\nhint: {hint}" if hint else ""), file=sys.stderr)
+    said = f"error: {message}" + (f"\n\nhint: {hint}" if hint else "")
+    print(plain(said), file=sys.stderr)  # names in a message may come from a file
     return 1
 
 

@@ -57,7 +57,7 @@ def inspect(
 def _show(summary: "Summary") -> None:
     from rich.console import Console
 
-    from clipmerge_cli.show import table
+    from clipmerge_cli.show import plain, table
     from clipmerge_cli.writing import counted, size_text
 
     model = summary.record.get("model")
@@ -71,7 +71,7 @@ def _show(summary: "Summary") -> None:
         ("digest", summary.digest or "not computed"),
         ("not finite", _nonfinite(summary.nonfinite)),
     ]
-    print("\n".join(f"{label:<11} {value}" for label, value in facts))
+    print(plain("\n".join(f"{label:<11} {value}" for label, value in facts)))
     print()
     Console(soft_wrap=True, highlight=False, markup=False).print(tree(summary))
     rows = [
@@ -111,7 +111,9 @@ def tree(summary: "Summary") -> "Tree":
     from rich.text import Text
     from rich.tree import Tree
 
-    root = Tree(Text(_made(summary.name, summary.record)))
+    from clipmerge_cli.show import plain
+
+    root = Tree(Text(plain(_made(summary.name, summary.record))))
     _grow(root, summary.record)
     return root
 
@@ -120,11 +122,13 @@ def _grow(branch: "Tree", record: Mapping[str, Any]) -> None:
     from rich.text import Text
 
     from clipmerge.weights.provenance import is_original, parents_of
+    from clipmerge_cli.show import plain
 
     for parent in () if is_original(record) else parents_of(record):
         file = parent.file or "in memory"
         digest = f"  {parent.digest[:12]}…" if parent.digest else ""
-        _grow(branch.add(Text(_made(f"{parent.name}: {file}{digest}", parent.made))), parent.made)
+        what = _made(f"{parent.name}: {file}{digest}", parent.made)
+        _grow(branch.add(Text(plain(what))), parent.made)
 
 
 def _made(what: str, record: Mapping[str, Any]) -> str:

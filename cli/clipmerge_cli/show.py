@@ -55,10 +55,15 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str |
     console.print(shown)
 
 
+def plain(text: str) -> str:
+    """Text from a file as a terminal may show it: no escape sequence, no control character but line ends."""
+    return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
+
+
 def _cell(value: Any) -> str:
     if value is None:
         return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else plain(str(value))
 
 
 def _plain(value: Any) -> Any:

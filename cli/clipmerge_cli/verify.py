@@ -31,7 +31,7 @@ def verify(
     from clipmerge.errors import CheckpointError
     from clipmerge.weights.verify import verify as check
     from clipmerge_cli.progress import progress
-    from clipmerge_cli.show import document, say
+    from clipmerge_cli.show import document, plain, say
 
     with progress(quiet=quiet or json) as on_progress:
         verdict = check(file, parents or [], on_progress=on_progress)
@@ -45,7 +45,7 @@ def verify(
     print(f"verified: {file}")
     for name, path in verdict.parents.items():
         say(f"  {name} is {path}", quiet=quiet)
-    say(f"{verdict.notation}: {verdict.reason}", quiet=quiet)
+    say(plain(f"{verdict.notation}: {verdict.reason}"), quiet=quiet)
 
 
 def _hint(verdict: "Verdict") -> str:

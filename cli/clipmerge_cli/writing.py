@@ -77,7 +77,7 @@ class Writing:
             "allow_nonfinite": self.allow_nonfinite, "threads": self.threads, "digests": self.digests,
             "on_progress": on_progress,
         }  # fmt: skip
-        if self.model is not None:
+        if self.model is not None and "model" not in extra:
             from clipmerge.model import resolve_model
 
             extra["model"] = resolve_model(self.model, weights).to_metadata()

@@ -36,7 +36,7 @@ def save_folder(
     `open_clip.create_model_and_transforms("local-dir:FOLDER")` loads it. Other files in the folder stay.
 
     Args:
-        model: an open_clip name or configuration; None takes what the checkpoints record.
+        model: an open_clip name or configuration; None takes `metadata["model"]` or what the checkpoints record.
         metadata: further keys of the record; "scores" and "selection" also appear on the card.
         force: replace these three files where they exist.
         **options: as in `Weights.save`.
@@ -45,7 +45,7 @@ def save_folder(
         ModelError: the model is unknown, or the weights do not fit it.
         OutputError: the files exist, one of them is an input, or the folder cannot be written.
     """
-    from clipmerge.model import resolve_model
+    from clipmerge.model import ModelSpec, resolve_model
 
     folder = Path(os.path.realpath(folder))
     if weights.kind() != 1:
@@ -57,6 +57,9 @@ def save_folder(
     inputs = [file for checkpoint in weights.checkpoints for file in checkpoint.files()]
     for name in (WEIGHTS, CONFIG, CARD):
         _check(folder, name, force, inputs)
+    recorded = (metadata or {}).get("model")
+    if model is None and recorded is not None:
+        model = ModelSpec.from_metadata(recorded)
     spec = resolve_model(model, weights)
     _fits(weights, spec)
     record = {**(metadata or {}), "model": spec.to_metadata()}

@@ -1,0 +1,226 @@
+"""`clipmerge merge` and `clipmerge task-vector`: expressions, recipes, plans, refusals, and what is not imported."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from clipmerge_cli.app import main
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True)
+def _files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """base, a and b in the working folder: 1, 2 and 4 everywhere."""
+    for name, value in (("base", 1), ("a", 2), ("b", 4)):
+        shapes = {"visual.proj": (3, 2), "text_projection": (2,)}
+        tensors = {key: np.full(shape, value, np.float32) for key, shape in shapes.items()}
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*arguments: str) -> tuple[int, str, str]:
+        code = main(list(arguments))
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
+FILES = ("base=base.safetensors", "a=a.safetensors", "b=b.safetensors")
+
+
+def values(path: str) -> dict[str, float]:
+    return {name: float(array.reshape(-1)[0]) for name, array in load_file(path).items()}
+
+
+def test_an_expression(run: Run) -> None:
+    code, out, err = run("merge", "base + 0.5*((a - base) + (b - base))", *FILES, "-o", "out.safetensors")
+    assert (code, out) == (0, "")
+    assert err.startswith("wrote ")
+    assert values("out.safetensors") == {"visual.proj": 3.0, "text_projection": 3.0}
+
+
+def test_a_recipe_is_the_same_thing(run: Run, tmp_path: Path) -> None:
+    text = 'base + {"visual": 0.5}*(a - base)'
+    Path("r.toml").write_text(
+        f'expression = \'{text}\'\noutput = "out1.safetensors"\ndtype = "fp16"\n[checkpoints]\n'
+        'base = "base.safetensors"\na = "a.safetensors"\n'
+    )
+    assert run("merge", "r.toml")[0] == 0
+    assert run("merge", text, *FILES[:2], "--dtype", "half", "-o", "out2.safetensors")[0] == 0
+    assert values("out1.safetensors") == {"visual.proj": 1.5, "text_projection": 1.0}
+    assert Path("out1.safetensors").read_bytes() == Path("out2.safetensors").read_bytes()
+
+
+def test_the_command_line_wins_over_the_recipe(run: Run) -> None:
+    Path("r.toml").write_text(
+        'expression = "mean([a, b])"\noutput = "x.safetensors"\n[checkpoints]\na = "a.safetensors"\nb = "none.pt"\n'
+    )
+    assert run("merge", "r.toml", "b=base.safetensors", "-o", "y.safetensors")[0] == 0
+    assert values("y.safetensors")["visual.proj"] == 1.5
+    assert not Path("x.safetensors").exists()
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(run: Run, tmp_path: Path) -> None:
+    before = sorted(tmp_path.iterdir())
+    arguments = (
+        "merge",
+        'base + {"visual": 0.25}*(a - base)',
+        *FILES[:2],
+        "-o",
+        "out.safetensors",
+        "--dry-run",
+    )
+    code, out, err = run(*arguments)
+    assert code == 0
+    assert "0.75*base + 0.25*a" in out
+    assert "gives a model: reads 56 B, writes 32 B" in out
+    assert err == "dry run: nothing was written\n"
+    plan = json.loads(run(*arguments, "--json")[1])
+    assert [g["formula"] for g in plan["groups"]] == ["base", "0.75*base + 0.25*a"]
+    assert (plan["total"], plan["output"]) == (1, "out.safetensors")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_dry_run_refuses_what_the_run_would(run: Run) -> None:
+    code, _, err = run("merge", "mean([a, b])", *FILES[1:], "-o", "a.safetensors", "--dry-run", "--force")
+    assert code == 1
+    assert "a.safetensors is also an input" in err
+
+
+def test_json_says_what_was_written(run: Run, tmp_path: Path) -> None:
+    code, out, err = run("merge", "mean([a, b])", *FILES[1:], "-o", "out.safetensors", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == {
+        "kind": "merge", "notation": "mean([a, b])", "output": str(tmp_path / "out.safetensors"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "hint"),
+    [
+        (("mean([a, bb])", *FILES[1:]), "there is no checkpoint 'bb'", "did you mean 'b'?"),
+        (("a + b", *FILES[1:]), "total is 2: neither a model (1)", "did you mean mean([...])?"),
+        (("mean([a, b])", *FILES), "'base' is given but", "leave it out"),
+        (("mean([a, b]", *FILES[1:]), "'(' was never closed", "an expression is made of"),
+        (("a", "a=none.safetensors"), "none.safetensors does not exist", "check the path"),
+        (("none.toml",), "none.toml cannot be read", "check the path"),
+        (("a", "a=a.safetensors", "--dtype", "fp61"), "'fp61' is not a float dtype", "did you mean fp"),
+    ],
+)
+def test_refusals_name_the_thing_and_the_way_out(
+    run: Run, arguments: tuple[str, ...], error: str, hint: str
+) -> None:
+    code, out, err = run("merge", *arguments, "-o", "out.safetensors")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: ")
+    assert error in err
+    assert f"\n\nhint: {hint}" in err
+    assert not Path("out.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("a", "a=a.safetensors"),  # nowhere to write
+        ("a", "a.safetensors", "-o", "x.safetensors"),  # no name
+        ("a", "a=a.safetensors", "a=b.safetensors", "-o", "x.safetensors"),
+        ("a", "a=a.safetensors", "-o", "x.safetensors", "--shard-size", "lots"),
+        ("a", "a=a.safetensors", "-o", "x.safetensors", "--push-to-hub", "org/name"),
+    ],
+)
+def test_wrong_usage_is_exit_code_two(run: Run, arguments: tuple[str, ...]) -> None:
+    assert run("merge", *arguments)[0] == 2
+
+
+def test_shards(run: Run) -> None:
+    assert run("merge", "mean([a, b])", *FILES[1:], "-o", "out.safetensors", "--shard-size", "24")[0] == 0
+    assert Path("out.safetensors.index.json").exists()
+    assert run("verify", "out.safetensors.index.json")[0] == 0
+
+
+def test_without_digests_a_file_cannot_be_verified(run: Run) -> None:
+    run("merge", "mean([a, b])", *FILES[1:], "-o", "out.safetensors", "--no-digests")
+    code, _, err = run("verify", "out.safetensors")
+    assert code == 1
+    assert "without its parents' digests" in err
+
+
+def test_a_task_vector_is_a_file_that_knows_what_it_is(run: Run) -> None:
+    assert run("task-vector", "base.safetensors", "b.safetensors", "-o", "b.tv.safetensors")[0] == 0
+    assert values("b.tv.safetensors") == {"visual.proj": 3.0, "text_projection": 3.0}
+    added = (
+        "merge",
+        "base + 0.5*tv",
+        "base=base.safetensors",
+        "tv=b.tv.safetensors",
+        "-o",
+        "added.safetensors",
+    )
+    assert run(*added)[0] == 0
+    assert values("added.safetensors")["visual.proj"] == 2.5
+    assert "holds       a task vector" in run("inspect", "b.tv.safetensors")[1]
+    assert run("verify", "b.tv.safetensors")[0] == run("verify", "added.safetensors")[0] == 0
+
+
+def test_a_task_vector_is_no_ingredient_and_no_folder(run: Run) -> None:
+    run("task-vector", "base.safetensors", "b.safetensors", "-o", "tv.safetensors")
+    code, _, err = run(
+        "merge", "mean([a, tv])", "a=a.safetensors", "tv=tv.safetensors", "-o", "x.safetensors"
+    )
+    assert code == 1
+    assert "total is 0.5" in err
+    code, _, err = run("task-vector", "base.safetensors", "b.safetensors", "-o", "folder/")
+    assert code == 1
+    assert "a task vector is not a model to publish" in err
+
+
+def test_merging_safetensors_imports_no_model_library(tmp_path: Path) -> None:
+    """torch takes longer to import than eight checkpoints to merge."""
+    script = """
+import sys
+from clipmerge_cli.app import main
+files = ["base=base.safetensors", "a=a.safetensors"]
+assert main(["merge", "base + 0.4*(a - base)", *files, "-o", "out.safetensors", "--quiet"]) == 0
+assert main(["merge", "base + 0.4*(a - base)", *files, "--dry-run", "--json"]) == 0
+assert main(["task-vector", "base.safetensors", "a.safetensors", "-o", "tv.safetensors", "--quiet"]) == 0
+assert main(["verify", "out.safetensors", "--quiet"]) == 0
+assert main(["inspect", "out.safetensors"]) == 0
+assert main(["compare", "a.safetensors", "out.safetensors"]) == 0
+heavy = {"torch", "torchvision", "open_clip", "sklearn", "matplotlib", "huggingface_hub"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def record_of(path: str) -> dict[str, Any]:
+    from clipmerge.weights.expression import load
+
+    return load(path).record
+
+
+def test_the_model_can_be_named(run: Run, tiny_model_file: Path) -> None:
+    arguments = (
+        "merge",
+        "mean([a, b])",
+        *FILES[1:],
+        "-o",
+        "out.safetensors",
+        "--model",
+        str(tiny_model_file),
+    )
+    assert run(*arguments)[0] == 0
+    assert record_of("out.safetensors")["model"]["config"]["embed_dim"] == 16
