@@ -60,7 +60,7 @@ def test_inspect_tells_the_whole_story(run: Run) -> None:
     assert tree == [f"{n}: {n}.safetensors" for n in ("base", "soup", "a", "b")]
     assert "wise = 0.75*base + 0.25*soup" in out
     assert "= mean([a, b])" in out
-    assert out.count("training: method=flyp, lr=1e-05") == 2
+    assert out.count("training: lr=1e-05, method=flyp") == 2
     assert "visual.block[0] 1 6 F32 24 B 0" in lines
     assert "visual.conv1.weight F32 4×3 0" in lines
 
