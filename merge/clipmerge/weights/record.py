@@ -2,12 +2,15 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from clipmerge.checkpoint.tensors import Checkpoint
+from clipmerge.errors import RecipeError
 
 KEY = "clipmerge"
 FORMAT = 1
+MAX_DEPTH = 64
+"""Lists and objects within each other in a record that is read; ours go two deeper with each generation."""
 
 
 def read_record(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -16,12 +19,26 @@ def read_record(metadata: Mapping[str, str]) -> dict[str, Any]:
     if text is None:
         return {}
     try:
-        record = json.loads(text)
+        record = json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return {}
-    if not isinstance(record, dict) or record.get("total", 1) not in (0, 1):
+    if not isinstance(record, dict) or record.get("total", 1) not in (0, 1) or _depth(record) > MAX_DEPTH:
         return {}
     return record
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _depth(document: Any) -> int:
+    """How deep lists and objects are nested, without recursion."""
+    depth, level = 0, [document]
+    while level:
+        inside = [value for value in level if isinstance(value, dict | list)]
+        level = [v for value in inside for v in (value.values() if isinstance(value, dict) else value)]
+        depth += bool(inside)
+    return depth
 
 
 def model_record(checkpoint: Checkpoint) -> dict[str, Any] | None:
@@ -44,6 +61,14 @@ def write_record(record: Mapping[str, Any]) -> dict[str, str]:
     """File metadata that holds the record: keys sorted, so that the same record is the same bytes.
 
     Bytes of a file's name that are not Unicode become question marks: no safetensors header can hold them.
+
+    Raises:
+        RecipeError: something in it has no form in JSON.
     """
-    text = json.dumps(record, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    try:
+        text = json.dumps(record, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RecipeError(
+            f"the metadata cannot be recorded: {error}", hint="text, finite numbers, lists and mappings can"
+        ) from error
     return {"format": "pt", KEY: text.encode(errors="replace").decode()}

@@ -2,15 +2,23 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import clipmerge
+from clipmerge.checkpoint.tensors import Checkpoint, Extent, Tensor
+from clipmerge.errors import ClipmergeError, RecipeError
+from clipmerge.weights.coefficient import Coefficient
 from clipmerge.weights.digest import content_digest
 from clipmerge.weights.expression import Weights, interpolate, load, mean
 from clipmerge.weights.provenance import GENERATIONS, file_metadata, history, is_original, parents_of
 from clipmerge.weights.record import read_record, write_record
+from clipmerge.weights.summary import summarise
 
 Point = Callable[..., Weights]
 Put = Callable[..., Path]
@@ -77,7 +85,16 @@ def test_training_is_kept_and_notes_of_weights_in_memory_are_not() -> None:
 
 
 def test_records_that_are_not_ours_do_no_harm() -> None:
-    for text in ("not json", "[1]", '{"total": 7}', "[" * 100_000):
+    deep = '{"a":' * 70 + "1" + "}" * 70
+    for text in (
+        "not json",
+        "[1]",
+        '{"total": 7}',
+        "[" * 100_000,
+        '{"a": NaN}',
+        deep,
+        '{"a": ' + "9" * 5000 + "}",
+    ):
         assert read_record({"clipmerge": text}) == {}
     assert parents_of({"parents": "a"}) == ()
     assert parents_of({"parents": {"a": 1, "b": {"file": 2, "digest": 3, "made": 4}}})[0].digest is None
@@ -86,3 +103,36 @@ def test_records_that_are_not_ours_do_no_harm() -> None:
 def test_the_same_record_is_the_same_text() -> None:
     assert write_record({"b": 1, "a": "é"}) == write_record({"a": "é", "b": 1})
     assert write_record({"a": "é"})["clipmerge"] == '{"a":"é"}'
+
+
+@pytest.mark.parametrize("value", [float("nan"), object(), {1, 2}])
+def test_what_json_cannot_hold_is_refused(value: object) -> None:
+    with pytest.raises(RecipeError, match="the metadata cannot be recorded"):
+        write_record({"scores": value})
+
+
+WORDS = st.sampled_from(
+    ["notation", "parents", "made", "file", "digest", "training", "dtype", "model", "total", "a"]
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-1, 2) | st.floats(allow_nan=False) | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.dictionaries(WORDS, JSON, max_size=6))
+def test_any_record_is_read_passed_on_and_shown_or_refused(record: dict[str, object]) -> None:
+    """A file may say anything about itself: an error of ours or a result, never another exception."""
+    from clipmerge_cli.inspect import tree
+
+    metadata = {"format": "pt", "clipmerge": json.dumps(record)}
+    raw = np.zeros(4, np.uint8)
+    checkpoint = Checkpoint("odd", {"x": Tensor("F32", (1,), (Extent(raw, 0, 4),))}, metadata)
+    weights = Weights({checkpoint: Coefficient.of(1)}, checkpoint)
+    with suppress(ClipmergeError):
+        summary = summarise(checkpoint)
+        tree(summary)
+        read = read_record(file_metadata(weights, digests=False))
+        assert read["notation"] == "odd"
