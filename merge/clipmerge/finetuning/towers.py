@@ -1,7 +1,7 @@
 """The two towers as one module whose forward pass is a training step's, so that DDP, FSDP and compile can wrap it."""
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -108,22 +108,31 @@ def wrapped(towers: Towers, *, sharded: bool, synced: bool, compiled: bool) -> n
     Args:
         sharded: FSDP2, for models that do not fit.
         synced: DDP, which averages gradients while the backward pass runs; False leaves that to the caller.
-        compiled: torch.compile.
+        compiled: torch.compile, of the image tower and of the text tower's blocks.
     """
     module: nn.Module = towers
     if sharded:
         _shard(towers)
     if compiled:
-        module = cast("nn.Module", torch.compile(module))
+        for part in _transformers(towers.model):
+            part.compile()
     if synced and any(p.requires_grad for n, p in towers.model.named_parameters() if not is_outside(n)):
         from torch.nn.parallel import DistributedDataParallel
 
-        prefix = "_orig_mod.model." if compiled else "model."
-        names = [prefix + name for name, _ in towers.model.named_parameters() if is_outside(name)]
+        names = [f"model.{name}" for name, _ in towers.model.named_parameters() if is_outside(name)]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)  # type: ignore[no-untyped-call]
         device = next(towers.parameters()).device
         module = DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
     return module
+
+
+def _transformers(model: nn.Module) -> list[nn.Module]:
+    """What is worth compiling: the cut of the context around the text tower's blocks stays as it is."""
+    parts = [model.get_submodule("visual")]
+    for name in ("transformer", "text.transformer"):
+        with suppress(AttributeError):
+            parts.append(model.get_submodule(name))
+    return parts
 
 
 def _shard(towers: Towers) -> None:
