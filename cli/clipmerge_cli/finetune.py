@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from clipmerge_cli.options import Classnames, Force, Json, Limit, Model, Output, Quiet, SkipBad, Templates
+from clipmerge_cli.scoring import Plot
 
 _DATA, _METHOD, _OPTIMISER = "Model and images", "Method", "Optimiser"
 _SPEED, _KEEP = "Device", "What is kept"
@@ -125,6 +126,7 @@ def finetune(
         help="Steps between saved states; 0: none.")] = None,
     resume: Annotated[bool, _option("--resume", panel=_KEEP, help="Go on from the saved state.")] = False,
     tensorboard: Annotated[Path | None, _option("--tensorboard", panel=_KEEP, help="Folder for its log.")] = None,
+    plot: Plot = None,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -166,6 +168,11 @@ def finetune(
             start=save_start, tensorboard=tensorboard, force=force, on_progress=on_progress, on_event=on_event,
         )  # fmt: skip
     if parallel.is_writer():
+        if plot is not None:
+            from clipmerge.finetuning.log import read
+            from clipmerge.report import figures
+
+            figures.training(read(output.with_name(f"{output.stem}.log.jsonl")), plot)
         if json:
             show.document({"file": output, "training": weights.record.get("training", {})})
         else:

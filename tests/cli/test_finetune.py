@@ -24,7 +24,9 @@ def test_finetune_from_a_base(
     assert f"wrote {out}" in said.err
     assert main(command) == 1
     assert "ft.safetensors exists\n\nhint: " in capsys.readouterr().err
-    assert main([*command, "--force", "--json", "--augment", '{"scale": [0.5, 1]}']) == 0
+    picture = ["--plot", str(tmp_path / "log.png")]
+    assert main([*command, "--force", "--json", "--augment", '{"scale": [0.5, 1]}', *picture]) == 0
+    assert (tmp_path / "log.svg").stat().st_size > 1000
     training = json.loads(capsys.readouterr().out)["training"]
     assert training["augment"] == {"scale": [0.5, 1]}
     assert training["scores"]["top1"] >= 0
