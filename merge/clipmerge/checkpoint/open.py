@@ -26,7 +26,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         MismatchError: its names have no place in open_clip's model.
 
     What a reader understood besides stands in `extra`: "model" (the record of a configuration beside the weights),
-    "saved" (epoch, name … of a training checkpoint), "class" (of a pickled module), "dropped" (names left out).
+    "saved" (epoch, name … of a training checkpoint), "class" (of a pickled module), "dropped" (names left out),
+    "reference" (`hf-hub:…` or `model:tag`, where the file was fetched by one).
     """
     given = Path(str(path).removeprefix(LOCAL))
     file, stem = given, _stem(given)
@@ -96,7 +97,7 @@ def _fetched(reference: str, given: Path) -> tuple[Path, str, dict[str, Any]]:
     if not hub.is_reference(reference):
         raise CheckpointError(f"{given} does not exist", hint="check the path")
     found = hub.download(reference)
-    return found.path, found.stem, found.extra
+    return found.path, found.stem, {**found.extra, "reference": reference}
 
 
 def _head(path: Path) -> bytes:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipmerge.errors import ModelError, nearest
+from clipmerge.weights.record import needs_quick_gelu
 
 if TYPE_CHECKING:
     from clipmerge.weights.expression import Weights
@@ -164,7 +165,7 @@ def _spec(name: str, config: Mapping[str, Any], preprocess: Mapping[str, Any] | 
 
 
 def _trained_with_quick_gelu(weights: "Weights") -> bool:
-    return any(c.layout == "openai" or c.extra.get("quick_gelu") is True for c in weights.checkpoints)
+    return any(needs_quick_gelu(checkpoint) for checkpoint in weights.checkpoints)
 
 
 def _with_quick_gelu(spec: ModelSpec) -> ModelSpec:

@@ -10,7 +10,7 @@ from clipmerge.checkpoint.tensors import Checkpoint
 from clipmerge.weights.digest import content_digest
 from clipmerge.weights.expression import Progress, Weights
 from clipmerge.weights.notation import identifiers_of, notation
-from clipmerge.weights.record import FORMAT, read_record, write_record
+from clipmerge.weights.record import FORMAT, needs_quick_gelu, read_record, write_record
 
 GENERATIONS = 8
 """How far back a file tells its history: shared ancestors are told once for each path to them."""
@@ -53,16 +53,18 @@ def file_metadata(
     model = weights.model
     if model is not None:
         record["model"] = model
+    if any(needs_quick_gelu(checkpoint) for checkpoint in names):
+        record["quick_gelu"] = True
     record.update(extra or {})
     return write_record(record)
 
 
 def _file_name(checkpoint: Checkpoint) -> str | None:
-    """The file's own name, never its folders; a published checkpoint's whole reference."""
-    if checkpoint.path is None:
-        return None
-    reference = str(checkpoint.path)
-    return reference if reference.startswith("hf-hub:") else checkpoint.path.name
+    """The file's own name, never its folders; of a published checkpoint what it was asked for by."""
+    reference = checkpoint.extra.get("reference")
+    if isinstance(reference, str):
+        return reference
+    return checkpoint.path.name if checkpoint.path else None
 
 
 def history(record: Mapping[str, Any], generations: int = GENERATIONS) -> dict[str, Any]:

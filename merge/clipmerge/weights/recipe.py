@@ -14,6 +14,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def load_named(files: Mapping[str, str | Path]) -> dict[str, Weights]:
         RecipeError: a name that no expression can contain.
     """
     for name in files:
-        if not name.isidentifier():
+        if not name.isidentifier() or iskeyword(name):
             raise RecipeError(f"{name!r} is not a name", hint="letters, digits and _, such as base or ft_2")
     return {name: load(file, name) for name, file in files.items()}
 

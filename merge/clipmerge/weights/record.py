@@ -43,18 +43,19 @@ def _depth(document: Any) -> int:
 
 def model_record(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """Which model the checkpoint is for: {"name", "config", "preprocess"}, recorded or from the file beside it."""
-    recorded = read_record(checkpoint.metadata).get("model")
-    if isinstance(recorded, dict):
-        return recorded
-    beside = checkpoint.extra.get("open_clip_config")
-    if isinstance(beside, dict) and isinstance(beside.get("model_cfg"), dict):
-        preprocess = beside.get("preprocess_cfg")
-        return {
-            "name": checkpoint.name,
-            "config": beside["model_cfg"],
-            "preprocess": preprocess if isinstance(preprocess, dict) else {},
-        }
+    for found in (read_record(checkpoint.metadata).get("model"), checkpoint.extra.get("model")):
+        if isinstance(found, dict):
+            config = found.get("config")
+            if isinstance(config, dict) and needs_quick_gelu(checkpoint):
+                return {**found, "config": {**config, "quick_gelu": True}}
+            return found
     return None
+
+
+def needs_quick_gelu(checkpoint: Checkpoint) -> bool:
+    """Whether the weights were trained with QuickGELU, as OpenAI's were: no tensor tells, so the record must."""
+    recorded = read_record(checkpoint.metadata).get("quick_gelu") is True
+    return recorded or checkpoint.layout == "openai" or checkpoint.extra.get("quick_gelu") is True
 
 
 def write_record(record: Mapping[str, Any]) -> dict[str, str]:

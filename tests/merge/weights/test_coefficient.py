@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipmerge.errors import RecipeError
@@ -57,6 +57,7 @@ def test_a_map_minus_itself_vanishes() -> None:
     assert not Coefficient.of(rules) + Coefficient.of(-1) * Coefficient.of(rules)
 
 
+@settings(deadline=None, max_examples=60)
 @given(COEFFICIENTS, COEFFICIENTS, COEFFICIENTS)
 def test_they_are_a_commutative_ring(a: Coefficient, b: Coefficient, c: Coefficient) -> None:
     assert a + b == b + a
@@ -65,6 +66,7 @@ def test_they_are_a_commutative_ring(a: Coefficient, b: Coefficient, c: Coeffici
     assert hash(a * b) == hash(b * a)
 
 
+@settings(deadline=None, max_examples=60)
 @given(COEFFICIENTS, COEFFICIENTS)
 def test_values_follow_the_algebra(a: Coefficient, b: Coefficient) -> None:
     for name in NAMES:

@@ -73,6 +73,29 @@ def test_the_history_goes_through_generations(tmp_path: Path, put: Put) -> None:
     assert depth == GENERATIONS + 1
 
 
+def quick(layout: str, **extra: object) -> Weights:
+    raw = np.zeros(4, np.uint8)
+    checkpoint = Checkpoint("w", {"x": Tensor("F32", (1,), (Extent(raw, 0, 4),))}, {}, layout, None, extra)
+    return Weights({checkpoint: Coefficient.of(1)}, checkpoint)
+
+
+def test_quick_gelu_is_remembered_through_generations(tmp_path: Path) -> None:
+    """No tensor tells it, and a model built without it gives other numbers."""
+    model = {"name": "ViT-B-32", "config": {"embed_dim": 512}, "preprocess": {}}
+    weights = quick("openai")
+    for generation in range(2):
+        weights = load(weights.save(tmp_path / f"{generation}.safetensors"))
+        assert weights.record["quick_gelu"] is True
+    tagged = load(quick("open_clip", quick_gelu=True, model=model).save(tmp_path / "t.safetensors"))
+    assert tagged.model == {**model, "config": {"embed_dim": 512, "quick_gelu": True}}
+    assert "quick_gelu" not in read_record(file_metadata(quick("open_clip")))
+
+
+def test_a_published_parent_is_recorded_by_its_reference() -> None:
+    record = read_record(file_metadata(quick("open_clip", reference="hf-hub:org/name"), digests=False))
+    assert record["parents"] == {"w": {"file": "hf-hub:org/name"}}
+
+
 def test_training_is_kept_and_notes_of_weights_in_memory_are_not() -> None:
     parents = {"model": {"file": None, "digest": "ab"}}
     original = {"notation": "model", "parents": parents, "training": {"lr": 1}, "scores": {"val": 1}}

@@ -101,6 +101,7 @@ def test_what_is_no_size(text: str) -> None:
         parse_size(text)
 
 
-def test_names_must_be_names() -> None:
-    with pytest.raises(RecipeError, match="'1a' is not a name"):
-        load_named({"1a": "x.safetensors"})
+@pytest.mark.parametrize("name", ["1a", "lambda", "a b", ""])
+def test_names_must_be_names(name: str) -> None:
+    with pytest.raises(RecipeError, match=f"'{name}' is not a name"):
+        load_named({name: "x.safetensors"})
