@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from clipmerge.checkpoint.tensors import Checkpoint, Extent, Tensor
 from clipmerge.errors import MismatchError, NonFiniteError, RecipeError
 from clipmerge.weights import blocks
+from clipmerge.weights.coefficient import Coefficient
 from clipmerge.weights.expression import Weights, interpolate, load, mean
 from clipmerge.weights.methods import apply
 
@@ -58,6 +60,30 @@ def test_tensors_of_every_shape_pass(point: Point, arrays: Arrays) -> None:
         expected = ((a[name].astype("f8") + b[name]) / 2).astype("f4")
         assert merged[name].shape == shapes[name]
         np.testing.assert_array_equal(merged[name], expected)
+
+
+def turned(name: str, numbers: Any) -> Weights:
+    """A checkpoint that stores its matrix column by column, as Hugging Face's projections are stored for us."""
+    array = np.array(numbers, np.float32)
+    raw = np.ascontiguousarray(array.T).reshape(-1).view(np.uint8)
+    rows, columns = array.shape
+    checkpoint = Checkpoint(
+        name, {"x": Tensor("F32", (rows, columns), (Extent(raw, 0, raw.size),), (1, rows))}
+    )
+    return Weights({checkpoint: Coefficient.of(1)}, checkpoint)
+
+
+def test_transposed_tensors_merge_as_their_row_major_twins(point: Point, arrays: Arrays) -> None:
+    rng = np.random.default_rng(3)
+    x, y = (rng.standard_normal((3, 5)).astype("f4") for _ in range(2))
+    x[0, 0] = y[0, 0] = -0.0
+    expected = arrays(mean([point("a", x=x), point("b", x=y)]))["x"]
+    for pair in ((turned("a", x), turned("b", y)), (turned("a", x), point("b", x=y))):
+        assert arrays(mean(pair))["x"].tobytes() == expected.tobytes()
+    assert arrays(turned("a", x))["x"].tobytes() == x.tobytes()
+    x[1, 1] = np.inf
+    with pytest.raises(NonFiniteError, match="a: tensor 'x'"):
+        arrays(mean([turned("a", x), point("b", x=y)]))
 
 
 def test_blocks_and_chunks_do_not_show(point: Point, arrays: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,23 @@ def test_a_changed_record_does_not_pass(models: list[Path], tmp_path: Path, put:
         verify(path, [models[0].parent])
 
 
+def test_a_file_of_another_dtype_than_recorded_differs(models: list[Path], tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    path = written(recipes(models)["soup"], tmp_path)
+    metadata = dict(load(path).checkpoints[0].metadata)
+    save_file({k: v.astype("f2") for k, v in load_file(path).items()}, path, metadata=metadata)
+    found = verify(path, [models[0].parent])
+    assert (found.status, found.reason) == ("differs", "'text.x' is F16 [5], not F32 [5]")
+
+
+def test_progress_counts_the_bytes_compared(models: list[Path], tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    path = written(recipes(models)["soup"], tmp_path)
+    verify(path, [models[0].parent], on_progress=lambda *args: told.append(args))
+    assert told[-1] == ("verifying", 272, 272)
+
+
 def test_missing_parents_are_named_with_file_and_digest(models: list[Path], tmp_path: Path) -> None:
     path = written(recipes(models)["soup"], tmp_path)
     digest = verify(path).missing[1].digest
