@@ -84,7 +84,7 @@ def _claim(out: Path, force: bool) -> None:
     if force:
         for name in ("data", "ft", "tasks", "again"):
             shutil.rmtree(out / name, ignore_errors=True)
-        for path in (*out.glob("*.safetensors"), out / RESULTS):
+        for path in (*out.glob("*.safetensors"), out / "base.state", out / RESULTS):
             path.unlink(missing_ok=True)
     elif (out / RESULTS).exists():
         raise OutputError(

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clipmerge.errors import TrainingError
 from clipmerge.report.tables import write_json
 from clipmerge_cli.demo_setting import (
     ALPHAS,
@@ -82,16 +83,21 @@ class Study:
         from clipmerge.finetuning.methods import finetune
 
         base = self.base if training.base else None
+        state = self.folder / f"{training.name}.state"
         with self.watched(training.path) as on_progress:
-            finetune(
-                base,
-                self.split(training.train, role="train"),
-                out=self.folder / training.path,
-                model=None if training.base else self.folder / MODEL_FILE,
-                force=True,
-                on_progress=on_progress,
-                **training.options(self.pace),
-            )
+            try:
+                finetune(
+                    base,
+                    self.split(training.train, role="train"),
+                    out=self.folder / training.path,
+                    model=None if training.base else self.folder / MODEL_FILE,
+                    resume=state.exists(),
+                    on_progress=on_progress,
+                    **training.options(self.pace),
+                )
+            except TrainingError as error:
+                hint = "the same command goes on from there" if state.exists() else error.hint
+                raise TrainingError(error.message, hint=hint) from error
 
     def soups(self) -> None:
         """Each ingredient, the best of them, uniform and greedy soups, and the logit ensemble as a yardstick."""

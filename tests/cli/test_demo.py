@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from clipmerge.errors import TrainingError
 from clipmerge_cli import demo
 from clipmerge_cli.app import main
-from clipmerge_cli.demo_setting import INGREDIENTS, MODEL, MODEL_FILE, TRAININGS
+from clipmerge_cli.demo_setting import BASE, INGREDIENTS, MODEL, MODEL_FILE, TRAININGS
 from clipmerge_cli.demo_study import Study
 
 
@@ -148,3 +149,23 @@ def test_an_interrupted_demo_goes_on_with_what_is_missing(
     (tmp_path / "ft/ft2.safetensors").touch()
     study.run()
     assert trained == [t.path for t in TRAININGS if t.name not in ("base", "ft/ft2")]
+
+
+def test_a_training_that_was_stopped_goes_on_from_its_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def stopped(*_: Any, resume: bool, **__: Any) -> None:
+        asked.append(resume)
+        (tmp_path / "base.state").touch()
+        raise TrainingError("stopped by SIGINT after step 4 of 70", hint="the same command with --resume")
+
+    monkeypatch.setattr("clipmerge.finetuning.methods.finetune", stopped)
+    study = Study(tmp_path, lambda step: nullcontext(None))
+    study.prepare()
+    for _ in range(2):
+        with pytest.raises(TrainingError) as caught:
+            study.train(BASE)
+        assert caught.value.hint == "the same command goes on from there"
+    assert asked == [False, True]
