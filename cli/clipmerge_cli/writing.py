@@ -23,6 +23,7 @@ class Writing:
         output: a file; one called open_clip_model.safetensors (what `-o DIR/` becomes) gets its folder's
             open_clip_config.json and model card.
         digests: whether the parents' content digests are recorded, which `verify` needs.
+        fsync: whether to wait until the output is on the disk.
         model: what --model said, recorded in the file; None keeps what the checkpoints record.
     """
 
@@ -33,6 +34,7 @@ class Writing:
     allow_nonfinite: bool = False
     threads: int | None = None
     digests: bool = True
+    fsync: bool = False
     model: str | None = None
 
     def check(self, *weights: "Weights", based: bool = True) -> None:
@@ -53,9 +55,14 @@ class Writing:
         """Refuse an output that exists, is an input, or has no folder to stand in."""
         from clipmerge.checkpoint.write import check_target
 
-        if self.output is None or (self.output.name == HUB_FILE and not self.output.parent.exists()):
+        if self.output is None:
             return
         inputs = [file for w in weights for c in w.checkpoints for file in c.files()]
+        if self.output.name == HUB_FILE:
+            from clipmerge.report.hub import check_folder
+
+            check_folder(self.output.parent, force=self.force, inputs=inputs)
+            return
         check_target(self.output, force=self.force, inputs=inputs)
 
     def write(
@@ -75,7 +82,7 @@ class Writing:
         options: dict[str, Any] = {
             "force": self.force, "dtype": self.dtype, "shard_size": bytes_of(self.shard_size),
             "allow_nonfinite": self.allow_nonfinite, "threads": self.threads, "digests": self.digests,
-            "on_progress": on_progress,
+            "fsync": self.fsync, "on_progress": on_progress,
         }  # fmt: skip
         if self.model is not None and "model" not in extra:
             from clipmerge.model import resolve_model

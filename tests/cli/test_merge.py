@@ -98,6 +98,18 @@ def test_dry_run_refuses_what_the_run_would(run: Run) -> None:
     assert "a.safetensors is also an input" in err
 
 
+def test_a_folder_is_checked_before_any_work(run: Run, tmp_path: Path) -> None:
+    for output, error in (
+        ("no/such/", "the folder no does not exist"),
+        ("a.safetensors/", "is a file, not a folder"),
+    ):
+        code, _, err = run("merge", "mean([a, b])", *FILES[1:], "-o", output, "--dry-run")
+        assert code == 1
+        assert error in err
+    assert run("merge", "mean([a, b])", *FILES[1:], "-o", "new/", "--dry-run")[0] == 0
+    assert not Path("new").exists()
+
+
 def test_json_says_what_was_written(run: Run, tmp_path: Path) -> None:
     code, out, err = run("merge", "mean([a, b])", *FILES[1:], "-o", "out.safetensors", "--json")
     assert (code, err) == (0, "")

@@ -55,8 +55,7 @@ def save_folder(
     if options.get("shard_size") is not None:
         raise OutputError("open_clip loads one file from a folder, not shards", hint="leave --shard-size out")
     inputs = [file for checkpoint in weights.checkpoints for file in checkpoint.files()]
-    for name in (WEIGHTS, CONFIG, CARD):
-        _check(folder, name, force, inputs)
+    check_folder(folder, force=force, inputs=inputs)
     recorded = (metadata or {}).get("model")
     if model is None and recorded is not None:
         model = ModelSpec.from_metadata(recorded)
@@ -98,13 +97,18 @@ def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
     return str(address)
 
 
-def _check(folder: Path, name: str, force: bool, inputs: Sequence[Path]) -> None:
+def check_folder(folder: Path, *, force: bool, inputs: Sequence[Path] = ()) -> None:
+    """Refuse a folder that could not be written, before any work is done.
+
+    Raises:
+        OutputError: see `save_folder`.
+    """
     if folder.is_dir():
-        check_target(folder / name, force=force, inputs=inputs)
-        return
-    if folder.exists():
+        for name in (WEIGHTS, CONFIG, CARD):
+            check_target(folder / name, force=force, inputs=inputs)
+    elif folder.exists():
         raise OutputError(f"{folder} is a file, not a folder", hint="name another folder")
-    if not folder.parent.is_dir():
+    elif not folder.absolute().parent.is_dir():
         raise OutputError(f"the folder {folder.parent} does not exist", hint=f"mkdir -p {folder.parent}")
 
 
