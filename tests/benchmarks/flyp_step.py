@@ -60,7 +60,7 @@ def main() -> None:
         batch = options.batch or (largest_batch(model, options.device, precision) if cuda else 64)
         for setting in options.settings or (["iwildcam", "imagenet"] if cuda else ["few"]):
             found += compare(model, setting, batch, options.device, precision, options.rounds or (20 if cuda else 3),
-                             options.compile)  # fmt: skip
+                             options.compile, time.process_time if options.cpu_time else time.perf_counter)  # fmt: skip
     if not options.no_loader:
         found += waiting(options.device, precision, cuda)
     if options.json:
@@ -137,7 +137,14 @@ def our_step(
 
 
 def compare(
-    name: str, setting: str, size: int, device: str, precision: str, rounds: int, compiled: bool
+    name: str,
+    setting: str,
+    size: int,
+    device: str,
+    precision: str,
+    rounds: int,
+    compiled: bool,
+    clock: Callable[[], float],
 ) -> list[dict[str, Any]]:
     """Both steps in turns on the same batch; peak memory of each alone."""
     from clipmerge.finetuning.batches import Sampler
@@ -167,7 +174,7 @@ def compare(
     peaks = {
         kind: peak(step, model, place) for (kind, step), model in zip(steps.items(), models, strict=False)
     }
-    times = in_turns(steps, rounds, place)
+    times = in_turns(steps, rounds, place, clock)
     flops = {kind: step_flops(step) for kind, step in steps.items() if kind != "ours, compiled"}
     distinct = len(np.unique(batch.prompts))
     longest = int(prompts.lengths[np.unique(batch.prompts)].max())
@@ -191,7 +198,9 @@ def compare(
         mfu = f", MFU {row['mfu']:.1%}" if row["mfu"] else ""
         print(f"  {kind:15} {middle:8.4f} s  {row['images_per_second']:9.1f} images/s  {row['ratio']:.2f}x"
               f"{memory}{mfu}, first loss {row['loss']:.5f}", flush=True)  # fmt: skip
-    rows.append(text_towers(theirs, prompts, batch, precision, place, max(3, rounds // 2), name, setting))
+    rows.append(
+        text_towers(theirs, prompts, batch, precision, place, max(3, rounds // 2), name, setting, clock)
+    )
     release(place)
     return rows
 
@@ -205,6 +214,7 @@ def text_towers(
     rounds: int,
     name: str,
     setting: str,
+    clock: Callable[[], float],
 ) -> dict[str, Any]:
     """The text tower alone, forward and backward: every prompt at full context, or each distinct one cut."""
     from clipmerge.evaluate.heads import encode_text
@@ -228,7 +238,7 @@ def text_towers(
         found.float().sum().backward()
         return found.detach().sum()
 
-    times = in_turns({"plain": plain, "ours": cut}, rounds, place)
+    times = in_turns({"plain": plain, "ours": cut}, rounds, place, clock)
     model.zero_grad(set_to_none=True)
     middle = {kind: statistics.median(seconds) for kind, seconds in times.items()}
     ratio = middle["plain"] / middle["ours"]
@@ -239,17 +249,19 @@ def text_towers(
     return {"model": name, "setting": setting, "step": "text tower", "ratio": ratio, **middle}
 
 
-def in_turns(steps: dict[str, Step], rounds: int, place: torch.device) -> dict[str, list[float]]:
+def in_turns(
+    steps: dict[str, Step], rounds: int, place: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each step, one after the other, `rounds` times after a warm-up."""
     times: dict[str, list[float]] = {kind: [] for kind in steps}
     for turn in range(rounds + 1):
         for kind, step in steps.items():
             wait(place)
-            began = time.perf_counter()
+            began = clock()
             step()
             wait(place)
             if turn:
-                times[kind].append(time.perf_counter() - began)
+                times[kind].append(clock() - began)
     return times
 
 

@@ -14,7 +14,7 @@ from clipmerge.finetuning.log import Log
 from clipmerge.finetuning.optimiser import MovingAverage
 from clipmerge.finetuning.outputs import Outputs
 from clipmerge.finetuning.resume import generators, load_state, restore_generators, save_state
-from clipmerge.finetuning.shards import load_whole, whole
+from clipmerge.finetuning.shards import load_whole, local, whole
 
 __all__ = ["Keeper"]
 
@@ -110,6 +110,8 @@ class Keeper:
         if self.save_every == 0:
             return None
         random = everyones(generators())
+        values = [local(value) for value in self.average.values] if self.average is not None else []
+        average = everyones(values) if self.sharded else [values]
         model, optimiser = (
             whole(self.model, self.optimiser)
             if self.sharded
@@ -121,7 +123,7 @@ class Keeper:
                 "step": step,
                 "model": model,
                 "optimiser": optimiser,
-                "average": self.average.values if self.average is not None else [],
+                "average": average,
                 "scaler": self.scaler.state_dict() if self.scaler is not None else {},
                 "random": random,
                 "best": self.best,
@@ -144,8 +146,9 @@ class Keeper:
             self.model.load_state_dict(state["model"])
             self.optimiser.load_state_dict(state["optimiser"])
         if self.average is not None:
-            for value, kept in zip(self.average.values, state["average"], strict=True):
-                value.copy_(kept)
+            average = state["average"][rank() if self.sharded else 0]
+            for value, kept in zip(self.average.values, average, strict=True):
+                local(value).copy_(kept)
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
         restore_generators(state["random"][rank()])

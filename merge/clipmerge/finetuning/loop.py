@@ -17,7 +17,13 @@ from clipmerge.finetuning.distributed import agreed, average_gradients, world
 from clipmerge.finetuning.loader import Loader
 from clipmerge.finetuning.log import Log
 from clipmerge.finetuning.objective import Objective
-from clipmerge.finetuning.optimiser import CLAMP, MovingAverage, learning_rate, set_learning_rate
+from clipmerge.finetuning.optimiser import (
+    CLAMP,
+    MovingAverage,
+    clip_gradients,
+    learning_rate,
+    set_learning_rate,
+)
 from clipmerge.finetuning.resume import StoppedBySignalError, interruptions
 from clipmerge.finetuning.towers import is_outside, unsynced
 
@@ -76,7 +82,7 @@ def train(
             if scaler is not None:
                 scaler.unscale_(optimiser)
             if clip_grad is not None:
-                torch.nn.utils.clip_grad_norm_(list(trained.values()), clip_grad)
+                clip_gradients(trained.values(), clip_grad)
             if scaler is None:
                 optimiser.step()
             else:

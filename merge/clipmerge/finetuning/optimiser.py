@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["MovingAverage", "adamw", "learning_rate"]
+__all__ = ["MovingAverage", "adamw", "clip_gradients", "learning_rate"]
 
 CLAMP = math.log(100)
 """open_clip and the CLIP paper keep exp(logit_scale) at 100 or below."""
@@ -33,14 +33,13 @@ def adamw(trained: Mapping[str, "Tensor"], *, lr: float, wd: float, decay: str =
         decay: "all" decays every parameter, as the papers' code does; "matrices" leaves out norms, biases,
             gains and logit_scale (fewer than two dimensions), as open_clip does.
     """
-    if decay == "all":
-        groups: list[dict[str, Any]] = [{"params": list(trained.values()), "weight_decay": wd}]
-    else:
-        groups = [
-            {"params": [p for p in trained.values() if p.ndim >= 2], "weight_decay": wd},
-            {"params": [p for p in trained.values() if p.ndim < 2], "weight_decay": 0.0},
-        ]
-    groups = [group for group in groups if group["params"]]
+    decayed = [p for p in trained.values() if decay == "all" or p.ndim >= 2]
+    spared = [p for p in trained.values() if decay != "all" and p.ndim < 2]
+    groups: list[dict[str, Any]] = [
+        {"params": group, "weight_decay": rate}
+        for parameters, rate in ((decayed, wd), (spared, 0.0))
+        for group in by_kind(parameters)
+    ]
     kinds = {p.device.type for p in trained.values()}
     return torch.optim.AdamW(groups, lr=lr, fused=kinds <= {"cpu", "cuda"} or None)
 
@@ -51,18 +50,47 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
+def clip_gradients(trained: Iterable["Tensor"], limit: float) -> None:
+    """Scale gradients down to a total norm of `limit`, those of FSDP's shards and whole ones together."""
+    groups = by_kind(p for p in trained if p.grad is not None)
+    if len(groups) == 1 and not _is_shard(groups[0][0]):
+        torch.nn.utils.clip_grad_norm_(groups[0], limit)
+        return
+    factor = min(1.0, limit / (math.hypot(*(_norm(group) for group in groups)) + 1e-6))
+    for p in (p for group in groups for p in group):
+        if p.grad is not None:
+            p.grad.mul_(factor)
+
+
+def by_kind(parameters: Iterable["Tensor"]) -> list[list["Tensor"]]:
+    """FSDP's shards and whole tensors apart, in their order: kernels over lists take one kind at a time."""
+    found = list(parameters)
+    kinds = [[p for p in found if _is_shard(p) is kind] for kind in (True, False)]
+    return [group for group in kinds if group]
+
+
+def _is_shard(parameter: "Tensor") -> bool:
+    return hasattr(parameter, "full_tensor")
+
+
+def _norm(parameters: Sequence["Tensor"]) -> float:
+    total: Any = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return float((total.full_tensor() if hasattr(total, "full_tensor") else total).item())
+
+
 class MovingAverage:
     """An exponential moving average of the trained parameters, kept beside them."""
 
     def __init__(self, parameters: Iterable["Tensor"], decay: float) -> None:
-        self.parameters: Sequence[Tensor] = list(parameters)
+        self.parameters: Sequence[Tensor] = [p for group in by_kind(parameters) for p in group]
         self.decay = decay
         self.values = [p.detach().clone() for p in self.parameters]
 
     @torch.no_grad()
     def update(self) -> None:
         """One step towards the parameters."""
-        torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - self.decay)
+        for values, now in zip(by_kind(self.values), by_kind(self.parameters), strict=True):
+            torch._foreach_lerp_(values, [p.detach() for p in now], 1 - self.decay)
 
     @contextmanager
     def swapped_in(self) -> "Iterator[None]":

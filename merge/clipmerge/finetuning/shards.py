@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["load_whole", "whole"]
+__all__ = ["load_whole", "local", "whole"]
 
 
 def whole(
@@ -37,3 +37,10 @@ def load_whole(
     options = StateDictOptions(full_state_dict=True)
     set_model_state_dict(model, tensors, options=options)
     set_optimizer_state_dict(model, optimiser, state, options=options)
+
+
+def local(value: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; a whole one as it is."""
+    to_local = getattr(value, "to_local", None)
+    found: Tensor = value if to_local is None else to_local()
+    return found
