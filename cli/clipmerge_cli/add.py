@@ -13,11 +13,13 @@ from clipmerge_cli.options import (
     DryRun,
     Dtype,
     Force,
+    Fsync,
     Json,
     Limit,
     MaybeOutput,
     Metric,
     Model,
+    NoDigests,
     Precision,
     Quiet,
     ShardSize,
@@ -95,6 +97,8 @@ def add(
     shard_size: ShardSize = None,
     allow_nonfinite: AllowNonfinite = False,
     threads: Threads = None,
+    no_digests: NoDigests = False,
+    fsync: Fsync = False,
     dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -112,7 +116,10 @@ def add(
     from clipmerge.weights.expression import load_all
 
     start, *tuned = load_all([base, *finetuned])
-    writing = Writing(output, force, dtype, shard_size, allow_nonfinite, threads)
+    writing = Writing(
+        output, force, dtype, shard_size, allow_nonfinite, threads,
+        digests=not no_digests, fsync=fsync,
+    )  # fmt: skip
     writing.check(start, *tuned)
 
     def added(at: float) -> Any:

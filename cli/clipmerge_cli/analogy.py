@@ -13,11 +13,13 @@ from clipmerge_cli.options import (
     DryRun,
     Dtype,
     Force,
+    Fsync,
     Json,
     Limit,
     MaybeOutput,
     Metric,
     Model,
+    NoDigests,
     Precision,
     Quiet,
     ShardSize,
@@ -76,6 +78,8 @@ def analogy(
     shard_size: ShardSize = None,
     allow_nonfinite: AllowNonfinite = False,
     threads: Threads = None,
+    no_digests: NoDigests = False,
+    fsync: Fsync = False,
     dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -90,7 +94,10 @@ def analogy(
     from clipmerge.weights.expression import load_all
 
     start, first, second, third = load_all([base, a, b, c])
-    writing = Writing(output, force, dtype, shard_size, allow_nonfinite, threads)
+    writing = Writing(
+        output, force, dtype, shard_size, allow_nonfinite, threads,
+        digests=not no_digests, fsync=fsync,
+    )  # fmt: skip
     writing.check(start, first, second, third)
 
     def solved(at: float) -> Any:

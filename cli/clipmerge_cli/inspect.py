@@ -29,12 +29,12 @@ def inspect(
 
     Example: [bold]clipmerge inspect soup.safetensors[/bold]
     """
-    from clipmerge.checkpoint.open import open_checkpoint
+    from clipmerge.weights.expression import load
     from clipmerge.weights.summary import summarise
     from clipmerge_cli.progress import progress
     from clipmerge_cli.show import document
 
-    checkpoint = open_checkpoint(file)
+    (checkpoint,) = load(file).checkpoints
     with progress(quiet=quiet or json) as on_progress:
         summary = summarise(checkpoint, headers=headers, on_progress=on_progress)
     listed = [

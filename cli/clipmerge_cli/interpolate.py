@@ -13,11 +13,13 @@ from clipmerge_cli.options import (
     DryRun,
     Dtype,
     Force,
+    Fsync,
     Json,
     Limit,
     MaybeOutput,
     Metric,
     Model,
+    NoDigests,
     Precision,
     Quiet,
     ShardSize,
@@ -84,6 +86,8 @@ def interpolate(
     shard_size: ShardSize = None,
     allow_nonfinite: AllowNonfinite = False,
     threads: Threads = None,
+    no_digests: NoDigests = False,
+    fsync: Fsync = False,
     dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -107,7 +111,10 @@ def interpolate(
         raise typer.BadParameter("a choice needs images: --eval NAME=DATA", param_hint="--eval")
     grid = numbers(alphas or "0:1:0.1", "--alphas")
     start, end = load_all([base, finetuned])
-    writing = Writing(output, force, dtype, shard_size, allow_nonfinite, threads)
+    writing = Writing(
+        output, force, dtype, shard_size, allow_nonfinite, threads,
+        digests=not no_digests, fsync=fsync,
+    )  # fmt: skip
     writing.check(start, end)
     if not eval:
         merge_or_plan(between(start, end, 0.5 if alpha is None else alpha), writing, dry_run, json, quiet)

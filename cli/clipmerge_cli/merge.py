@@ -10,9 +10,11 @@ from clipmerge_cli.options import (
     DryRun,
     Dtype,
     Force,
+    Fsync,
     Json,
     MaybeOutput,
     Model,
+    NoDigests,
     Quiet,
     ShardSize,
     Threads,
@@ -34,12 +36,9 @@ def merge(
     force: Force = False,
     dry_run: DryRun = False,
     allow_nonfinite: AllowNonfinite = False,
-    no_digests: Annotated[
-        bool,
-        typer.Option("--no-digests", help="Do not digest the parents; `verify` will not find them.",
-                     rich_help_panel="Output"),
-    ] = False,
     threads: Threads = None,
+    no_digests: NoDigests = False,
+    fsync: Fsync = False,
     model: Model = None,
     push_to_hub: Annotated[
         str | None,
@@ -73,7 +72,7 @@ def merge(
         raise typer.BadParameter("goes with a folder: -o DIR/", param_hint="--push-to-hub")
     writing = Writing(
         target, force, dtype or recipe.dtype, shard_size or recipe.shard_size, allow_nonfinite, threads,
-        digests=not no_digests, model=model,
+        digests=not no_digests, fsync=fsync, model=model,
     )  # fmt: skip
     written = merge_or_plan(weights, writing, dry_run, json, quiet)
     if push_to_hub and written is not None:

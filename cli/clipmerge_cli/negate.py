@@ -13,11 +13,13 @@ from clipmerge_cli.options import (
     DryRun,
     Dtype,
     Force,
+    Fsync,
     Json,
     Limit,
     MaybeOutput,
     Metric,
     Model,
+    NoDigests,
     Precision,
     Quiet,
     ShardSize,
@@ -84,6 +86,8 @@ def negate(
     shard_size: ShardSize = None,
     allow_nonfinite: AllowNonfinite = False,
     threads: Threads = None,
+    no_digests: NoDigests = False,
+    fsync: Fsync = False,
     dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -101,7 +105,10 @@ def negate(
     from clipmerge.weights.expression import load_all
 
     start, tuned = load_all([base, finetuned])
-    writing = Writing(output, force, dtype, shard_size, allow_nonfinite, threads)
+    writing = Writing(
+        output, force, dtype, shard_size, allow_nonfinite, threads,
+        digests=not no_digests, fsync=fsync,
+    )  # fmt: skip
     writing.check(start, tuned)
 
     def negated(at: float) -> Any:

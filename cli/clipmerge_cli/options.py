@@ -64,6 +64,16 @@ AllowNonfinite = Annotated[
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, help="Threads of the merge.", rich_help_panel=_OUTPUT)
 ]
+NoDigests = Annotated[
+    bool,
+    typer.Option("--no-digests", help="Do not digest the parents; `verify` will not find them.",
+                 rich_help_panel=_OUTPUT),
+]  # fmt: skip
+Fsync = Annotated[
+    bool,
+    typer.Option("--fsync", help="Return when the output is on the disk, not in its cache.",
+                 rich_help_panel=_OUTPUT),
+]  # fmt: skip
 
 Model = Annotated[
     str | None,

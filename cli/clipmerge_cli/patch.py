@@ -13,11 +13,13 @@ from clipmerge_cli.options import (
     DryRun,
     Dtype,
     Force,
+    Fsync,
     Json,
     Limit,
     MaybeOutput,
     Metric,
     Model,
+    NoDigests,
     Precision,
     Quiet,
     ShardSize,
@@ -97,6 +99,8 @@ def patch(
     shard_size: ShardSize = None,
     allow_nonfinite: AllowNonfinite = False,
     threads: Threads = None,
+    no_digests: NoDigests = False,
+    fsync: Fsync = False,
     dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -119,7 +123,10 @@ def patch(
     several = "sequential" if len(finetuned) > 1 else "joint" if len(patching) > 1 else "single"
     grid = numbers(alphas, "--alphas")
     start, *tuned = load_all([base, *finetuned])
-    writing = Writing(output, force, dtype, shard_size, allow_nonfinite, threads)
+    writing = Writing(
+        output, force, dtype, shard_size, allow_nonfinite, threads,
+        digests=not no_digests, fsync=fsync,
+    )  # fmt: skip
     writing.check(start, *tuned)
     data = splits_of(
         [*supported, *patching],

@@ -14,11 +14,13 @@ from clipmerge_cli.options import (
     DryRun,
     Dtype,
     Force,
+    Fsync,
     Json,
     Limit,
     MaybeOutput,
     Metric,
     Model,
+    NoDigests,
     Precision,
     Quiet,
     ShardSize,
@@ -101,6 +103,8 @@ def soup(
     shard_size: ShardSize = None,
     allow_nonfinite: AllowNonfinite = False,
     threads: Threads = None,
+    no_digests: NoDigests = False,
+    fsync: Fsync = False,
     dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -128,7 +132,10 @@ def soup(
     from clipmerge.weights.expression import load_all
 
     weights = load_all(checkpoints)
-    writing = Writing(output, force, dtype, shard_size, allow_nonfinite, threads)
+    writing = Writing(
+        output, force, dtype, shard_size, allow_nonfinite, threads,
+        digests=not no_digests, fsync=fsync,
+    )  # fmt: skip
     writing.check(*weights, based=False)
     if dry_run:
         _plan(weights, writing, kind, json)

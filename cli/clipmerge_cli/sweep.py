@@ -84,7 +84,7 @@ def sweep(
             batch_size=batch_size,
             device=device,
             precision=precision,
-        )  # fmt: skip
+        )
     )
     if json:
         show.document(rows)

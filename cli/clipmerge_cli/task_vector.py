@@ -4,7 +4,18 @@ from typing import Annotated
 
 import typer
 
-from clipmerge_cli.options import AllowNonfinite, DryRun, Dtype, Force, Json, Output, Quiet, Threads
+from clipmerge_cli.options import (
+    AllowNonfinite,
+    DryRun,
+    Dtype,
+    Force,
+    Fsync,
+    Json,
+    NoDigests,
+    Output,
+    Quiet,
+    Threads,
+)
 
 
 def task_vector(
@@ -18,6 +29,8 @@ def task_vector(
     dry_run: DryRun = False,
     allow_nonfinite: AllowNonfinite = False,
     threads: Threads = None,
+    no_digests: NoDigests = False,
+    fsync: Fsync = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -33,5 +46,8 @@ def task_vector(
     from clipmerge_cli.writing import Writing, merge_or_plan
 
     start, end = load_all([base, finetuned])
-    writing = Writing(output, force, dtype, None, allow_nonfinite, threads)
+    writing = Writing(
+        output, force, dtype, None, allow_nonfinite, threads,
+        digests=not no_digests, fsync=fsync,
+    )  # fmt: skip
     merge_or_plan(end - start, writing, dry_run, json, quiet)

@@ -161,8 +161,21 @@ def test_shards(run: Run) -> None:
     assert run("verify", "out.safetensors.index.json")[0] == 0
 
 
-def test_without_digests_a_file_cannot_be_verified(run: Run) -> None:
-    run("merge", "mean([a, b])", *FILES[1:], "-o", "out.safetensors", "--no-digests")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("merge", "mean([a, b])", *FILES[1:]),
+        ("soup", "a.safetensors", "b.safetensors"),
+        ("interpolate", "a.safetensors", "b.safetensors"),
+        ("add", "base.safetensors", "a.safetensors", "b.safetensors"),
+        ("negate", "base.safetensors", "a.safetensors"),
+        ("analogy", "base.safetensors", "--a", "a.safetensors", "--b", "b.safetensors", "--c", "b.safetensors"),
+        ("task-vector", "base.safetensors", "a.safetensors"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_without_digests_a_file_cannot_be_verified(run: Run, arguments: tuple[str, ...]) -> None:
+    assert run(*arguments, "-o", "out.safetensors", "--no-digests", "--fsync")[0] == 0
     code, _, err = run("verify", "out.safetensors")
     assert code == 1
     assert "without its parents' digests" in err

@@ -35,7 +35,7 @@ def convert(
     tensors = to_huggingface(checkpoint.tensors) if to == "huggingface" else checkpoint.tensors
     real = check_target(path, force=force, inputs=checkpoint.files())
     head, offsets, size = header(tensors, {"format": "pt", **checkpoint.metadata})
-    with Reader() as reader, new_files([(real, size)], force=force) as (descriptor,):
+    with Reader((checkpoint,)) as reader, new_files([(real, size)], force=force) as (descriptor,):
         write_at(descriptor, head, 0, real)
         done = len(head)
         for offset, piece in _pieces(tensors, offsets, reader):

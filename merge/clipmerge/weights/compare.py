@@ -76,7 +76,8 @@ def compare(
             check(Weights(difference.terms, a.base))
     names = [name for name in a.names if reference_of(a).tensors[name].is_float]
     parts, sums, differing, done = [], [], [], 0
-    with Reader() as reader, np.errstate(all="ignore"):
+    used = [c for w in (a, b, base) if w is not None for c in w.checkpoints]
+    with Reader(used) as reader, np.errstate(all="ignore"):
         for (tower, block), members in grouped(names).items():
             part = _Sums()
             for name in members:

@@ -171,14 +171,33 @@ class Weights:
 
     # -- what it becomes ---------------------------------------------------------------------------------
 
-    def save(self, path: str | Path, **options: Any) -> Path:
+    def save(
+        self,
+        path: str | Path,
+        *,
+        force: bool = False,
+        dtype: str | None = None,
+        allow_nonfinite: bool = False,
+        shard_size: int | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        digests: bool = True,
+        fsync: bool = False,
+        threads: int | None = None,
+        on_progress: Progress | None = None,
+    ) -> Path:
         """Write it as `.safetensors`, whole or not at all; the path that was written.
 
         Args:
             path: the file; with `shard_size` the index `<path>.index.json` stands beside the shards.
-            **options: `force` (replace an existing file), `dtype` ("F32", "F16", "BF16" …; None keeps the
-                base's, tensor by tensor), `allow_nonfinite`, `shard_size` (bytes), `metadata` (extra keys of the
-                record), `digests` (parents' content digests, True), `fsync` (False), `threads`, `on_progress`.
+            force: replace a file that exists.
+            dtype: "F32", "F16", "BF16" …; None keeps the base's, tensor by tensor.
+            allow_nonfinite: let NaN and infinity through.
+            shard_size: the largest number of bytes of one file.
+            metadata: further keys of the file's record.
+            digests: whether to record the parents' content digests, by which `verify` finds them.
+            fsync: return only when the file is on the disk.
+            threads: worker threads; None takes the cores this process may use, at most four.
+            on_progress: called as (what, done, total).
 
         Raises:
             RecipeError: the total is neither 0 nor 1.
@@ -188,7 +207,10 @@ class Weights:
         """
         from clipmerge.weights.run import save
 
-        return save(self, Path(path), **options)
+        return save(
+            self, Path(path), force=force, dtype=dtype, allow_nonfinite=allow_nonfinite, shard_size=shard_size,
+            metadata=metadata, digests=digests, fsync=fsync, threads=threads, on_progress=on_progress,
+        )  # fmt: skip
 
     def state_dict(
         self, dtype: str | None = None, *, on_progress: Progress | None = None

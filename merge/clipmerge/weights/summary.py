@@ -100,7 +100,7 @@ def nonfinite(checkpoint: Checkpoint, on_progress: Progress | None = None) -> di
     """Tensor name → how many of its elements are NaN or infinite; only tensors that have some."""
     total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     found, done = {}, 0
-    with Reader() as reader, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    with Reader((checkpoint,)) as reader, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         counts = pool.map(lambda tensor: _nonfinite(tensor, reader), checkpoint.tensors.values())
         for (name, tensor), count in zip(checkpoint.tensors.items(), counts, strict=True):
             if count:

@@ -58,7 +58,7 @@ def verify(
     Raises:
         CheckpointError: the file cannot be read, or its record makes no sense.
     """
-    checkpoint = open_checkpoint(path)
+    (checkpoint,) = load(path).checkpoints
     record = read_record(checkpoint.metadata)
     notation = record.get("notation")
     if not isinstance(notation, str):
@@ -155,7 +155,7 @@ def _first_difference(
     for name in sorted(plan.steps.keys() ^ checkpoint.tensors.keys()):
         return name, f"{name!r} is {'not in the file' if name in plan.steps else 'in no parent'}"
     done = 0
-    with Reader() as reader:
+    with Reader((checkpoint, *plan.checkpoints)) as reader:
         for name, step in plan.steps.items():
             tensor = checkpoint.tensors[name]
             if (tensor.dtype, tensor.shape) != (step.dtype, step.shape):

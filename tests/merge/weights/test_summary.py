@@ -1,12 +1,15 @@
 """What a checkpoint holds, part by part."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
+import pytest
 
 from clipmerge.checkpoint.tensors import Checkpoint, Extent, Tensor
+from clipmerge.errors import CheckpointError
 from clipmerge.weights.digest import content_digest
-from clipmerge.weights.expression import Weights
+from clipmerge.weights.expression import Weights, load
 from clipmerge.weights.summary import grouped, nonfinite, summarise
 
 Point = Callable[..., Weights]
@@ -73,3 +76,11 @@ def test_groups_come_in_order_of_towers_and_blocks() -> None:
     assert list(grouped(names)) == [
         ("visual", None), ("visual", 9), ("visual", 10), ("text", None), ("text", 2), ("head", None), ("other", None),
     ]  # fmt: skip
+
+
+def test_a_file_that_changed_since_its_header_was_read_is_refused(put: Callable[..., Path]) -> None:
+    path = put("a", x=1.0)
+    opened = load(path).checkpoints[0]
+    path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0")
+    with pytest.raises(CheckpointError, match="changed after it was opened"):
+        summarise(opened)
