@@ -44,6 +44,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, help="steps of each kind, in turns; default 3, on a GPU 20")
     parser.add_argument("--compile", action="store_true", help="also ours with torch.compile")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time, for a CPU that others use")
     parser.add_argument(
         "--no-loader", action="store_true", help="leave out the share of time waiting for data"
     )

@@ -156,7 +156,7 @@ def finetune(
     row = METHODS.get(method) or _unknown(method)
     refuse_misfits(
         method, row, train, val, towers=towers, mixup=mixup, chunk=chunk, multi_positive=multi_positive, epochs=epochs,
-        steps=steps, batch_size=batch_size, accumulate=accumulate, ema=ema,
+        steps=steps, batch_size=batch_size, accumulate=accumulate, ema=ema, select=select,
     )  # fmt: skip
 
     import torch

@@ -26,6 +26,7 @@ def refuse_misfits(
     batch_size: int,
     accumulate: int,
     ema: float | None,
+    select: str | None,
 ) -> None:
     """Raise on the first thing that does not fit.
 
@@ -43,6 +44,7 @@ def refuse_misfits(
         (not headless and multi_positive, f"{name} has no contrastive targets", "it goes with --method flyp"),
         (epochs is not None and steps is not None, "both epochs and steps are given", "give one of them"),
         (min(batch_size, accumulate, chunk or 1) < 1, "batches need one image at least", "give a positive number"),
+        (select == "best" and val is None, "nothing says which checkpoint is best", "give held-out images with --val"),
         (ema is not None and not 0 < ema < 1, f"a moving average cannot decay by {ema}", "a number such as 0.999"),
     ]  # fmt: skip
     for broken, message, hint in rules:

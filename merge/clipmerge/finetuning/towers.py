@@ -42,6 +42,8 @@ class Towers(nn.Module):
         super().__init__()
         self.model = model
         self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        if channels_last:
+            model.get_submodule("visual").to(memory_format=torch.channels_last)
         self.format = torch.channels_last if channels_last else torch.contiguous_format
         device = next(model.parameters()).device
         for name, values in (

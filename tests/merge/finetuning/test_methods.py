@@ -231,6 +231,21 @@ def test_prompt_features_come_back_in_order(base: Any, train: Any, tiny_spec: An
 
 
 @pytest.mark.parametrize(
+    "options", [{"precision": "fp16"}, {"channels_last": True}, {"logit_scale": "clamped"}]
+)
+def test_other_ways_to_compute_the_same(tune: Callable[..., Any], options: dict[str, Any]) -> None:
+    plain, other = tune("plain", lr=1e-5).state_dict(), tune("other", lr=1e-5, **options).state_dict()
+    for name, value in plain.items():
+        torch.testing.assert_close(other[name], value, rtol=0, atol=2e-4)
+
+
+def test_tensorboard_gets_the_same_events(tune: Callable[..., Any], tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    tune(tensorboard=tmp_path / "board")
+    assert next((tmp_path / "board").glob("events.*")).stat().st_size > 0
+
+
+@pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"method": "flip"}, "'flip' is no method"),
@@ -239,6 +254,7 @@ def test_prompt_features_come_back_in_order(base: Any, train: Any, tiny_spec: An
         ({"method": "ce", "chunk": 4}, "ce has no contrastive batch"),
         ({"epochs": 2}, "both epochs and steps"),
         ({"ema": 1.0}, "cannot decay by 1.0"),
+        ({"select": "best"}, "nothing says which checkpoint is best"),
         ({"augment": "crop+upside-down"}, "'upside-down' is no augmentation"),
         ({"augment": {"auto_augment": "x"}}, "auto_augment, which only timm's"),
         ({"base": None, "model": None}, "needs to know the model"),
