@@ -33,7 +33,7 @@ def sweep(
     retries: Annotated[int, _option("--retries", panel=_SEARCH, min=0, help="Of a trial that dies.")] = 2,
     seed: Annotated[int, _option("--seed", panel=_SEARCH, help="Of the draws.")] = 0,
     method: Annotated[str | None, _option("--method", panel=_TRAIN,
-        help="As in clipmerge finetune; soups: ce.")] = None,
+        help="As in clipmerge finetune; soups: lp-ft.")] = None,
     batch_size: Annotated[int, _option("--batch-size", panel=_TRAIN, min=1, help="Images of a step.")] = 512,
     device: Annotated[str | None, _option("--device", panel=_TRAIN, help="By default the GPU if there is one.")] = None,
     precision: Annotated[str, _option("--precision", panel=_TRAIN, help="fp32, bf16 or fp16.")] = "fp32",

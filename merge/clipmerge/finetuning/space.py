@@ -50,9 +50,9 @@ SOUPS = Space(
         "randaugment_m": Range(0, 20, whole=True),
         "randaugment_n": Range(0, 2, whole=True),
     },
-    {"method": "ce"},
+    {"method": "lp-ft"},
 )
-"""Source: Wortsman et al. 2022, arXiv 2203.05482, the random search behind its 72 models."""
+"""Source: Wortsman et al. 2022, arXiv 2203.05482, the random search behind its 72 models, which start from a probe."""
 
 
 def load_space(space: str | Path) -> Space:

@@ -82,6 +82,8 @@ def finetune_sweep(
     folder.mkdir(parents=True, exist_ok=True)
     found = space if isinstance(space, Space) else load_space(space)
     found = _fitting(found, fixed)
+    if {**fixed, **found.fixed}.get("method") == "lp-ft" and fixed.get("head") is None:
+        fixed["head"] = _probe(base, train, val, folder / "probe.safetensors", fixed)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = _study(storage or f"sqlite:///{folder / 'sweep.db'}", sampler, seed, retries, heartbeat)
     if sampler == "random":
@@ -117,6 +119,20 @@ def finetune_sweep(
             hint="try one finetuning with clipmerge finetune first",
         )
     return done
+
+
+def _probe(
+    base: "Weights | None", train: "Split", val: "Split", out: Path, fixed: Mapping[str, Any]
+) -> "Weights":
+    """The head that every trial starts from: probed once, a checkpoint of its own in the folder."""
+    from clipmerge.finetuning.methods import finetune
+    from clipmerge.weights.expression import load
+
+    if out.exists():
+        return load(out)
+    names = ("model", "templates", "batch_size", "device", "precision", "workers")
+    options = {name: fixed[name] for name in names if name in fixed}
+    return finetune(base, train, val=val, out=out, method="linear-probe", force=True, **options)
 
 
 def _fitting(space: Space, fixed: Mapping[str, Any]) -> Space:

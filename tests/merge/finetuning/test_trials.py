@@ -90,6 +90,19 @@ def test_every_trial_leaves_a_checkpoint_with_its_hyperparameters(
     assert {t.number for t in again} == {0, 1, 2, 3}
 
 
+def test_the_papers_trials_start_from_one_probe(
+    base: Any, train: Any, val: Any, tiny_spec: Any, tmp_path: Path
+) -> None:
+    from clipmerge.weights.expression import load
+
+    space = Space({"lr": Range(1e-12, 1e-11, log=True)}, {"method": "lp-ft", "steps": 1})
+    done = sweep(base, train, val, tmp_path, model=tiny_spec, space=space, trials=2)
+    probe = load(tmp_path / "probe.safetensors").state_dict()
+    for trial in done:
+        tuned = load(trial.file).state_dict()
+        assert (tuned["classification_head.weight"] - probe["classification_head.weight"]).abs().max() < 1e-6
+
+
 def test_a_trial_that_dies_is_tried_again(
     base: Any, train: Any, val: Any, tiny_spec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
