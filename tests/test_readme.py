@@ -108,4 +108,4 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_the_picture_is_small() -> None:
-    assert (ROOT / "docs" / "demo.png").stat().st_size < 200_000
+    assert (ROOT / "examples" / "demo.png").stat().st_size < 200_000

@@ -50,6 +50,7 @@ def commands(study: "Study") -> str:
         "#!/usr/bin/env bash",
         "# Every step of the demo as a command. Results go to again/, beside what the demo made.",
         "set -euo pipefail",
+        "export OMP_NUM_THREADS=1  # as the demo: one thread, the same bytes",
         'cd "$(dirname "$0")"',
         "rm -rf again && mkdir -p again/ft again/tasks",
     ]
