@@ -15,8 +15,24 @@ def test_finetune_from_a_base(
     tiny_checkpoints: Any, tiny_model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "ft.safetensors"
-    command = ["finetune", "--base", str(tiny_checkpoints["base"]), "--model", str(tiny_model_file),
-               "--train", "digits", "--val", "digits", "--steps", "3", "--score-every", "2", "-o", str(out), *SMALL]  # fmt: skip
+    command = [
+        "finetune",
+        "--base",
+        str(tiny_checkpoints["base"]),
+        "--model",
+        str(tiny_model_file),
+        "--train",
+        "digits",
+        "--val",
+        "digits",
+        "--steps",
+        "3",
+        "--score-every",
+        "2",
+        "-o",
+        str(out),
+        *SMALL,
+    ]
     assert main(command) == 0
     said = capsys.readouterr()
     assert said.out == ""
