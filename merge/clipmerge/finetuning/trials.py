@@ -92,10 +92,12 @@ def finetune_sweep(
     def objective(trial: Any) -> float:
         slot = int(trial.user_attrs.get("slot", trial.number))
         trial.set_user_attr("slot", slot)
+        if _queued_twice(study, trial.number, slot):
+            raise optuna.TrialPruned
         values = {name: _suggested(trial, name, r) for name, r in found.ranges.items()}
         out = folder / f"trial-{slot:04d}.safetensors"
         try:
-            score = _run(base, train, val, out, {**fixed, **options(found, values)}, slot)
+            score = _run(base, train, val, out, {"score_every": 0, **fixed, **options(found, values)}, slot)
         except StoppedBySignalError:
             _again(study, trial, tries=trial.user_attrs.get("tries", 0))
             raise
@@ -175,6 +177,15 @@ def _queue(study: Any, space: Space, seed: int, trials: int) -> None:
     for slot in range(trials):
         if slot not in there:
             study.enqueue_trial(draw(space, seed, slot), user_attrs={"slot": slot}, skip_if_exists=True)
+
+
+def _queued_twice(study: Any, number: int, slot: int) -> bool:
+    """Whether an earlier trial is this one too: two workers that start together both fill the queue."""
+    from optuna.trial import TrialState
+
+    alive = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)
+    earlier = (t for t in study.get_trials(deepcopy=False, states=alive) if t.number < number)
+    return any(t.user_attrs.get("slot") == slot for t in earlier)
 
 
 def _suggested(trial: Any, name: str, found: Range) -> Any:

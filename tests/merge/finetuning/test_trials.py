@@ -85,6 +85,9 @@ def test_every_trial_leaves_a_checkpoint_with_its_hyperparameters(
         assert record["training"]["lr"] == trial.settings["lr"] == draw(SMALL, 0, trial.number)["lr"]
         assert record["training"]["scores"]["top1"] == trial.score
         assert record["trial"] == trial.number
+    assert sorted(tmp_path.glob("trial-*.safetensors")) == sorted(
+        t.file for t in done
+    )  # what a soup is made of
     again = sweep(base, train, val, tmp_path, model=tiny_spec, trials=4)
     assert len(again) == 4
     assert {t.number for t in again} == {0, 1, 2, 3}
