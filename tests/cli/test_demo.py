@@ -18,7 +18,7 @@ from clipmerge.errors import TrainingError
 from clipmerge_cli import demo
 from clipmerge_cli.app import main
 from clipmerge_cli.demo_setting import BASE, INGREDIENTS, MODEL, MODEL_FILE, TRAININGS
-from clipmerge_cli.demo_study import Study
+from clipmerge_cli.demo_study import Row, Study
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,22 @@ def test_the_table_compares_what_was_asked(results: Any) -> None:
     for model in results["models"]:
         for score in model["scores"].values():
             assert score["value"] == score["correct"] / score["n"]
+
+
+def test_the_tables_say_every_model_and_where_the_rest_is(
+    folder: Path, results: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = Study(folder, lambda step: nullcontext(None))
+    study.rows = [Row(m["name"], m["role"], m["file"], m["scores"]) for m in results["models"]]
+    monkeypatch.setattr(demo, "run", lambda *_, **__: study)
+    assert main(["demo", "--out", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    for model in results["models"]:
+        assert model["name"] in shown
+        assert f"{100 * model['scores']['test']['value']:.1f}" in shown
+    assert f"{folder}/commands.sh" in shown
+    assert main(["demo", "--out", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == results
 
 
 def test_its_files_open_in_open_clip(folder: Path) -> None:
