@@ -23,7 +23,7 @@ Score = Callable[[], Mapping[str, float]]
 
 @dataclass
 class Keeper:
-    """Called after each step with the number of steps done.
+    """Called with the number of steps done.
 
     Attributes:
         score: held-out scores of the model as it is; None where there is no held-out split.
@@ -49,13 +49,17 @@ class Keeper:
     best: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
 
+    def due(self, step: int) -> bool:
+        """Whether something is to be scored or kept after so many steps."""
+        return self._score_due(step) or step in self.trajectory
+
+    def _score_due(self, step: int) -> bool:
+        whole = step == self.steps or (self.score_every > 0 and step % self.score_every == 0)
+        return self.score is not None and whole
+
     def after(self, step: int) -> None:
         """Score, keep the best, keep the trajectory; where each is due."""
-        due = self.score is not None and (
-            step == self.steps or (self.score_every and step % self.score_every == 0)
-        )
-        if not due and step not in self.trajectory:
-            return
+        due = self._score_due(step)
         with self._averaged():
             if due and self.score is not None:
                 self._scored(step, dict(self.score()))

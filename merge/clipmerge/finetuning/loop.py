@@ -53,6 +53,7 @@ def train(
     synced: bool = False,
     sharded: bool = False,
     log_every: int = 10,
+    due: Callable[[int], bool] = lambda step: False,
     after: Callable[[int], None] = lambda step: None,
     save: Callable[[int], Path | None] = lambda step: None,
     save_at: Callable[[int], bool] = lambda step: False,
@@ -63,7 +64,7 @@ def train(
     Args:
         module, trained: the wrapped towers, and every parameter that the optimiser has.
         synced: the module averages its gradients itself (DDP); `sharded`: FSDP does.
-        after: called after each step with the number of steps done: held-out scores, trajectory.
+        after: called where `due` says so with the number of steps done: held-out scores, trajectory.
         save: writes the state after so many steps; called where `save_at` says so and when a signal came.
 
     Raises:
@@ -96,7 +97,9 @@ def train(
             watch.saw(step, rate, micro, loader.waited)
             if on_progress is not None:
                 on_progress("steps", step + 1, steps)
-            after(step + 1)
+            if due(step + 1):
+                watch.check(loader.waited)  # nothing that is not finite is scored or kept
+                after(step + 1)
             stop = agreed(interrupted() is not None, loader.device) if _may_ask(step, log_every) else False
             if stop or save_at(step + 1):
                 watch.check()

@@ -245,7 +245,7 @@ def finetune(
             objective, module, trained, optimiser, sampler, loader, log, start=done, steps=total, lr=lr,
             warmup=min(500, total // 10) if warmup is None else warmup, clip_grad=clip_grad,
             clamp=logit_scale == "clamped", average=average, scaler=scaler, synced=synced, sharded=fsdp,
-            log_every=10 if place.type == "cuda" else 1, after=keeper.after, save=keeper.save,
+            log_every=10 if place.type == "cuda" else 1, due=keeper.due, after=keeper.after, save=keeper.save,
             save_at=keeper.save_due, on_progress=on_progress,
         )  # fmt: skip
     else:
