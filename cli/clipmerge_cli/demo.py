@@ -109,17 +109,18 @@ def _claim(out: Path, force: bool) -> None:
 
 
 def _show(study: "Study", out: Path) -> None:
+    from clipmerge_cli.demo_study import TASK_ROLES
     from clipmerge_cli.show import table
 
     chosen = "Chosen on held-out digits; reported on test digits and on the shift"
     table(
         ("model", "held-out", "test", "95 %", f"shift ({SPLITS['shift'].partition('@')[2]})", "95 %"),
-        [_compared(row) for row in study.rows if row.role not in ("task", "added", "negated", "patched")],
+        [_compared(row) for row in study.rows if row.role not in TASK_ROLES],
         title=f"{chosen} (top-1 %)",
     )
     table(
         ("model", "low 0–4", "high 5–9", "upright 0–9", "blurred 0–9"),
-        [_task(row) for row in study.rows if row.role in ("base", "task", "added", "negated", "patched")],
+        [_task(row) for row in study.rows if row.role in ("base", *TASK_ROLES)],
         title="Task arithmetic and patching, on test digits (top-1 %)",
     )
     print(f"{out}/comparison.png   the first table as a picture; also greedy-soup, wise-ft, forgot, patched")

@@ -32,6 +32,12 @@ SPLITS = {
 }
 """What is scored: name → DATA. Choices are made on the held-out ones, the others are only reported."""
 
+COMPARED = ("held-out", "test", "shift")
+"""What every ingredient, soup and interpolation is scored on."""
+
+TASKWISE = ("low", "high", "test", "blurred")
+"""What every task, sum, negation and patch is scored on."""
+
 ALPHAS = "0:1:0.1"
 SCALES = "0:1:0.1"
 

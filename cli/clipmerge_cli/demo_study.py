@@ -12,11 +12,13 @@ from clipmerge.report.tables import write_json
 from clipmerge_cli.demo_setting import (
     ALPHAS,
     BASE,
+    COMPARED,
     INGREDIENTS,
     MODEL,
     MODEL_FILE,
     SCALES,
     SPLITS,
+    TASKWISE,
     TEMPLATE,
     TRAININGS,
     Training,
@@ -32,9 +34,12 @@ Watched = Callable[[str], AbstractContextManager["OnProgress | None"]]
 """Name of a step → a context that yields `on_progress` for it."""
 
 
+TASK_ROLES = ("task", "added", "negated", "patched")
+
+
 @dataclass(frozen=True)
 class Row:
-    """A model of the table: its role in the figure, its file, its score on every split."""
+    """A model of a table: its role in the figure, its file, its score on each split of that table."""
 
     name: str
     role: str
@@ -215,7 +220,11 @@ class Study:
     def add_row(self, name: str, role: str, weights: "Weights", file: str) -> None:
         from clipmerge.search.judge import mark_document
 
-        scores = {split: mark_document(mark) for split, mark in self.evaluator.scores(weights).items()}
+        compared = () if role in TASK_ROLES else COMPARED
+        taskwise = TASKWISE if role in ("base", *TASK_ROLES) else ()
+        scores = {
+            split: mark_document(self.evaluator.score(weights, split)) for split in (*compared, *taskwise)
+        }
         self.rows.append(Row(name, role, file, scores))
 
     def keep(self, name: str, role: str, weights: "Weights", file: str) -> None:
@@ -230,7 +239,7 @@ class Study:
         from clipmerge.evaluate.metrics import interval
 
         found = {}
-        for split in ("held-out", "test", "shift"):
+        for split in COMPARED:
             logits = torch.stack([self.evaluator.logits(weights, split) for weights in self.ingredients])
             right = logits.mean(0).argmax(1).numpy() == self.evaluator.labels(split)
             correct, n = int(right.sum()), len(right)
