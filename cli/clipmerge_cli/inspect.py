@@ -34,7 +34,8 @@ def inspect(
     from clipmerge_cli.progress import progress
     from clipmerge_cli.show import document
 
-    (checkpoint,) = load(file).checkpoints
+    weights = load(file)
+    (checkpoint,) = weights.checkpoints
     with progress(quiet=quiet or json) as on_progress:
         summary = summarise(checkpoint, headers=headers, on_progress=on_progress)
     listed = [
@@ -47,27 +48,27 @@ def inspect(
         for n, t in checkpoint.tensors.items()
     ]
     if json:
-        document({**summary.to_json(), "all_tensors": listed} if tensors else summary.to_json())
+        listing = {"all_tensors": listed} if tensors else {}
+        document({**summary.to_json(), "model": weights.model, **listing})
         return
-    _show(summary)
+    _show(summary, weights.model)
     if tensors:
         _show_tensors(listed)
 
 
-def _show(summary: "Summary") -> None:
+def _show(summary: "Summary", model: dict[str, Any] | None) -> None:
     from rich.console import Console
 
     from clipmerge_cli.show import plain, table
     from clipmerge_cli.writing import counted, size_text
 
-    model = summary.record.get("model")
     facts = [
         ("file", summary.path or summary.name),
         ("holds", f"{summary.kind}, {summary.tensors} tensors, {summary.parameters:,} parameters"),
         ("layout", summary.layout),
         ("dtypes", counted(summary.dtypes)),
         ("size", size_text(summary.nbytes)),
-        ("model", str(model.get("name")) if isinstance(model, Mapping) else "not recorded"),
+        ("model", str(model.get("name")) if model else "not recorded"),
         ("digest", summary.digest or "not computed"),
         ("not finite", _nonfinite(summary.nonfinite)),
     ]

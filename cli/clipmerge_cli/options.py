@@ -113,11 +113,12 @@ Metric = Annotated[
 
 def named(values: Sequence[str], option: str) -> dict[str, str]:
     """`["id=digits#val", "shift=x.npz"]` → `{"id": "digits#val", "shift": "x.npz"}`; wrong form: exit 2."""
+    form = f"{option}, such as a=a.pt" if option == "NAME=FILE" else "NAME=DATA, such as shift=images/"
     found: dict[str, str] = {}
     for value in values:
         name, equals, data = value.partition("=")
         if not equals or not name.isidentifier() or not data:
-            raise typer.BadParameter(f"{value!r} is not NAME=DATA, such as shift=images/", param_hint=option)
+            raise typer.BadParameter(f"{value!r} is not {form}", param_hint=option)
         if name in found:
             raise typer.BadParameter(f"{name!r} is given twice", param_hint=option)
         found[name] = data

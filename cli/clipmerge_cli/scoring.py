@@ -187,15 +187,16 @@ def choose(
     with searching(scoring.device, quiet=quiet or json) as on_progress:
         evaluator = scoring.evaluator(data, weights, on_progress)
         result = search(evaluator, on_progress)
+        written = None
         if is_first():
             chosen = {"by": result.to_json()["kind"], "data": {n: evaluator.data_key(n) for n in data}}
             record = {"model": evaluator.model.to_metadata(), "selection": chosen}
-            writing.write(result.weights, record, on_progress)
-    show_result(result, writing.output, plot, json=json, quiet=quiet)
+            written = writing.write(result.weights, record, on_progress)
+    show_result(result, written, plot, json=json, quiet=quiet)
     if is_first():
         show.say(f"chose {chosen_text(result)}", quiet=quiet)
-        if writing.output is not None:
-            show.wrote(writing.output, quiet=quiet)
+        if written is not None:
+            show.wrote(written, quiet=quiet)
 
 
 def chosen_text(result: Any) -> str:

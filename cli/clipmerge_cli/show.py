@@ -14,13 +14,15 @@ def say(text: str, *, quiet: bool = False) -> None:
 
 
 def wrote(path: Path, *, quiet: bool = False) -> None:
-    """The remark that ends a command that wrote a file."""
-    say(f"wrote {path}", quiet=quiet)
+    """The remark that ends a command that wrote a file; inside the working folder its path is short."""
+    here = Path.cwd()
+    say(f"wrote {path.relative_to(here) if path.is_relative_to(here) else path}", quiet=quiet)
 
 
 def document(data: Any) -> None:
-    """One JSON document on stdout."""
-    print(json.dumps(data, indent=2, ensure_ascii=False, default=_plain))
+    """One JSON document on stdout; numbers that are not finite, which JSON does not know, are null."""
+    plain_data = json.loads(json.dumps(data, default=_plain), parse_constant=lambda _: None)
+    print(json.dumps(plain_data, indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None) -> None:

@@ -1,5 +1,6 @@
 """`clipmerge soup`: uniform, greedy and learned soups."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -152,10 +153,11 @@ def soup(
         with searching(device, quiet=quiet or json) as on_progress:
             evaluator = scoring.evaluator({"val": val or ""}, weights, on_progress)
             result = _choose(kind, weights, evaluator, scoring, options, on_progress)
+            written = None
             if is_first() and kind != "ensemble":
-                writing.write(result.weights, _record(result, evaluator), on_progress)
-        show_result(result, output, plot, json=json, quiet=quiet)
-        _say(result, writing, quiet)
+                written = writing.write(result.weights, _record(result, evaluator), on_progress)
+        show_result(result, written, plot, json=json, quiet=quiet)
+        _say(result, written, quiet)
 
 
 def _kind(greedy: bool, learned: bool, ensemble: bool) -> str:
@@ -176,12 +178,12 @@ def _uniform(weights: "list[Weights]", writing: Writing, model: str | None, json
 
         metadata["model"] = resolve_model(model, *weights).to_metadata()
     with progress(quiet=quiet or json) as on_progress:
-        writing.write(result.weights, metadata, on_progress)
+        written = writing.write(result.weights, metadata, on_progress)
     if json:
-        show.document(result.to_json() | {"output": writing.output})
-    if writing.output is not None:
+        show.document(result.to_json() | {"output": written})
+    if written is not None:
         show.say(f"mean of {len(weights)} checkpoints", quiet=quiet)
-        show.wrote(writing.output, quiet=quiet)
+        show.wrote(written, quiet=quiet)
 
 
 def _plan(weights: "list[Weights]", writing: Writing, kind: str, json: bool) -> None:
@@ -229,7 +231,7 @@ def _record(result: Any, evaluator: Any) -> dict[str, Any]:
     return {"model": evaluator.model.to_metadata(), "selection": chosen}
 
 
-def _say(result: Any, writing: Writing, quiet: bool) -> None:
+def _say(result: Any, written: Path | None, quiet: bool) -> None:
     if not is_first():
         return
     show.say(f"{len(result.ingredients)} of {len(result.names)} checkpoints", quiet=quiet)
@@ -237,5 +239,5 @@ def _say(result: Any, writing: Writing, quiet: bool) -> None:
     images = getattr(result, "images", None)
     if images and images["saved"]:
         show.say(f"{images['scored']} images scored, {images['saved']} saved", quiet=quiet)
-    if writing.output is not None and hasattr(result, "weights"):
-        show.wrote(writing.output, quiet=quiet)
+    if written is not None:
+        show.wrote(written, quiet=quiet)

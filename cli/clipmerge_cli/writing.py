@@ -42,12 +42,22 @@ class Writing:
 
         Args:
             based: the first weights are a base, whose float dtypes the output takes; else all must agree.
+
+        Raises:
+            RecipeError: task vectors stand among models.
         """
+        from clipmerge.errors import RecipeError
         from clipmerge.weights.check import check
         from clipmerge.weights.expression import mean
         from clipmerge.weights.plan import float_dtype
 
         bytes_of(self.shard_size)
+        vectors = [w for w in weights if w.kind() == 0]
+        if vectors and len(vectors) < len(weights):
+            raise RecipeError(
+                f"{vectors[0].checkpoints[0].path} is a task vector, not a model",
+                hint='add it to its base: clipmerge merge "base + 0.4*vector" base=FILE vector=FILE -o FILE',
+            )
         check(mean(weights), dtype=float_dtype(self.dtype) or ("F32" if based else None))
         self.check_output(*weights)
 

@@ -128,6 +128,11 @@ def test_json_says_what_was_written(run: Run, tmp_path: Path) -> None:
         (("a", "a=none.safetensors"), "none.safetensors does not exist", "check the path"),
         (("none.toml",), "none.toml cannot be read", "check the path"),
         (("a", "a=a.safetensors", "--dtype", "fp61"), "'fp61' is not a float dtype", "did you mean fp"),
+        (
+            ("base + {'visal': 1}*(a - base)", *FILES[:2]),
+            "pattern 'visal' matches no",
+            "did you mean 'visual'?",
+        ),
     ],
 )
 def test_refusals_name_the_thing_and_the_way_out(
@@ -155,9 +160,19 @@ def test_wrong_usage_is_exit_code_two(run: Run, arguments: tuple[str, ...]) -> N
     assert run("merge", *arguments)[0] == 2
 
 
+def test_a_file_without_a_name_is_explained(run: Run) -> None:
+    said = " ".join(run("merge", "a", "a.safetensors")[2].replace("│", " ").split())
+    assert "'a.safetensors' is not NAME=FILE, such as a=a.pt" in said
+
+
 def test_shards(run: Run) -> None:
     assert run("merge", "mean([a, b])", *FILES[1:], "-o", "out.safetensors", "--shard-size", "24")[0] == 0
     assert Path("out.safetensors.index.json").exists()
+    code, out, err = run(
+        "soup", "a.safetensors", "b.safetensors", "-o", "soup.safetensors", "--shard-size", "24"
+    )
+    assert (code, out) == (0, "")
+    assert err.endswith("wrote soup.safetensors.index.json\n")
     assert run("verify", "out.safetensors.index.json")[0] == 0
 
 
@@ -169,7 +184,16 @@ def test_shards(run: Run) -> None:
         ("interpolate", "a.safetensors", "b.safetensors"),
         ("add", "base.safetensors", "a.safetensors", "b.safetensors"),
         ("negate", "base.safetensors", "a.safetensors"),
-        ("analogy", "base.safetensors", "--a", "a.safetensors", "--b", "b.safetensors", "--c", "b.safetensors"),
+        (
+            "analogy",
+            "base.safetensors",
+            "--a",
+            "a.safetensors",
+            "--b",
+            "b.safetensors",
+            "--c",
+            "b.safetensors",
+        ),
         ("task-vector", "base.safetensors", "a.safetensors"),
     ],
     ids=lambda arguments: arguments[0],
@@ -205,6 +229,10 @@ def test_a_task_vector_is_no_ingredient_and_no_folder(run: Run) -> None:
     )
     assert code == 1
     assert "total is 0.5" in err
+    for command in ("soup", "interpolate", "add", "negate"):
+        code, _, err = run(command, "a.safetensors", "tv.safetensors", "-o", "x.safetensors")
+        assert code == 1
+        assert "tv.safetensors is a task vector, not a model\n\nhint: add it to its base" in err
     code, _, err = run("task-vector", "base.safetensors", "b.safetensors", "-o", "folder/")
     assert code == 1
     assert "a task vector is not a model to publish" in err

@@ -51,6 +51,20 @@ def test_json_takes_paths_and_numpy(capsys: pytest.CaptureFixture[str]) -> None:
     assert (json.loads(out), err) == ({"path": "α/b", "score": 0.5, "bits": [1, 0]}, "")
 
 
+def test_json_has_null_for_what_is_not_finite(capsys: pytest.CaptureFixture[str]) -> None:
+    show.document({"a": [float("nan"), np.float32("inf")], "b": {"c": -float("inf"), "d": "NaN"}})
+    assert json.loads(capsys.readouterr().out) == {"a": [None, None], "b": {"c": None, "d": "NaN"}}
+
+
+def test_the_written_file_is_named_from_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / "a" / "b.pt", Path("b.pt"), Path("/elsewhere/b.pt")):
+        show.wrote(path)
+    assert capsys.readouterr().err.split("\n") == ["wrote a/b.pt", "wrote b.pt", "wrote /elsewhere/b.pt", ""]
+
+
 def test_talk_goes_to_stderr_or_nowhere(capsys: pytest.CaptureFixture[str]) -> None:
     show.say("one")
     show.say("two", quiet=True)

@@ -72,23 +72,45 @@ def _known(model: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _from_hub(pretrained: Any, reference: str, model: str, revision: str | None) -> Path:
     failure: Exception | None = None
+    path: Path | None = None
     for name in _FILES:
         try:
             path = Path(pretrained.download_pretrained_from_hf(model, filename=name, revision=revision))
             break
         except Exception as error:
             failure = failure or error
-    else:
+            if _unreachable(error):  # every further name would cost the same half minute of retries
+                path = _kept(model, revision)
+                break
+    if path is None:
         raise _failed(reference, failure) from failure
     for name in ("open_clip_config.json", "config.json", "preprocessor_config.json"):
         try:
             pretrained.download_pretrained_from_hf(model, filename=name, revision=revision)
-        except Exception:  # a repository without a configuration still has weights
-            continue
+        except Exception as error:  # a repository without a configuration still has weights
+            if _unreachable(error):  # what the cache has lies beside the weights
+                break
     return path
 
 
+def _kept(model: str, revision: str | None) -> Path | None:
+    """A file with weights in Hugging Face's cache, without asking the network."""
+    look = import_module("huggingface_hub").try_to_load_from_cache
+    found = (look(model, name, revision=revision) for name in _FILES[1:])
+    return next((Path(path) for path in found if isinstance(path, str)), None)
+
+
+def _unreachable(error: Exception | None) -> bool:
+    """Whether huggingface_hub found neither the network nor a file in its cache."""
+    return type(getattr(error, "__context__", None)).__name__ == "LocalEntryNotFoundError"
+
+
 def _failed(reference: str, error: Exception | None) -> CheckpointError:
+    if _unreachable(error):
+        return CheckpointError(
+            f"{reference} cannot be fetched: the Hub is out of reach, and the cache does not hold it",
+            hint="check the network, or give a local file",
+        )
     first = str(error).strip().partition("\n")[0][:300]
     return CheckpointError(
         f"{reference} cannot be fetched: {first}", hint="check the name and the network, or give a local file"

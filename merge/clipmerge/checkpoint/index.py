@@ -54,7 +54,10 @@ def _weight_map(path: Path) -> dict[str, str]:
     document: Any = parse_json(path, text)
     found = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(found, dict) or not found:
-        raise CheckpointError(f"{path} has no weight_map: it is JSON, but not an index of shards", hint=_HINT)
+        raise CheckpointError(
+            f"{path} is JSON, but not an index of shards: it has no weight_map",
+            hint="give the file with the weights, or the folder that holds it",
+        )
     for name, shard in found.items():
         if not isinstance(shard, str) or not _is_plain(shard):
             raise CheckpointError(

@@ -89,7 +89,7 @@ def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
             allow_patterns=[WEIGHTS, CONFIG, CARD],
             commit_message="Upload merged weights",
         )
-    except (OSError, ValueError) as error:  # the Hub's own errors are OSErrors, a malformed name a ValueError
+    except Exception as error:  # which HTTP library huggingface_hub speaks through is its own affair
         raise OutputError(
             f"{repo} could not be uploaded: {error}",
             hint="check the name ORG/NAME and your login: `hf auth login`; the folder is complete on disk",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from clipmerge.checkpoint.tensors import Checkpoint, Tensor
 from clipmerge.errors import MismatchError, RecipeError, nearest
 from clipmerge.weights.expression import Weights
-from clipmerge.weights.names import matches
+from clipmerge.weights.names import TOWERS, matches
 
 SHOWN = 10
 """Problems listed in full; the rest are counted."""
@@ -97,7 +97,7 @@ def _check_patterns(weights: Weights, names: Sequence[str]) -> None:
     for leaf, coefficient in weights.terms.items():
         for pattern in coefficient.patterns:
             if not any(matches(pattern, name) for name in names):
-                close = nearest(pattern, names)
+                close = nearest(pattern, names if "." in pattern else (*TOWERS, *names))
                 raise RecipeError(
                     f"the pattern {pattern!r} matches no tensor",
                     hint=f"did you mean {close!r}?"

@@ -113,7 +113,7 @@ class _Sums:
         apart = a - b
         self.count += a.size
         self.unequal += int(np.count_nonzero(apart))
-        self.largest = max(self.largest, float(np.abs(apart).max(initial=0.0)))
+        self.largest = float(np.maximum(self.largest, np.abs(apart).max(initial=0.0)))  # NaN stays NaN
         self.sums[:2] += np.dot(a, a), np.dot(apart, apart)
         if base is not None:
             self.has_base = True
@@ -123,7 +123,7 @@ class _Sums:
     def join(self, other: "_Sums") -> None:
         self.count += other.count
         self.unequal += other.unequal
-        self.largest = max(self.largest, other.largest)
+        self.largest = float(np.maximum(self.largest, other.largest))
         self.sums += other.sums
         self.has_base |= other.has_base
 

@@ -63,6 +63,8 @@ class _Parser:
         self.text = " ".join(text.splitlines()).strip() if "\n" in text.strip() else text.strip()
         self.names = names
         self.used: set[str] = set()
+        if not self.text:
+            raise RecipeError("the expression is empty", hint=f"an expression is made of {_GRAMMAR}")
         if len(text) > MAX_LENGTH:
             raise RecipeError(f"the expression has {len(text):,} characters; at most {MAX_LENGTH:,} are read")
         if "#" in text and "\n" in text.strip():

@@ -161,6 +161,34 @@ def test_the_hub_through_open_clip(
         open_checkpoint("hf-hub:org/none")
 
 
+class LocalEntryNotFoundError(FileNotFoundError):
+    """As huggingface_hub's, raised where there is neither a network nor a cached file."""
+
+
+def test_without_a_network_the_hub_is_asked_once(
+    fake_open_clip: Any, small: StateDict, tmp_path: Path, assert_same: Same, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, kept = [], {}
+
+    def unreachable(model_id: str, filename: str | None = None, revision: str | None = None) -> str:
+        asked.append(filename)
+        try:
+            raise LocalEntryNotFoundError
+        except FileNotFoundError:
+            raise FileNotFoundError("Failed to download")  # noqa: B904 (as open_clip does)
+
+    fake_open_clip.download_pretrained_from_hf = unreachable
+    cache: Any = ModuleType("huggingface_hub")
+    cache.try_to_load_from_cache = lambda model, name, revision: kept.get((model, name))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", cache)
+    with pytest.raises(CheckpointError, match="hf-hub:org/name cannot be fetched: the Hub is out of reach"):
+        open_checkpoint("hf-hub:org/name")
+    assert asked == [None]
+    save_file(dict(small), tmp_path / "model.safetensors")
+    kept["org/name", "model.safetensors"] = str(tmp_path / "model.safetensors")
+    assert_same(open_checkpoint("hf-hub:org/name"), small)
+
+
 def test_pretrained_tags_through_open_clip(
     fake_open_clip: Any, small: StateDict, tmp_path: Path, assert_same: Same
 ) -> None:

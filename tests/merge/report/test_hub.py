@@ -189,11 +189,11 @@ class FakeHub:
     """Stands for huggingface_hub.HfApi: notes what would be uploaded."""
 
     calls: list[tuple[str, dict[str, Any]]] = []  # noqa: RUF012
-    fails = False
+    fails: Exception | None = None
 
     def create_repo(self, repo: str, **options: Any) -> str:
-        if self.fails:
-            raise OSError("401 Unauthorized")
+        if self.fails is not None:
+            raise self.fails
         self.calls.append((repo, options))
         return f"https://hub/{repo}"
 
@@ -218,11 +218,16 @@ def test_push_uploads_the_three_files(hub: type[FakeHub], tmp_path: Path) -> Non
     assert upload["allow_patterns"] == [WEIGHTS, CONFIG, CARD]
 
 
+class NoNetwork(Exception):  # noqa: N818
+    """What an HTTP library raises: no OSError."""
+
+
+@pytest.mark.parametrize("failure", [OSError("401 Unauthorized"), NoNetwork("name not known")])
 def test_a_refused_upload_is_explained(
-    hub: type[FakeHub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: type[FakeHub], failure: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "fails", True)
-    with pytest.raises(OutputError, match="org/name could not be uploaded: 401 Unauthorized") as refused:
+    monkeypatch.setattr(hub, "fails", failure)
+    with pytest.raises(OutputError, match=f"org/name could not be uploaded: {failure}") as refused:
         push(tmp_path, "org/name")
     assert "your login" in (refused.value.hint or "")
 

@@ -91,3 +91,9 @@ def test_integers_are_left_out_and_misfits_refused(point: Point) -> None:
         compare(a, point("c", x=[1.0, 2.0], ids=np.arange(2)))
     with pytest.raises(MismatchError):
         compare(a, b, point("c", y=[1.0], ids=np.arange(2)))
+
+
+def test_what_is_not_finite_is_never_the_smallest_difference(point: Point) -> None:
+    found = compare(point("a", x=[1.0, 2.0], y=[3.0]), point("b", x=[1.0, float("nan")], y=[4.0]))
+    assert np.isnan(found.whole.largest)
+    assert found.differing == ("x", "y")
