@@ -163,9 +163,10 @@ def add(
             return sweep(added, grid, scorer, rule=rule, refine=refine, name="add", on_progress=on_progress)
         names, family = task_family(start, own, per)  # type: ignore[arg-type]
         high = max(grid)
+        first = min(max(1 / len(tuned), min(grid)), high)  # each part of a task vector at its task's share
         return search_coefficients(
             family, names, scorer, rule=rule, method=method, budget=budget,  # type: ignore[arg-type]
-            low=min(grid), high=high, seed=seed, on_progress=on_progress,
+            low=min(grid), high=high, start=first, seed=seed, on_progress=on_progress,
         )  # fmt: skip
 
     choose(search, data, [start, *tuned], scoring, writing, plot, json=json, quiet=quiet)

@@ -85,7 +85,8 @@ def _tradeoff(axes: "Axes", document: Document, sides: Sequence[Sequence[str]], 
         name = f"chosen, {symbol} = {points[chosen]['alpha']:g}"
         axes.plot(x[chosen], y[chosen], "*", color=ORANGE, markeredgecolor=BLACK, markersize=17,
                   linestyle="none", label=name, zorder=5)  # fmt: skip
-    _annotate(axes, x, y, [point["alpha"] for point in points])
+    grid = [i for i, point in enumerate(points) if not point.get("refined")]  # refined ones lie on each other
+    _annotate(axes, [x[i] for i in grid], [y[i] for i in grid], [points[i]["alpha"] for i in grid])
     axes.set_xlabel(_label(words[0], sides[0], document))
     axes.set_ylabel(_label(words[1], sides[1], document))
     percent(axes, "xy")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from clipmerge.errors import MissingExtraError, SelectionError
 from clipmerge.search.judge import Judge, Progress, Scorer, mark_document, scorer_of
-from clipmerge.search.results import Table, percent, plot
+from clipmerge.search.results import MOST_COLUMNS, Table, percent, plot
 from clipmerge.search.rules import Rule
 from clipmerge.search.sweep import rule_document
 from clipmerge.weights.names import block_of, tower_of
@@ -57,13 +57,14 @@ class CoefficientsResult:
     images: Mapping[str, int]
 
     def table(self) -> Table:
-        """One row each time the figure rose, the last is the choice."""
-        headers = ("evaluation", *self.coefficients, *self.chosen.scores, self.rule.name)
+        """One row each time the figure rose, the last is the choice; its numbers while they fit on a screen."""
+        shown = tuple(self.coefficients) if len(self.coefficients) <= MOST_COLUMNS else ()
+        headers = ("evaluation", *(f"×{name}" for name in shown), *self.chosen.scores, self.rule.name)
         rows, best = [], None
         for number, point in enumerate(self.history, 1):
             if point.allowed and (best is None or point.value > best):
                 best = point.value
-                numbers = (f"{x:g}" for x in point.coefficients.values())
+                numbers = (f"{point.coefficients[name]:g}" for name in shown)
                 marks = (percent(mark.value) for mark in point.scores.values())
                 rows.append((str(number), *numbers, *marks, percent(float(point.value))))
         return Table(headers, tuple(rows), f"{self.method} search: {self.rule.says}")

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipmerge.search.judge import Progress, Scorer, goodness, mark_document, mcnemar_p
-from clipmerge.search.results import Table, plot
+from clipmerge.search.results import Table, plot, step_headers
 from clipmerge.search.soup import (
     Order,
     SoupStep,
@@ -63,7 +63,7 @@ class EnsembleResult:
     def table(self) -> Table:
         """One row a candidate, in the order of their turns."""
         title = f"greedy ensemble: {len(self.ingredients)} of {len(self.names)}"
-        headers = ("", "checkpoint", "alone", "with it", "95 %", "p", "", "best")
+        headers = step_headers(self.score.metric)
         return Table(headers, tuple(step_row(step) for step in self.history), title)
 
     def to_json(self) -> dict[str, Any]:

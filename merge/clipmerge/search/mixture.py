@@ -50,7 +50,7 @@ class Mixture:
         self._device = evaluator.resident.device
         self._pixels = evaluator.pixels(split)
         self._labels = torch.from_numpy(evaluator.labels(split))
-        self._subset = evaluator.splits[split].class_subset
+        self._covered = evaluator.splits[split].covered
         self._spec = evaluator.model
         module = evaluator.resident.module
         with tensors_of(self.weights[0]) as found:
@@ -99,12 +99,8 @@ class Mixture:
         ready = normalise(images, self._spec.preprocess["mean"], self._spec.preprocess["std"])
         named: dict[str, Tensor] = {f"model.{name}": leaf for name, leaf in leaves.items()}
         logits = functional_call(self._logits, named, (ready,))
-        if self._subset is not None:
-            lacks = torch.ones(logits.shape[1], dtype=torch.bool)
-            lacks[torch.from_numpy(self._subset)] = False
-            logits = logits.masked_fill(lacks.to(self._device), -torch.inf)
         labels = self._labels[mine].to(self._device)
-        loss = F.cross_entropy(factor * logits, labels, reduction="sum") / batch
+        loss = F.cross_entropy(self._covered(factor * logits), labels, reduction="sum") / batch
         found = torch.autograd.grad(loss, [factor, *leaves.values()], allow_unused=True)
         by_name = {n: g for n, g in zip(leaves, found[1:], strict=True) if g is not None}
         return by_name, float(found[0]) if found[0] is not None else 0.0, float(loss.detach())

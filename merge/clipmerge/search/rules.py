@@ -63,7 +63,7 @@ def best_mean(id: str = "id", shifts: Sequence[str] = ("shift",)) -> Rule:
     _some("shift", names)
     return Rule(
         "best-mean",
-        f"best mean of {id} and {_and(names)}",
+        f"best mean of {id} and {_mean_of(names)}",
         {"id": (id,), "shift": names},
         lambda marks: (goodness(marks[id]) + _mean(marks, names)) / 2,
     )
@@ -76,7 +76,7 @@ def paint(patching: Sequence[str] = ("patch",), supported: Sequence[str] = ("sup
     _some("supported", old)
     return Rule(
         "paint",
-        f"best mean of {_and(old)} and {_and(new)}",
+        f"best mean of {_mean_of(old)} and {_mean_of(new)}",
         {"patching": new, "supported": old},
         lambda marks: (_mean(marks, new) + _mean(marks, old)) / 2,
     )
@@ -133,6 +133,10 @@ def _mean(marks: Marks, splits: Sequence[str]) -> Fraction:
 def _some(role: str, splits: Sequence[str]) -> None:
     if not splits:
         raise SelectionError(f"the rule needs a {role} split and was given none")
+
+
+def _mean_of(names: Sequence[str]) -> str:
+    return f"mean({', '.join(names)})" if len(names) > 1 else names[0]
 
 
 def _and(names: Sequence[str]) -> str:

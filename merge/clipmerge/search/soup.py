@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from clipmerge.errors import SelectionError
-from clipmerge.search.results import Table, chance, percent, plot, span
+from clipmerge.search.results import Table, chance, percent, plot, shares_table, span, step_headers
 from clipmerge.weights.check import check
 from clipmerge.weights.expression import Weights, load_all, mean
 
@@ -81,12 +81,11 @@ class SoupResult:
     def table(self) -> Table:
         """One row a candidate, in the order of their turns."""
         if self.coefficients is not None:
-            rows = tuple((group, name, f"{c:.4f}") for group, name, c in _shares(self.coefficients))
-            return Table(("group", "checkpoint", "coefficient"), rows, "learned soup")
+            return shares_table(self.coefficients, self.temperature)
         if not self.history:
             return Table(("checkpoint",), tuple((name,) for name in self.names), "uniform soup")
         return Table(
-            ("", "checkpoint", "alone", "with it", "95 %", "p", "", "best"),
+            step_headers(self.score.metric),
             tuple(step_row(step) for step in self.history),
             f"greedy soup: {len(self.ingredients)} of {len(self.names)}",
         )
@@ -272,13 +271,3 @@ def step_row(step: SoupStep) -> tuple[str, ...]:
         verdict,
         percent(step.best),
     )
-
-
-def _shares(coefficients: dict[str, Any]) -> list[tuple[str, str, float]]:
-    flat = []
-    for key, value in coefficients.items():
-        if isinstance(value, dict):
-            flat += [(key, name, share) for name, share in value.items()]
-        else:
-            flat.append(("all", key, value))
-    return flat

@@ -53,6 +53,7 @@ def test_each_search_climbs_within_its_budget(method: Any, near: float) -> None:
     again = search_coefficients(family, names, hill(), rule=mean_of(["val"]), method=method, budget=60)
     assert [p.coefficients for p in again.history] == [p.coefficients for p in found.history]
     assert len(json.loads(json.dumps(found.to_json()))["points"]) == len(found.history)
+    assert found.table().headers == ("evaluation", "×cars", "×dtd", "val", "mean")
     assert len(found.table().headers) == len(found.table().rows[0])
 
 

@@ -1,10 +1,12 @@
 """The learned soup: its gradients, its shares, and the soup that they make."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -16,6 +18,7 @@ from clipmerge.model import build_model, eval_transform, get_tokenizer
 from clipmerge.search import mixture as mixture_module
 from clipmerge.search.learned import groups_for, learned_soup, rounded
 from clipmerge.search.mixture import Mixture
+from clipmerge.search.results import shares_table
 from clipmerge.weights.expression import Weights, from_state_dict, load, load_all
 
 PROMPT = "a photo of a {}."
@@ -88,7 +91,7 @@ def test_shares_lower_the_held_out_loss_and_sum_to_one(
     )
     assert learned < equal
     assert soup.score.correct == evaluator.score(soup.weights).correct
-    assert len(soup.table().rows) == len(rows) * (1 if per == "model" else 2)
+    assert len(soup.table().rows) == (2 if per == "tensor" else len(rows))
     assert soup.to_json()["kind"] == "learned_soup"
 
 
@@ -125,3 +128,37 @@ def test_what_cannot_be_learned_is_refused(
     monkeypatch.setattr(mixture_module, "MOST_PROMPTS", 5)
     with pytest.raises(SelectionError, match="at most 5 prompts, not 10"):
         learned_soup(two, evaluator)
+
+
+def test_images_that_cover_some_of_the_classes_are_learned_from(
+    two: list[Weights], tiny_spec: Any, val: Split
+) -> None:
+    """Classes that the data lacks are out of the loss, and no NaN comes back from them."""
+    some = replace(
+        val.subset([i for i in range(len(val)) if val.labels[i] in (2, 5, 7)]),
+        class_subset=np.array([2, 5, 7]),
+    )
+    judge = Evaluator(tiny_spec, {"val": some}, templates=PROMPT)
+    judge.load(two[0])
+    mixture = Mixture(judge, "val", two, groups_for(two[0].names, "model"))
+    shares = torch.tensor([[1.0, 0.0]])
+    by_share, by_beta, loss = mixture.gradients(shares, 1.3, torch.arange(len(some)))
+    logits = judge.logits(two[0], "val")[:, [2, 5, 7]]
+    labels = torch.tensor([[2, 5, 7].index(label) for label in some.labels])
+    beta = torch.tensor(1.3, requires_grad=True)
+    wanted = F.cross_entropy(beta * logits, labels)
+    wanted.backward()
+    assert loss == pytest.approx(wanted.item(), rel=1e-5)
+    assert by_beta == pytest.approx(beta.grad.item(), rel=1e-4, abs=1e-6)
+    assert bool(torch.isfinite(by_share).all())
+
+
+def test_shares_are_shown_whole_where_they_fit_and_as_a_range_where_not() -> None:
+    assert shares_table({"a": 0.25, "b": 0.75}, 1.23456).title == "learned soup; logits times 1.235"
+    assert shares_table({"a": 0.25, "b": 0.75}, None).rows == (("a", "0.2500"), ("b", "0.7500"))
+    few = shares_table({"visual": {"a": 0.25, "b": 0.75}, "text": {"a": 1.0, "b": 0.0}}, None)
+    assert (few.headers, few.rows[0]) == (("group", "a", "b"), ("visual", "0.2500", "0.7500"))
+    many = shares_table({f"t{i}": {"a": i / 100, "b": 1 - i / 100} for i in range(101)}, None)
+    assert many.headers == ("checkpoint", "mean share", "lowest", "highest")
+    assert many.rows == (("a", "0.5000", "0.0000", "1.0000"), ("b", "0.5000", "0.0000", "1.0000"))
+    assert many.title == "learned soup; 101 groups"
