@@ -121,7 +121,7 @@ def finetune(
     trajectory: Annotated[int, _option("--trajectory", panel=_KEEP, min=0,
         help="Keep so many evenly spaced checkpoints.")] = 0,
     save_start: Annotated[bool, _option("--save-start", panel=_KEEP,
-        help="Also write base and initial head, for WiSE-FT over a trained head.")] = False,
+        help="Also keep base and initial head, for WiSE-FT over a trained head.")] = False,
     save_every: Annotated[int | None, _option("--save-every", panel=_KEEP, min=0,
         help="Steps between saved states; 0: none.")] = None,
     resume: Annotated[bool, _option("--resume", panel=_KEEP, help="Go on from the saved state.")] = False,

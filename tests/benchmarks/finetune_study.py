@@ -108,7 +108,7 @@ def best_of(
         )  # fmt: skip
         runs.append((accuracies(judge, tuned)["val"], path, tuned, lr))
     _, path, tuned, lr = max(runs, key=lambda run: run[0])
-    return cm.load(path.with_suffix(".start.safetensors")), tuned, lr
+    return cm.load(path.with_suffix(".run") / f"{path.stem}.start.safetensors"), tuned, lr
 
 
 def accuracies(judge: Any, weights: Any) -> dict[str, float]:

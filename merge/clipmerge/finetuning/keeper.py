@@ -1,7 +1,7 @@
 """What is kept of a run while it goes: held-out scores, the best checkpoint, the trajectory, the state."""
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,8 @@ class Keeper:
                 self._write(out, self.steps, self.last)
         if self.outputs.writer:
             self.outputs.state.unlink(missing_ok=True)
+            with suppress(OSError):  # something is kept in it, or it never was
+                best.parent.rmdir()
         return out
 
     def _averaged(self) -> AbstractContextManager[None]:

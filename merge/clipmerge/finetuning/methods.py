@@ -120,7 +120,7 @@ def finetune(
     """The finetuned weights, written to `out` in open_clip's names with the hyperparameters in their metadata.
 
     Beside `out` (ft.safetensors) stand the log (ft.log.jsonl), the state of an unfinished run (ft.state), and what
-    was asked for: ft.best.safetensors, ft.step000100.safetensors, ft.start.safetensors. Under torchrun all ranks
+    was asked for, in ft.run/: ft.best, ft.step000100, ft.start (.safetensors). Under torchrun all ranks
     call it; rank 0 writes.
 
     Args:

@@ -31,8 +31,8 @@ class Outputs:
     writer: bool = True
 
     def beside(self, what: str) -> Path:
-        """ft.safetensors, "best" → ft.best.safetensors."""
-        return self.out.with_name(f"{self.out.stem}.{what}{self.out.suffix}")
+        """ft.safetensors, "best" → ft.run/ft.best.safetensors: `*.safetensors` means the results of runs alone."""
+        return self.out.with_name(f"{self.out.stem}.run") / f"{self.out.stem}.{what}{self.out.suffix}"
 
     @property
     def state(self) -> Path:
@@ -69,6 +69,7 @@ class Outputs:
         from clipmerge.weights.record import FORMAT, write_record
 
         record = {"format": FORMAT, "total": 1, "model": self.spec.to_metadata()}
+        path.parent.mkdir(exist_ok=True)
         weights = from_state_dict(tensors, "trained", write_record(record))
         extra = {**self.metadata, "training": {**self.training, **found}}
         weights.save(path, metadata=extra, force=True)

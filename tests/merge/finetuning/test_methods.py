@@ -81,8 +81,8 @@ def test_ce_starts_from_the_zero_shot_head(
     tune: Callable[..., Any], tmp_path: Path, base: Any, train: Any, tiny_spec: Any
 ) -> None:
     tune(method="ce", start=True)
-    started = load(tmp_path / "ft.start.safetensors").state_dict()
-    assert moved(base, load(tmp_path / "ft.start.safetensors")) == {"head"}
+    started = load(tmp_path / "ft.run/ft.start.safetensors").state_dict()
+    assert moved(base, load(tmp_path / "ft.run/ft.start.safetensors")) == {"head"}
     model, spec = setup.starting_model(base, tiny_spec, 0, CPU)
     tokens = setup.training_prompts(model, spec, train, None, CPU).tokens
     features = model.encode_text(tokens, normalize=True).view(10, -1, 16)
@@ -137,7 +137,7 @@ def test_the_head_can_be_shared(tune: Callable[..., Any], tmp_path: Path) -> Non
     """Model recycling: one probed head, kept while different starts are finetuned."""
     head = tune("probe", method="linear-probe")
     tune("ft", method="ce", head=head, start=True)
-    shared, started = head.state_dict(), load(tmp_path / "ft.start.safetensors").state_dict()
+    shared, started = head.state_dict(), load(tmp_path / "ft.run/ft.start.safetensors").state_dict()
     for name in HEAD:
         assert torch.equal(shared[name], started[name])
     with pytest.raises(TrainingError, match="has no classification_head"):
@@ -165,21 +165,21 @@ def test_shots_keep_the_epoch_with_the_best_held_out_loss(
     best = min(scores, key=lambda e: e["loss"])
     assert tuned.record["training"]["step"] == best["step"]
     assert tuned.record["training"]["images"] == 30
-    assert (tmp_path / "ft.last.safetensors").exists() == (best is not scores[-1])
+    assert (tmp_path / "ft.run/ft.last.safetensors").exists() == (best is not scores[-1])
 
 
 def test_best_last_and_trajectory(tune: Callable[..., Any], val: Any, tmp_path: Path) -> None:
     events: list[Any] = []
     last = tune(val=val, score_every=2, lr=3e-2, trajectory=3, on_event=events.append)
     assert last.record["training"]["step"] == 6
-    assert sorted(p.name for p in tmp_path.glob("ft.step*")) == [
+    assert sorted(p.name for p in tmp_path.glob("ft.run/ft.step*")) == [
         "ft.step000002.safetensors",
         "ft.step000004.safetensors",
     ]
     scores = {e["step"]: e["top1"] for e in events if e["event"] == "score"}
     best = max(scores, key=lambda step: (scores[step], -step))
     if best != 6:
-        assert load(tmp_path / "ft.best.safetensors").record["training"]["step"] == best
+        assert load(tmp_path / "ft.run/ft.best.safetensors").record["training"]["step"] == best
 
 
 def test_held_out_scores_are_the_evaluators(tune: Callable[..., Any], val: Any) -> None:

@@ -73,8 +73,8 @@ def test_killed_at_random_steps_equals_the_uninterrupted_run(
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    for suffix in (".safetensors", ".step000004.safetensors", ".step000008.safetensors"):
-        whole, killed = (tmp_path / f"{name}{suffix}" for name in ("whole", "killed"))
+    for suffix in (".safetensors", ".run/{}.step000004.safetensors", ".run/{}.step000008.safetensors"):
+        whole, killed = (tmp_path / f"{name}{suffix.format(name)}" for name in ("whole", "killed"))
         assert whole.read_bytes() == killed.read_bytes(), suffix
     steps = [
         [e["step"] for e in read(tmp_path / f"{n}.log.jsonl") if e["event"] == "step"]
