@@ -27,6 +27,7 @@ from clipmerge_cli.options import (
     Templates,
     Threads,
     numbers,
+    scale_of,
 )
 from clipmerge_cli.scoring import (
     Budget,
@@ -128,7 +129,7 @@ def add(
     if scale != "auto":
         if val:
             raise typer.BadParameter("--val is for --scale auto", param_hint="--val")
-        merge_or_plan(added(numbers(scale, "--scale")[0]), writing, dry_run, json, quiet)
+        merge_or_plan(added(scale_of(scale)), writing, dry_run, json, quiet)
         return
     if len(val or []) != len(tuned):
         says = f"--scale auto needs one --val for each task: {len(tuned)}, not {len(val or [])}"
@@ -147,7 +148,7 @@ def add(
         return
     scoring = Scoring(
         model, templates, classnames, holdout, limit, skip_bad,
-        metric, precision, device, batch_size, journal, fresh,
+        metric, precision, device, batch_size, journal, fresh, quiet,
     )  # fmt: skip
 
     def search(evaluator: Any, on_progress: Any) -> Any:

@@ -27,6 +27,7 @@ from clipmerge_cli.options import (
     Templates,
     Threads,
     numbers,
+    scale_of,
 )
 from clipmerge_cli.scoring import (
     Fresh,
@@ -106,7 +107,7 @@ def analogy(
     if scale != "auto":
         if val:
             raise typer.BadParameter("--val is for --scale auto", param_hint="--val")
-        merge_or_plan(solved(numbers(scale, "--scale")[0]), writing, dry_run, json, quiet)
+        merge_or_plan(solved(scale_of(scale)), writing, dry_run, json, quiet)
         return
     if not val:
         raise typer.BadParameter("--scale auto needs held-out images: --val DATA", param_hint="--val")
@@ -117,7 +118,7 @@ def analogy(
         return
     scoring = Scoring(
         model, templates, classnames, holdout, limit, skip_bad,
-        metric, precision, device, batch_size, journal, fresh,
+        metric, precision, device, batch_size, journal, fresh, quiet,
     )  # fmt: skip
 
     def search(evaluator: Any, on_progress: Any) -> Any:

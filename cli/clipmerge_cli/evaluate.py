@@ -21,7 +21,7 @@ from clipmerge_cli.options import (
     Templates,
     named,
 )
-from clipmerge_cli.scoring import is_first, searching
+from clipmerge_cli.scoring import Holdout, is_first, say_left_out, searching
 
 if TYPE_CHECKING:
     from clipmerge.evaluate.score import Score
@@ -44,6 +44,7 @@ def evaluate(
     model: Model = None,
     templates: Templates = None,
     classnames: Classnames = None,
+    holdout: Holdout = None,
     limit: Limit = None,
     skip_bad: SkipBad = False,
     metric: Metric = "top1",
@@ -73,13 +74,15 @@ def evaluate(
             name: open_split(
                 text,
                 classnames=classnames,
-                role="test",
+                role=None if holdout else "test",
+                holdout=holdout,
                 limit=limit,
                 skip_bad=skip_bad,
                 on_progress=on_progress,
             )
             for name, text in texts.items()
         }
+        say_left_out(splits, quiet=quiet)
         evaluator = Evaluator(
             model,
             splits,

@@ -151,11 +151,17 @@ def finetune(
 
     parallel.start(pick_device(device).type)
     quiet = quiet or not parallel.is_writer()
+
+    def opened(text: str, role: str, limit: int | None = None) -> Any:
+        split = open_split(text, role=role, classnames=classnames, limit=limit, skip_bad=skip_bad)
+        show.left_out(split.source, split.skipped, len(split), quiet=quiet)
+        return split
+
     with live(quiet=quiet or json) as (on_progress, on_event):
         weights = run(
             None if base == "none" else load(base),
-            open_split(train, role="train", classnames=classnames, limit=limit, skip_bad=skip_bad),
-            val=None if val is None else open_split(val, role="val", classnames=classnames, skip_bad=skip_bad),
+            opened(train, "train", limit),
+            val=None if val is None else opened(val, "val"),
             head=None if head is None else load(head),
             out=output, model=model, method=method.value, towers=towers.value, templates=templates, lr=lr, wd=wd,
             decay=decay.value, batch_size=batch_size, accumulate=accumulate, chunk=chunk, epochs=epochs, steps=steps,

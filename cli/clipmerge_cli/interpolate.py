@@ -126,7 +126,7 @@ def interpolate(
         return
     scoring = Scoring(
         model, templates, classnames, holdout, limit, skip_bad,
-        metric, precision, device, batch_size, journal, fresh,
+        metric, precision, device, batch_size, journal, fresh, quiet,
     )  # fmt: skip
 
     def search(evaluator: Any, on_progress: Any) -> Any:

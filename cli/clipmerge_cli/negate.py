@@ -27,6 +27,7 @@ from clipmerge_cli.options import (
     Templates,
     Threads,
     numbers,
+    scale_of,
 )
 from clipmerge_cli.scoring import (
     Fresh,
@@ -117,7 +118,7 @@ def negate(
     if scale != "auto":
         if target or control:
             raise typer.BadParameter("--target and --control are for --scale auto", param_hint="--scale")
-        merge_or_plan(negated(numbers(scale, "--scale")[0]), writing, dry_run, json, quiet)
+        merge_or_plan(negated(scale_of(scale)), writing, dry_run, json, quiet)
         return
     if not target or not control:
         raise typer.BadParameter("--scale auto needs --target and --control", param_hint="--target")
@@ -128,7 +129,7 @@ def negate(
         return
     scoring = Scoring(
         model, templates, classnames, holdout, limit, skip_bad,
-        metric, precision, device, batch_size, journal, fresh,
+        metric, precision, device, batch_size, journal, fresh, quiet,
     )  # fmt: skip
 
     def search(evaluator: Any, on_progress: Any) -> Any:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -99,15 +99,16 @@ Limit = Annotated[
 
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps.", rich_help_panel=_SCORING)]
 Precision = Annotated[
-    str, typer.Option("--precision", help="fp32, or bf16 / fp16 autocast.", rich_help_panel=_SCORING)
+    Literal["fp32", "bf16", "fp16"],
+    typer.Option("--precision", metavar="P", help="fp32, or bf16 / fp16 autocast.", rich_help_panel=_SCORING),
 ]
 BatchSize = Annotated[
     int, typer.Option("--batch-size", min=1, help="Images at once.", rich_help_panel=_SCORING)
 ]
 Metric = Annotated[
-    str,
-    typer.Option("--metric", help="top1, top5, mean_per_class, macro_f1 or worst_group.",
-                 rich_help_panel=_SCORING),
+    Literal["top1", "top5", "mean_per_class", "macro_f1", "worst_group", "ece"],
+    typer.Option("--metric", metavar="M", rich_help_panel=_SCORING,
+                 help="What decides: top1, top5, mean_per_class, macro_f1, worst_group or ece."),
 ]  # fmt: skip
 
 
@@ -123,6 +124,17 @@ def named(values: Sequence[str], option: str) -> dict[str, str]:
             raise typer.BadParameter(f"{name!r} is given twice", param_hint=option)
         found[name] = data
     return found
+
+
+def scale_of(text: str) -> float:
+    """`"0.4"` → `0.4`; anything but one finite number: exit 2."""
+    try:
+        value = Decimal(text)
+    except InvalidOperation:
+        value = Decimal("nan")
+    if not value.is_finite():
+        raise typer.BadParameter(f"{text!r} is neither a number nor auto", param_hint="--scale")
+    return float(value)
 
 
 def numbers(text: str, option: str) -> tuple[float, ...]:

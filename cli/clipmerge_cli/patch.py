@@ -138,7 +138,7 @@ def patch(
         return
     scoring = Scoring(
         model, templates, classnames, holdout, limit, skip_bad,
-        metric, precision, device, batch_size, journal, fresh,
+        metric, precision, device, batch_size, journal, fresh, quiet,
     )  # fmt: skip
 
     def search(evaluator: Any, on_progress: Any) -> Any:

@@ -14,6 +14,7 @@ from clipmerge_cli.progress import OnProgress, progress
 from clipmerge_cli.writing import Writing
 
 if TYPE_CHECKING:
+    from clipmerge.data.split import Split
     from clipmerge.evaluate.evaluator import Evaluator
     from clipmerge.search.journal import Journal
     from clipmerge.weights.expression import Weights
@@ -68,6 +69,7 @@ class Scoring:
     batch_size: int
     journal: Path | None
     fresh: bool
+    quiet: bool = False
 
     def evaluator(
         self, data: Mapping[str, str], weights: "Sequence[Weights]", on_progress: OnProgress | None
@@ -90,6 +92,7 @@ class Scoring:
             )
             for name, source in data.items()
         }
+        say_left_out(splits, quiet=self.quiet)
         return Evaluator(
             spec,
             splits,
@@ -147,12 +150,21 @@ def counted(name: str, count: int) -> list[str]:
     return [name] if count == 1 else [f"{name}{i}" for i in range(1, count + 1)]
 
 
+def say_left_out(splits: "Mapping[str, Split]", *, quiet: bool) -> None:
+    """What --skip-bad left out of each split, on stderr; in the first process."""
+    for split in splits.values():
+        show.left_out(split.source, split.skipped, len(split), quiet=quiet or not is_first())
+
+
 def say_score(score: Any, *, quiet: bool) -> None:
     """The held-out score on stderr, with its interval."""
+    from clipmerge.evaluate.metrics import METRICS
+
     low, high = score.interval
+    right = f"{score.correct} of {score.n} right" if score.metric == "top1" else f"{score.n} images"
     show.say(
-        f"held out: {score.metric} {100 * score.value:.2f} "
-        f"(95 %: {100 * low:.2f}–{100 * high:.2f}, {score.correct} of {score.n} right)",
+        f"held out: {METRICS[score.metric].title} {100 * score.value:.2f} "
+        f"(95 %: {100 * low:.2f}–{100 * high:.2f}, {right})",
         quiet=quiet,
     )
 

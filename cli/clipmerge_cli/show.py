@@ -19,6 +19,13 @@ def wrote(path: Path, *, quiet: bool = False) -> None:
     say(f"wrote {path.relative_to(here) if path.is_relative_to(here) else path}", quiet=quiet)
 
 
+def left_out(source: str, items: Sequence[str], used: int, *, quiet: bool = False) -> None:
+    """The remark about what --skip-bad left out: how much, the first of it, and what is used."""
+    if items:
+        more = f", … and {len(items) - 1} more" if len(items) > 1 else ""
+        say(plain(f"{source}: left out {len(items)} ({items[0]}{more}); {used} images are used"), quiet=quiet)
+
+
 def document(data: Any) -> None:
     """One JSON document on stdout; numbers that are not finite, which JSON does not know, are null."""
     plain_data = json.loads(json.dumps(data, default=_plain), parse_constant=lambda _: None)
@@ -45,10 +52,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str |
                  for head, width in zip(heads, widths, strict=True)]  # fmt: skip
     longest = [max(width, *map(len, head.split("\n"))) for head, width in zip(heads, widths, strict=True)]
     apart = 1 if sum(longest) + 3 * len(longest) <= room else 0
-    shown = Table(
-        box=SIMPLE_HEAD, padding=(0, apart), pad_edge=False,
-        title=title, title_justify="left", title_style="bold",
-    )  # fmt: skip
+    if title:
+        console.print(Text(plain(title), style="bold"), soft_wrap=True)
+    shown = Table(box=SIMPLE_HEAD, padding=(0, apart), pad_edge=False)
     for i, head in enumerate(heads):
         shown.add_column(Text(head), justify="left" if i == 0 else "right", no_wrap=True)
     for row in cells:

@@ -145,7 +145,7 @@ def soup(
     else:
         scoring = Scoring(
             model, templates, classnames, holdout, limit, skip_bad,
-            metric, precision, device, batch_size, journal, fresh,
+            metric, precision, device, batch_size, journal, fresh, quiet,
         )  # fmt: skip
         options = {"order": order, "seed": seed, "strict": strict}
         if kind == "learned":

@@ -66,11 +66,16 @@ def sweep(
             f"{done}/{trials}  {trial.file.name}  held-out {100 * trial.score:.2f} %", quiet=quiet or json
         )
 
+    def opened(text: str, role: str, limit: int | None = None) -> Any:
+        split = open_split(text, role=role, classnames=classnames, limit=limit, skip_bad=skip_bad)
+        show.left_out(split.source, split.skipped, len(split), quiet=quiet)
+        return split
+
     rows = table(
         finetune_sweep(
             None if base == "none" else load(base),
-            open_split(train, role="train", classnames=classnames, limit=limit, skip_bad=skip_bad),
-            open_split(val, role="val", classnames=classnames, skip_bad=skip_bad),
+            opened(train, "train", limit),
+            opened(val, "val"),
             output,
             trials=trials,
             space=found,

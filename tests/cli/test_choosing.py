@@ -67,7 +67,7 @@ def test_a_greedy_soup_writes_what_it_chose_and_says_why(
 
     _, talk = run(capsys, "soup", *given, "--val", VAL, *scoring, "-o", str(out), "--force")
     assert "5 of 5 checkpoints" in talk
-    assert "held out: top1" in talk
+    assert "held out: top-1" in talk
     document, _ = run(capsys, "soup", *given, "--greedy", "--val", VAL, "--limit", "100", "--json",
                       "--model", scoring[1])  # fmt: skip
     found = json.loads(document)

@@ -1,11 +1,14 @@
 """`clipmerge evaluate`, as it is typed."""
 
 import json
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from PIL import Image
 
+from clipmerge.evaluate.metrics import METRICS
 from clipmerge_cli.app import main
+from clipmerge_cli.options import Metric
 
 
 @pytest.fixture
@@ -56,8 +59,25 @@ def test_mistakes_are_told(files, tiny_model_file, capsys):
     assert "the weights do not fit the model" in capsys.readouterr().err
     assert main(["evaluate", *files, "--data", "a=digits", "--data", "a=digits#val"]) == 2
     assert "given twice" in capsys.readouterr().err
-    assert (
-        main(["evaluate", *files, "--model", str(tiny_model_file), "--data", "digits", "--metric", "acc"])
-        == 1
-    )
-    assert "there is no metric 'acc'" in capsys.readouterr().err
+    assert main(["evaluate", *files, "--data", "digits", "--metric", "acc"]) == 2
+    assert "'acc' is not one of 'top1'" in capsys.readouterr().err
+    assert main(["evaluate", *files, "--data", "digits", "--precision", "fp8"]) == 2
+    assert "'fp8' is not one of 'fp32', 'bf16', 'fp16'" in capsys.readouterr().err
+
+
+def test_metrics_on_offer_are_those_there_are():
+    assert get_args(get_args(Metric)[0]) == tuple(METRICS)
+
+
+def test_what_is_left_out_is_said(files, tiny_model_file, tmp_path, capsys):
+    for name in "ab":
+        (tmp_path / "set" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "set" / name / "good.png")
+    (tmp_path / "set" / "a" / "bad.jpg").write_bytes(b"no image")
+    (tmp_path / "set" / "c").mkdir()
+    given = ["evaluate", files[0], "--model", str(tiny_model_file), "--data", str(tmp_path / "set")]
+    assert main([*given, "--skip-bad"]) == 0
+    said = "left out 2 (class 'c': no images, … and 1 more); 2 images are used"
+    assert said in capsys.readouterr().err
+    assert main([*given, "--skip-bad", "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
