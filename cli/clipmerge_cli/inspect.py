@@ -74,7 +74,8 @@ def _show(summary: "Summary", model: dict[str, Any] | None) -> None:
     ]
     print(plain("\n".join(f"{label:<11} {value}" for label, value in facts)))
     print()
-    Console(soft_wrap=True, highlight=False, markup=False).print(tree(summary))
+    whole_lines = Console(width=10_000, soft_wrap=True, highlight=False, markup=False)
+    whole_lines.print(tree(summary))
     rows = [
         (
             part.tower if part.block is None else f"{part.tower}.block[{part.block}]",

@@ -88,12 +88,12 @@ def test_inspect_shows_selection_and_scores(run: Run) -> None:
     record = {
         "format": 1,
         "notation": "a",
-        "selection": {"by": "greedy_soup", "value": 0.9},
+        "selection": {"by": "greedy_soup", "data": "0" * 64, "value": 0.9},
         "scores": {"val": 0.9},
     }
     save_file({"x": np.float32([1])}, "s.safetensors", metadata=write_record(record))
     out = run("inspect", "s.safetensors", "--headers")[1]
-    assert "selection: by=greedy_soup, value=0.9" in out
+    assert f"selection: by=greedy_soup, data={'0' * 64}, value=0.9\n" in out  # whole, however narrow
     assert "scores: val=0.9" in out
 
 

@@ -160,6 +160,16 @@ def test_wrong_usage_is_exit_code_two(run: Run, arguments: tuple[str, ...]) -> N
     assert run("merge", *arguments)[0] == 2
 
 
+@pytest.mark.parametrize("scale", ["lots", "0.1,0.2", "0:1:0.5", "nan"])
+def test_a_scale_is_one_number(run: Run, scale: str) -> None:
+    for command in ("add", "negate"):
+        code, _, err = run(
+            command, "base.safetensors", "a.safetensors", "--scale", scale, "-o", "x.safetensors"
+        )
+        assert code == 2
+        assert f"'{scale}' is neither a number nor auto" in err
+
+
 def test_a_file_without_a_name_is_explained(run: Run) -> None:
     said = " ".join(run("merge", "a", "a.safetensors")[2].replace("│", " ").split())
     assert "'a.safetensors' is not NAME=FILE, such as a=a.pt" in said

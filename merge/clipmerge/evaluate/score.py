@@ -2,7 +2,7 @@
 
 import base64
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -33,8 +33,8 @@ class Score:
     metric: str
     metrics: Mapping[str, float]
     interval: tuple[float, float]
-    bits: Bits
-    predictions: npt.NDArray[np.int64] | None = None
+    bits: Bits = field(repr=False)
+    predictions: npt.NDArray[np.int64] | None = field(default=None, repr=False)
     images_scored: int = 0
 
     @property
