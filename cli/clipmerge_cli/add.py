@@ -110,7 +110,8 @@ def add(
     score of that task's own checkpoint; equal means take the smaller scale.
 
     \b
-    clipmerge add base.safetensors cars.safetensors dtd.safetensors --scale 0.4 -o both.safetensors
+    clipmerge add base.safetensors cars.safetensors dtd.safetensors \\
+        --scale 0.4 -o both.safetensors
     clipmerge add base.safetensors cars.safetensors dtd.safetensors --scale auto \\
         --val cars/val --val dtd/val -o both.safetensors
     """

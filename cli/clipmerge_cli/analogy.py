@@ -88,9 +88,11 @@ def analogy(
     """A is to B as C is to the result: base + scale * (C + B - A), all as task vectors.
 
     \b
-    clipmerge analogy base.safetensors --a photo-dogs.safetensors --b photo-lions.safetensors \\
-        --c sketch-dogs.safetensors -o sketch-lions.safetensors
-    clipmerge analogy base.safetensors --a A --b B --c C --scale auto --val images/val -o out.safetensors
+    clipmerge analogy base.safetensors --a photo-dogs.safetensors \\
+        --b photo-lions.safetensors --c sketch-dogs.safetensors \\
+        -o sketch-lions.safetensors
+    clipmerge analogy base.safetensors --a A --b B --c C --scale auto \\
+        --val images/val -o out.safetensors
     """
     from clipmerge.weights.expression import load_all
 

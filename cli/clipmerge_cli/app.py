@@ -125,7 +125,8 @@ def _explanation(function: Callable[..., Any]) -> str:
     paragraphs = []
     for paragraph in (inspect.getdoc(function) or "").split("\n\n"):
         if paragraph.startswith(("\b", "    ")):
-            paragraphs.append("\n".join(line.strip() for line in paragraph.strip("\b\n").splitlines()))
+            lines = paragraph.strip("\b\n").splitlines()
+            paragraphs.append("\n".join("  " * line.startswith("    ") + line.strip() for line in lines))
         else:
             paragraphs.append(" ".join(paragraph.split()))
     return "\n\n".join(paragraphs)

@@ -27,7 +27,8 @@ def compare(
     The distance is the norm of A - B divided by the norm of A. With --base also the norms of the task vectors
     A - base and B - base, and the cosine between them.
 
-    Example: [bold]clipmerge compare cars.safetensors dtd.safetensors --base zs.safetensors[/bold]
+    \b
+    clipmerge compare cars.safetensors dtd.safetensors --base zs.safetensors
     """
     from clipmerge.weights.compare import compare as measure
     from clipmerge.weights.expression import load

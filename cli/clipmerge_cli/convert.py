@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from clipmerge_cli.options import HUB_FILE, Force, Model, Output, Quiet
+from clipmerge_cli.options import HUB_FILE, Force, Json, Model, Output, Quiet
 
 
 class Layout(StrEnum):
@@ -23,6 +23,7 @@ def convert(
     to: Annotated[Layout, typer.Option("--to", help="Whose names to write.")] = Layout.open_clip,
     model: Model = None,
     force: Force = False,
+    json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Rewrite a checkpoint as safetensors under open_clip's or Hugging Face's names, bit for bit.
@@ -32,14 +33,13 @@ def convert(
     model where the checkpoint does not).
 
         clipmerge convert ViT-B-32.pt -o vit-b-32.safetensors
-
         clipmerge convert soup.safetensors --to huggingface -o soup-hf/
     """
     from clipmerge.checkpoint.convert import convert as write
     from clipmerge.checkpoint.convert import convert_folder
     from clipmerge.weights.expression import load
     from clipmerge_cli.progress import progress
-    from clipmerge_cli.show import say, wrote
+    from clipmerge_cli.show import document, say, wrote
 
     weights = load(checkpoint)
     (opened,) = weights.checkpoints
@@ -47,14 +47,19 @@ def convert(
         from clipmerge.model.spec import resolve_model
 
         record = resolve_model(model, weights).to_metadata()
-        with progress(quiet=quiet) as on_progress:
+        with progress(quiet=quiet or json) as on_progress:
             path = convert_folder(
                 opened, output.parent, to.value, record, force=force, on_progress=on_progress
             )
     else:
-        with progress(quiet=quiet) as on_progress:
+        with progress(quiet=quiet or json) as on_progress:
             path = write(opened, output, to.value, force=force, on_progress=on_progress)
-    if dropped := opened.extra.get("dropped"):
+    dropped = list(opened.extra.get("dropped", ()))
+    if json:
+        facts = {"from": opened.layout, "to": to.value, "output": path, "dropped": dropped}
+        document({"kind": "convert", **facts})
+        return
+    if dropped:
         say(f"left out, as {to.value} has no place for them: {', '.join(dropped)}", quiet=quiet)
     say(f"{opened.layout} → {to.value}, {len(opened.tensors)} tensors", quiet=quiet)
     wrote(path, quiet=quiet)

@@ -58,7 +58,8 @@ def evaluate(
 
     \b
     clipmerge evaluate ckpts/*.safetensors --model ViT-B-32 --data images/
-    clipmerge evaluate soup.safetensors --data id=digits#test --data shift=digits#test@rotate:30
+    clipmerge evaluate soup.safetensors --data id=digits#test \\
+        --data shift=digits#test@rotate:30
 
     A checkpoint that holds a trained head is scored by it, any other by a zero-shot head built from prompts.
     p is McNemar's: how surprising the difference to the first checkpoint would be, were both equally good.

@@ -134,9 +134,12 @@ def finetune(
     """Finetune a CLIP model on labelled images; what is written is ready for soup, interpolate and patch.
 
     \b
-    clipmerge finetune --base base.safetensors --train images/train --val images/val -o ft.safetensors
-    clipmerge finetune --base base.safetensors --train digits --method lp-ft --epochs 5 -o lpft.safetensors
-    torchrun --nproc-per-node 8 -m clipmerge finetune --base … --train … -o ft.safetensors
+    clipmerge finetune --base base.safetensors --train images/train \\
+        --val images/val -o ft.safetensors
+    clipmerge finetune --base base.safetensors --train digits \\
+        --method lp-ft --epochs 5 -o lpft.safetensors
+    torchrun --nproc-per-node 8 -m clipmerge finetune \\
+        --base … --train … -o ft.safetensors
 
     Killed? The same command with --resume goes on to the same bytes. DATA is a folder of class folders, a .npz,
     a CSV, WebDataset shards, Parquet, torchvision:NAME:ROOT, or digits.

@@ -98,9 +98,11 @@ def interpolate(
     written. Without images to score on, alpha is 0.5.
 
     \b
-    clipmerge interpolate base.safetensors ft.safetensors --alpha 0.5 -o out.safetensors
-    clipmerge interpolate base.safetensors ft.safetensors --alphas 0:1:0.1 --eval id=images/val \\
-        --eval shift=sketches/val --plot curve.png -o out.safetensors
+    clipmerge interpolate base.safetensors ft.safetensors --alpha 0.5 \\
+        -o out.safetensors
+    clipmerge interpolate base.safetensors ft.safetensors --alphas 0:1:0.1 \\
+        --eval id=images/val --eval shift=sketches/val \\
+        --plot curve.png -o out.safetensors
     """
     from clipmerge.weights.expression import interpolate as between
     from clipmerge.weights.expression import load_all

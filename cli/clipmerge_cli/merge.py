@@ -53,9 +53,11 @@ def merge(
     The sum of the coefficients must be 1 (a model) or 0 (a task vector).
 
     \b
-    clipmerge merge "base + 0.4*(a - base)" base=base.safetensors a=a.safetensors -o out.safetensors
+    clipmerge merge "base + 0.4*(a - base)" \\
+        base=base.safetensors a=a.safetensors -o out.safetensors
     clipmerge merge "mean(\\[a, b])" a=a.pt b=hf-hub:org/b -o soup/
-    clipmerge merge 'base + {"visual": 0.5}*(a - base)' base=b.safetensors a=a.safetensors --dry-run
+    clipmerge merge 'base + {"visual": 0.5}*(a - base)' \\
+        base=base.safetensors a=a.safetensors --dry-run
     clipmerge merge recipe.toml
 
     A recipe is TOML: expression = "...", a table \\[checkpoints] with name = "file" (relative to the recipe),

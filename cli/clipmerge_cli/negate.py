@@ -99,9 +99,10 @@ def negate(
     share --keep of the base's.
 
     \b
-    clipmerge negate base.safetensors cars.safetensors --scale 0.6 -o no-cars.safetensors
-    clipmerge negate base.safetensors cars.safetensors --scale auto --target cars/val \\
-        --control images/val -o no-cars.safetensors
+    clipmerge negate base.safetensors cars.safetensors --scale 0.6 \\
+        -o no-cars.safetensors
+    clipmerge negate base.safetensors cars.safetensors --scale auto \\
+        --target cars/val --control images/val -o no-cars.safetensors
     """
     from clipmerge.weights.expression import load_all
 

@@ -112,9 +112,11 @@ def patch(
     or all coefficients searched together (parallel).
 
     \b
-    clipmerge patch base.safetensors cars.safetensors --patch cars/val --supported images/val -o out.safetensors
-    clipmerge patch base.safetensors cars.safetensors dtd.safetensors --mode sequential \\
-        --patch cars/val --patch dtd/val --supported images/val -o out.safetensors
+    clipmerge patch base.safetensors cars.safetensors --patch cars/val \\
+        --supported images/val -o out.safetensors
+    clipmerge patch base.safetensors cars.safetensors dtd.safetensors \\
+        --mode sequential --patch cars/val --patch dtd/val \\
+        --supported images/val -o out.safetensors
     """
     from clipmerge.weights.expression import interpolate, load_all
 

@@ -117,9 +117,10 @@ def soup(
 
     \b
     clipmerge soup ckpts/*.safetensors -o soup.safetensors
-    clipmerge soup ckpts/*.safetensors --greedy --model ViT-B-32 --val images/val -o soup.safetensors
-    torchrun --nproc-per-node 8 -m clipmerge soup ckpts/*.safetensors --greedy --val images/val \\
-        --device cuda --precision bf16 -o soup.safetensors
+    clipmerge soup ckpts/*.safetensors --greedy --val images/val \\
+        --model ViT-B-32 -o soup.safetensors
+    torchrun --nproc-per-node 8 -m clipmerge soup ckpts/*.safetensors \\
+        --greedy --val images/val --device cuda --precision bf16 -o soup.safetensors
     """
     kind = _kind(greedy, learned, ensemble)
     if kind != "uniform" and val is None:

@@ -43,8 +43,10 @@ def sweep(
     """Finetune many times over a search space; what is left is ready for a soup.
 
     \b
-    clipmerge sweep --base base.safetensors --train images/train --val images/val --trials 72 -o runs/
-    clipmerge soup runs/trial-*.safetensors --greedy --val images/val -o soup.safetensors
+    clipmerge sweep --base base.safetensors --train images/train \\
+        --val images/val --trials 72 -o runs/
+    clipmerge soup runs/trial-*.safetensors --greedy \\
+        --val images/val -o soup.safetensors
 
     Start it as often as you like, on one machine or with a shared --storage on many: each worker takes trials until
     none is left. Killed workers' trials are taken over; called again, a sweep goes on.

@@ -40,7 +40,8 @@ def task_vector(
 
     \b
     clipmerge task-vector zs.safetensors cars.safetensors -o cars.tv.safetensors
-    clipmerge merge "zs + 0.4*cars" zs=zs.safetensors cars=cars.tv.safetensors -o added.safetensors
+    clipmerge merge "zs + 0.4*cars" \\
+        zs=zs.safetensors cars=cars.tv.safetensors -o added.safetensors
     """
     from clipmerge.weights.expression import load_all
     from clipmerge_cli.writing import Writing, merge_or_plan

@@ -45,6 +45,17 @@ def test_every_command_explains_itself_with_an_example(name: str, capsys: pytest
     assert f"clipmerge {name}" in capsys.readouterr().out.split("Usage:")[1].split("\n", 1)[1]
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_examples_fit_a_terminal_of_80_columns(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "500")
+    assert main([name, "--help"]) == 0
+    before_the_boxes = capsys.readouterr().out.split("╭")[0].splitlines()[2:]
+    examples = [line.rstrip() for line in before_the_boxes if "clipmerge " in line or " --" in line]
+    assert [line for line in examples if len(line) > 79 and not line.endswith(".")] == []
+
+
 def test_neither_help_nor_import_loads_a_heavy_library() -> None:
     code = (
         "import sys, clipmerge\n"

@@ -1,5 +1,6 @@
 """`clipmerge convert`, as a user types it."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,6 +21,17 @@ def test_a_training_checkpoint_becomes_safetensors(
     assert f"wrote {out}" in capsys.readouterr().err
     assert main(["convert", str(tmp_path / "epoch_1.pt"), "-o", str(out)]) == 1
     assert "already exists" in capsys.readouterr().err
+
+
+def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"logit_scale": torch.tensor(2.0)}, tmp_path / "a.pt")
+    out = tmp_path / "o.safetensors"
+    assert main(["convert", str(tmp_path / "a.pt"), "-o", str(out), "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == {
+        "kind": "convert", "from": "open_clip", "to": "open_clip", "output": str(out), "dropped": [],
+    }  # fmt: skip
+    assert said.err == ""
 
 
 def test_what_was_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
