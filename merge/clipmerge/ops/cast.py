@@ -115,23 +115,26 @@ def narrow(numbers: F64, dtype: str, out: npt.NDArray[Any], spare: tuple[F32, F3
     if _convert_by_torch(single, "F32", out, dtype):
         fits = not _has_specials(out, dtype)
         np.multiply(single, 1 / kind.scale, out=single)
-        doubtful = _between(single.view(np.uint32), kind, work.view(np.uint32))
+        wrong = _rounded_twice(single, numbers, kind, work)
     else:
         np.multiply(single, 1 / kind.scale, out=single)
-        doubtful = _between(single.view(np.uint32), kind, work.view(np.uint32))
+        wrong = _rounded_twice(single, numbers, kind, work)
         fits = _round_bits(single.view(np.uint32), kind, out, magnitude.view(np.uint32), work.view(np.uint32))
     if not fits:
         return _narrow_specials(numbers, kind, out)
-    if doubtful.any():
-        where = np.flatnonzero(doubtful)
-        out[where] = _narrow_exactly(numbers[where], kind)
+    if wrong.any():
+        out[wrong] = _narrow_exactly(numbers[wrong], kind)
     return True
 
 
-def _between(bits: U32, kind: _Narrow, work: U32) -> npt.NDArray[np.bool_]:
-    """Where a float32 lies exactly between two narrow numbers: by chance, or because it was rounded there."""
-    np.bitwise_and(bits, np.uint32((1 << kind.shift) - 1), out=work)
-    return np.equal(work, np.uint32(1 << (kind.shift - 1)))
+def _rounded_twice(scaled: F32, numbers: F64, kind: _Narrow, work: F32) -> npt.NDArray[np.bool_]:
+    """Where float32 rounded a number to exactly between two narrow ones, so that rounding again may go wrong."""
+    np.bitwise_and(scaled.view(np.uint32), np.uint32((1 << kind.shift) - 1), out=work.view(np.uint32))
+    between = np.equal(work.view(np.uint32), np.uint32(1 << (kind.shift - 1)))
+    if between.any():  # some are there by right: the mean of two halves often is
+        np.multiply(scaled, kind.scale, out=work)
+        between &= work != numbers
+    return between
 
 
 def _round_bits(bits: U32, kind: _Narrow, out: npt.NDArray[Any], magnitude: U32, work: U32) -> bool:
@@ -168,7 +171,7 @@ def _convert_by_torch(source: npt.NDArray[Any], dtype: str, target: npt.NDArray[
     return True
 
 
-_GRAIN = 16384
+_GRAIN = 32000
 
 
 def _narrow_exactly(numbers: F64, kind: _Narrow) -> npt.NDArray[Any]:
