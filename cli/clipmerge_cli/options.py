@@ -17,6 +17,8 @@ HUB_FILE = "open_clip_model.safetensors"
 def _output(text: str) -> Path:
     """`DIR/`, or a folder that exists, is the weights file of a Hub-ready folder."""
     path = Path(text).expanduser()
+    if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
+        raise typer.BadParameter(f"what is written is safetensors: -o {path.with_suffix('.safetensors')}")
     return path / HUB_FILE if text.endswith(("/", "\\")) or path.is_dir() else path
 
 

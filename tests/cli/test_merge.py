@@ -170,6 +170,13 @@ def test_a_scale_is_one_number(run: Run, scale: str) -> None:
         assert f"'{scale}' is neither a number nor auto" in err
 
 
+def test_an_output_named_as_torchs_is_refused(run: Run) -> None:
+    code, _, err = run("soup", "a.safetensors", "b.safetensors", "-o", "soup.pt")
+    assert code == 2
+    assert "what is written is safetensors: -o soup.safetensors" in " ".join(err.replace("│", " ").split())
+    assert not Path("soup.pt").exists()
+
+
 def test_a_file_without_a_name_is_explained(run: Run) -> None:
     said = " ".join(run("merge", "a", "a.safetensors")[2].replace("│", " ").split())
     assert "'a.safetensors' is not NAME=FILE, such as a=a.pt" in said
