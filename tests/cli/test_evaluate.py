@@ -62,7 +62,7 @@ def test_mistakes_are_told(files, tiny_model_file, capsys):
     assert main(["evaluate", *files, "--data", "digits", "--metric", "acc"]) == 2
     assert "'acc' is not one of 'top1'" in capsys.readouterr().err
     assert main(["evaluate", *files, "--data", "digits", "--precision", "fp8"]) == 2
-    assert "'fp8' is not one of 'fp32', 'bf16', 'fp16'" in capsys.readouterr().err
+    assert "'fp8' is not one of" in capsys.readouterr().err
 
 
 def test_metrics_on_offer_are_those_there_are():
