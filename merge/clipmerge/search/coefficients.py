@@ -57,12 +57,12 @@ class CoefficientsResult:
     images: Mapping[str, int]
 
     def table(self) -> Table:
-        """One row each time the figure rose, the last is the choice; its numbers while they fit on a screen."""
+        """One row each time the figure rose, and the choice, which ties may put last; numbers while they fit on a screen."""
         shown = tuple(self.coefficients) if len(self.coefficients) <= MOST_COLUMNS else ()
         headers = ("evaluation", *(f"×{name}" for name in shown), *self.chosen.scores, self.rule.name)
         rows, best = [], None
         for number, point in enumerate(self.history, 1):
-            if point.allowed and (best is None or point.value > best):
+            if point.allowed and (best is None or point.value > best or point is self.chosen):
                 best = point.value
                 numbers = (f"{point.coefficients[name]:g}" for name in shown)
                 marks = (percent(mark.value) for mark in point.scores.values())
