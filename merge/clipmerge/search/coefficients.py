@@ -57,7 +57,7 @@ class CoefficientsResult:
     images: Mapping[str, int]
 
     def table(self) -> Table:
-        """One row each time the figure rose, and the choice, which ties may put last; numbers while they fit on a screen."""
+        """One row each time the figure rose, then the choice; the numbers where they fit on a screen."""
         shown = tuple(self.coefficients) if len(self.coefficients) <= MOST_COLUMNS else ()
         headers = ("evaluation", *(f"×{name}" for name in shown), *self.chosen.scores, self.rule.name)
         rows, best = [], None
