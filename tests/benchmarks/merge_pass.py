@@ -8,6 +8,7 @@ and random numbers. Needs about 11 GB of disk and as much free memory for 16 x V
 """
 
 import argparse
+import json
 import os
 import shutil
 import statistics
@@ -34,8 +35,6 @@ def shapes_of(model: str) -> Shapes:
         f"with torch.device('meta'): m = open_clip.CLIP(**open_clip.get_model_config({model!r}))\n"
         "print(json.dumps({k: list(v.shape) for k, v in m.state_dict().items()}))"
     )
-    import json
-
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     return {name: tuple(shape) for name, shape in json.loads(out.splitlines()[-1]).items()}
 
@@ -44,7 +43,7 @@ def make(folder: Path, shapes: Shapes, dtype: str, count: int) -> list[Path]:
     """`count` checkpoints: one random base, each with noise of its own added."""
     kind = {"F32": np.float32, "F16": np.float16}[dtype]
     tensors = {name: Tensor(dtype, shape, ()) for name, shape in shapes.items()}
-    head, offsets, size = header(tensors, {"format": "pt"})
+    head, _offsets, size = header(tensors, {"format": "pt"})
     numel = (size - len(head)) // np.dtype(kind).itemsize
     rng = np.random.default_rng(0)
     noise = rng.standard_normal(1 << 22, dtype=np.float32) * 0.02
@@ -59,7 +58,6 @@ def make(folder: Path, shapes: Shapes, dtype: str, count: int) -> list[Path]:
             for start in range(0, numel, noise.size):
                 piece = np.roll(noise, start // noise.size + 7919 * i)[: min(noise.size, numel - start)]
                 file.write(piece.astype(kind).tobytes())
-    assert offsets
     return paths
 
 
@@ -134,7 +132,7 @@ def study(model: str, dtype: str, count: int, folder: Path, args: argparse.Names
     table(f"{count} x {model} {dtype}: in process", in_turns(ways, args.rounds, out))
     if args.quick or (model, dtype, count) != ("ViT-B-32", "F32", 8):
         return
-    soup = [sys.executable, "-m", "clipmerge", "soup", *map(str, paths), "-o", str(out), "--force"]
+    soup = [sys.executable, "-m", "clipmerge", "soup", *map(str, paths), "-o", str(out), "--force", "-q"]
     cache = folder / "cache"
     env = {**os.environ, "CLIPMERGE_CACHE": str(cache)}
 
@@ -183,7 +181,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="keep the checkpoints here")
     parser.add_argument("--mergekit", help="the mergekit-pytorch command")
-    parser.add_argument("--torch", action="store_true", help="import torch first")
     parser.add_argument("--quick", action="store_true", help="only the floor and ours, in process")
     parser.add_argument("--straight", nargs="+", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
@@ -191,10 +188,6 @@ def main() -> None:
     if args.straight:
         straight(args.straight, args.out)
         return
-    if args.torch:
-        import torch
-
-        torch.set_num_threads(1)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         for model in args.models:
@@ -203,7 +196,7 @@ def main() -> None:
                     size = {"ViT-B-32": 605e6, "ViT-L-14": 1710e6}.get(model, 2e9) * (
                         0.5 if dtype == "F16" else 1
                     )
-                    if (count + 2) * size > 0.8 * (free + 0):
+                    if (count + 2) * size > 0.8 * free:
                         print(
                             f"\n{count} x {model} {dtype}: left out, {count * size / 1e9:.0f} GB would not stay cached"
                         )

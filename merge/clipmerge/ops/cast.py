@@ -5,7 +5,6 @@ moving its bits into a float32's place (a shift and an exact multiplication) and
 adding and subtracting a power of two, which rounds to nearest even at the bit that the narrow type keeps.
 """
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -66,23 +65,32 @@ def widen(raw: npt.NDArray[Any], dtype: str, scratch: F32) -> npt.NDArray[Any]:
         return raw
     raw = raw.view(kind.bits)
     out = scratch[: raw.size]
-    if dtype == "F16" and _convert_by_torch(raw, dtype, out, "F32"):
-        return out
-    bits = out.view(np.int32)
     if dtype == "BF16":
         np.left_shift(raw, np.uint32(16), out=out.view(np.uint32), dtype=np.uint32, casting="unsafe")
         return out
-    # Sign-extend, move exponent and mantissa into place, drop the copies of the sign in between.
-    np.copyto(bits, raw.view(f"i{raw.itemsize}"), casting="unsafe")
-    np.left_shift(bits, kind.shift, out=bits)
-    mask = 0x80000000 | ((1 << (8 * raw.itemsize - 1)) - 1) << kind.shift
-    np.bitwise_and(bits, np.int32(mask - (1 << 32)), out=bits)
     if _has_specials(raw, dtype):
         with np.errstate(invalid="ignore"):  # signalling NaNs
             specials = _table(dtype)[raw] if raw.itemsize == 1 else raw.view(np.float16).astype(np.float32)
             np.copyto(out, specials)
         return out
-    return np.multiply(out, kind.scale, out=out)
+    return np.multiply(in_place(raw, dtype, out), kind.scale, out=out)
+
+
+def in_place(raw: npt.NDArray[Any], dtype: str, out: F32) -> F32:
+    """Finite fp16 or fp8 as float32 up to the power of two `scale_of(dtype)`: bits moved to where they belong."""
+    kind = _NARROW[dtype]
+    bits = out.view(np.int32)
+    # Sign-extend, move exponent and mantissa into place, drop the copies of the sign in between.
+    np.copyto(bits, raw.view(f"i{raw.itemsize}"), casting="unsafe")
+    np.left_shift(bits, kind.shift, out=bits)
+    mask = 0x80000000 | ((1 << (8 * raw.itemsize - 1)) - 1) << kind.shift
+    np.bitwise_and(bits, np.int32(mask - (1 << 32)), out=bits)
+    return out
+
+
+def scale_of(dtype: str) -> float:
+    """What `in_place` leaves to multiply by."""
+    return float(_NARROW[dtype].scale)
 
 
 def finite(raw: npt.NDArray[Any], dtype: str) -> bool:
@@ -112,14 +120,9 @@ def narrow(numbers: F64, dtype: str, out: npt.NDArray[Any], spare: tuple[F32, F3
     single, magnitude, work = (array[: numbers.size] for array in spare)
     np.copyto(single, numbers, casting="same_kind")
     out = out.view(kind.bits)
-    if _convert_by_torch(single, "F32", out, dtype):
-        fits = not _has_specials(out, dtype)
-        np.multiply(single, 1 / kind.scale, out=single)
-        wrong = _rounded_twice(single, numbers, kind, work)
-    else:
-        np.multiply(single, 1 / kind.scale, out=single)
-        wrong = _rounded_twice(single, numbers, kind, work)
-        fits = _round_bits(single.view(np.uint32), kind, out, magnitude.view(np.uint32), work.view(np.uint32))
+    np.multiply(single, 1 / kind.scale, out=single)
+    wrong = _rounded_twice(single, numbers, kind, work)
+    fits = _round_bits(single.view(np.uint32), kind, out, magnitude.view(np.uint32), work.view(np.uint32))
     if not fits:
         return _narrow_specials(numbers, kind, out)
     if wrong.any():
@@ -153,25 +156,6 @@ def _round_bits(bits: U32, kind: _Narrow, out: npt.NDArray[Any], magnitude: U32,
     np.bitwise_or(magnitude, bits, out=magnitude)
     np.copyto(out, magnitude, casting="unsafe")
     return True
-
-
-def _convert_by_torch(source: npt.NDArray[Any], dtype: str, target: npt.NDArray[Any], to: str) -> bool:
-    """Convert between float32 and a half with the processor's own instructions, where torch is imported anyway.
-
-    In pieces below torch's grain size: its own threads would get in the way of ours.
-    """
-    torch = sys.modules.get("torch")
-    kinds = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-    if torch is None or dtype not in kinds or to not in kinds:
-        return False
-    reads = torch.from_numpy(source.view(f"i{source.itemsize}")).view(getattr(torch, kinds[dtype]))
-    writes = torch.from_numpy(target.view(f"i{target.itemsize}")).view(getattr(torch, kinds[to]))
-    for start in range(0, source.size, _GRAIN):
-        writes[start : start + _GRAIN].copy_(reads[start : start + _GRAIN])
-    return True
-
-
-_GRAIN = 32000
 
 
 def _narrow_exactly(numbers: F64, kind: _Narrow) -> npt.NDArray[Any]:
@@ -211,15 +195,32 @@ def to_float64(raw: npt.NDArray[Any], dtype: str) -> F64:
         return wide.astype(np.float64).reshape(raw.shape)
 
 
+def float32_share(raw: npt.NDArray[Any], dtype: str) -> float:
+    """How much of the range in which float32 adds numbers of this dtype exactly its largest number takes.
+
+    Every fp16 is a multiple of 2**-24, and float32 holds all multiples of it up to 1: while the shares of several
+    inputs add up to at most 1, so does float32, and no order of adding rounds anything.
+    """
+    kind = _NARROW[dtype]
+    code = _largest_code(raw, kind)
+    if code >= kind.infinity:
+        return float("inf")
+    value = float(np.array([code << kind.shift], np.uint32).view(np.float32)[0] * kind.scale)
+    return value / 2.0 ** (24 + 1 - kind.bias - kind.mantissa)
+
+
 def _has_specials(raw: npt.NDArray[Any], dtype: str) -> bool:
     """NaN or infinity somewhere: the exponent field full (E4M3 spends only one pattern on NaN)."""
+    return _largest_code(raw, _NARROW[dtype]) >= _NARROW[dtype].infinity
+
+
+def _largest_code(raw: npt.NDArray[Any], kind: _Narrow) -> int:
+    """The bits of the largest magnitude."""
     if raw.size == 0:
-        return False
-    kind = _NARROW[dtype]
-    raw = raw.view(kind.bits)
+        return 0
     magnitude = (1 << (8 * raw.itemsize - 1)) - 1
-    signed = raw.view(f"i{raw.itemsize}")
-    return int(signed.max()) >= kind.infinity or (int(raw.max()) & magnitude) >= kind.infinity
+    raw = raw.view(kind.bits)
+    return max(int(raw.view(f"i{raw.itemsize}").max()), int(raw.max()) & magnitude)
 
 
 def _table(dtype: str) -> F32:

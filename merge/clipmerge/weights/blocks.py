@@ -15,13 +15,14 @@ import numpy as np
 
 from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import ITEMSIZE, Bytes, Extent, Tensor, storage_dtype
-from clipmerge.ops.cast import finite, narrow, spare_for, widen
+from clipmerge.ops.cast import finite, float32_share, in_place, narrow, scale_of, spare_for, widen
 from clipmerge.weights.plan import Step
 
 BLOCK = 1 << 18
-"""Elements that a thread takes at a time and writes with one call."""
-CHUNK = 1 << 17
-"""Elements combined at a time: their float64 sum stays in a core's own cache."""
+"""Elements that a thread takes at a time, reads with one call an input and writes with one.
+
+Smaller blocks would stay in a core's own cache, but threads then wait for the interpreter more than they gain.
+"""
 
 Sink = Callable[[int, Bytes], None]
 """Takes (byte offset in the destination, bytes)."""
@@ -89,10 +90,10 @@ class Buffers:
     """What one thread works in."""
 
     def __init__(self) -> None:
-        self.total = np.empty(CHUNK, np.float64)
-        self.term = np.empty(CHUNK, np.float64)
-        self.spare = spare_for(CHUNK)
-        self.raw = np.empty(CHUNK * 8, np.uint8)
+        self.total = np.empty(BLOCK, np.float64)
+        self.term = np.empty(BLOCK, np.float64)
+        self.spare = spare_for(BLOCK)
+        self.raw = np.empty(BLOCK * 8, np.uint8)
         self.out = np.empty(BLOCK * 8, np.uint8)
 
 
@@ -176,12 +177,9 @@ def _block(run: Run, start: int, stop: int, reader: Reader, buffers: Buffers, no
         if not finite(out.view(storage_dtype(dtype)), dtype):
             not_finite(run, start, stop)
         return out
-    for low in range(start, stop, CHUNK):
-        high = min(low + CHUNK, stop)
-        total = _combine(run, low, high, reader, buffers)
-        piece = out[(low - start) * size : (high - start) * size].view(storage_dtype(dtype))
-        if not narrow(total, dtype, piece, buffers.spare):
-            not_finite(run, low, high)
+    total = _combine(run, start, stop, reader, buffers)
+    if not narrow(total, dtype, out.view(storage_dtype(dtype)), buffers.spare):
+        not_finite(run, start, stop)
     return out
 
 
@@ -194,15 +192,12 @@ def _combine(
     run: Run, low: int, high: int, reader: Reader, buffers: Buffers
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Σ factor·input / divisor for elements [low, high), in the thread's float64 buffer."""
-    count = high - low
-    total = buffers.total[:count]
+    total = buffers.total[: high - low]
+    done = _exact_in_float32(run, low, high, reader, buffers)
     if not run.terms:
         total[:] = 0.0
-    for i, (factor, tensor) in enumerate(run.terms):
-        size = ITEMSIZE[tensor.dtype]
-        raw = buffers.raw[: count * size]
-        reader.into(tensor, low * size, raw)
-        values = widen(raw.view(storage_dtype(tensor.dtype)), tensor.dtype, buffers.spare[0])
+    for i, (factor, tensor) in enumerate(run.terms[done:], done):
+        values = widen(_raw(tensor, low, high, reader, buffers), tensor.dtype, buffers.spare[0])
         if i == 0:
             np.multiply(values, factor, out=total, dtype=np.float64) if factor != 1 else np.copyto(
                 total, values
@@ -210,7 +205,7 @@ def _combine(
         elif factor == 1:
             np.add(total, values, out=total)
         else:
-            term = buffers.term[:count]
+            term = buffers.term[: high - low]
             np.multiply(values, factor, out=term, dtype=np.float64)
             np.add(total, term, out=total)
     divisor = run.head.divisor
@@ -219,3 +214,32 @@ def _combine(
     else:
         np.divide(total, divisor, out=total)
     return total
+
+
+def _exact_in_float32(run: Run, low: int, high: int, reader: Reader, buffers: Buffers) -> int:
+    """Sum leading terms of one narrow dtype in float32, twice as fast, while nothing is rounded; how many."""
+    singles = buffers.spare[1][: high - low]
+    dtype = run.terms[0][1].dtype if run.terms else ""
+    room, done = 1.0, 0
+    for factor, tensor in run.terms if dtype in ("F16", "F8_E4M3", "F8_E5M2") else ():
+        if factor != 1 or tensor.dtype != dtype:
+            break
+        raw = _raw(tensor, low, high, reader, buffers)
+        room -= float32_share(raw, dtype)
+        if room < 0:
+            break
+        values = in_place(raw, dtype, buffers.spare[0][: high - low] if done else singles)
+        if done:
+            np.add(singles, values, out=singles)
+        done += 1
+    if done:
+        np.multiply(singles, scale_of(dtype), out=buffers.total[: high - low], dtype=np.float64)
+    return done
+
+
+def _raw(tensor: Tensor, low: int, high: int, reader: Reader, buffers: Buffers) -> np.ndarray[Any, Any]:
+    """Elements [low, high) as stored, in the thread's buffer."""
+    size = ITEMSIZE[tensor.dtype]
+    raw = buffers.raw[: (high - low) * size]
+    reader.into(tensor, low * size, raw)
+    return raw.view(storage_dtype(tensor.dtype))

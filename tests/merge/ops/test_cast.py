@@ -1,7 +1,5 @@
 """Stored bits and numbers: every code of every narrow type, against torch."""
 
-import sys
-
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -19,13 +17,6 @@ TORCH = {
     "F8_E4M3": torch.float8_e4m3fn,
 }
 NARROW = sorted(TORCH)
-
-
-@pytest.fixture(params=["numpy", "torch"], autouse=True)
-def converter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways: with torch's instructions, and as in a process that has not imported torch."""
-    if request.param == "numpy":
-        monkeypatch.setitem(sys.modules, "torch", None)
 
 
 def codes(dtype: str) -> npt.NDArray[np.generic]:

@@ -91,9 +91,21 @@ def test_blocks_and_chunks_do_not_show(point: Point, arrays: Arrays, monkeypatch
     a, b, c = (rng.standard_normal(5000).astype("f4") for _ in range(3))
     merged = mean([point("a", x=a), point("b", x=b), point("c", x=c)])
     whole = arrays(merged)["x"].tobytes()
-    monkeypatch.setattr(blocks, "BLOCK", 96)
-    monkeypatch.setattr(blocks, "CHUNK", 32)
+    monkeypatch.setattr(blocks, "BLOCK", 32)
     assert arrays(merged)["x"].tobytes() == whole
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F8_E4M3", "F8_E5M2"])
+@pytest.mark.parametrize("size", [1e-6, 0.02, 0.3, 30.0])
+def test_narrow_sums_are_exact_whatever_they_are_summed_in(
+    point: Point, arrays: Arrays, dtype: str, size: float
+) -> None:
+    from clipmerge.ops.cast import to_float64
+
+    rng = np.random.default_rng(2)
+    points = [point(f"p{i}", x=(dtype, rng.standard_normal(2000) * size)) for i in range(7)]
+    stored = [to_float64(p.checkpoints[0].read("x"), dtype) for p in points]
+    np.testing.assert_array_equal(arrays(mean(points), "F64")["x"], sum(stored) / 7)
 
 
 def test_integers_are_copied_and_must_agree(point: Point, arrays: Arrays) -> None:
