@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from clipmerge.data.cache import cache_dir, written_whole
+from clipmerge.checkpoint.cache import cache_dir, written_whole
 from clipmerge.data.images import Images, Picked
 from clipmerge.errors import DataError, OutputError
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from blake3 import blake3
 from torch import Tensor
 
-from clipmerge.data.cache import cache_dir
+from clipmerge.checkpoint.cache import cache_dir
 from clipmerge.data.pixels import pixels
 from clipmerge.data.prompts import templates as resolve_templates
 from clipmerge.errors import DataError, ModelError, SelectionError, nearest

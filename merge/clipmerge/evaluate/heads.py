@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from clipmerge.data.cache import written_whole
+from clipmerge.checkpoint.cache import written_whole
 from clipmerge.data.prompts import prompts
 from clipmerge.weights.names import tower_of
 

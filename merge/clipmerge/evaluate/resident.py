@@ -42,10 +42,6 @@ class Resident:
         load_weights(self.module, weights)
         self._names = weights.names
 
-    @property
-    def has_trained_head(self) -> bool:
-        return hasattr(self.module, "classification_head")
-
     def hold(self) -> None:
         """The mean is now what the model holds."""
         floats = self._floats()

@@ -22,7 +22,6 @@ from clipmerge.errors import OutputError, TrainingError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import Tensor
 
 __all__ = [
     "StoppedBySignalError",
@@ -108,11 +107,6 @@ def restore_generators(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def copied(values: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
-    """Tensors on the CPU that later steps do not change."""
-    return {name: value.detach().cpu().clone() for name, value in values.items()}
 
 
 @contextmanager

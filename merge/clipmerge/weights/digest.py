@@ -5,15 +5,15 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from secrets import token_hex
 from threading import local
 
 import numpy as np
 from blake3 import blake3
 
-from clipmerge.checkpoint.cache import cache_dir
+from clipmerge.checkpoint.cache import cache_dir, written_whole
 from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import Bytes, Checkpoint, Tensor, names_digest
+from clipmerge.errors import OutputError
 
 PIECE = 1 << 20
 """Bytes read and hashed at a time."""
@@ -97,8 +97,5 @@ def _known_path(checkpoint: Checkpoint) -> Path | None:
 
 def _remember(path: Path, digest: str) -> None:
     """A cache that cannot be written is no reason to stop."""
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{token_hex(4)}")
-        temporary.write_text(digest)
-        temporary.replace(path)
+    with suppress(OutputError), written_whole(path) as sibling:
+        sibling.write_text(digest)

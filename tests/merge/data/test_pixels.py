@@ -12,7 +12,7 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
-from clipmerge.data.cache import cache_dir
+from clipmerge.checkpoint.cache import cache_dir
 from clipmerge.data.pixels import normalise, pixels
 from clipmerge.data.split import Split, open_split
 from clipmerge.errors import DataError, OutputError
