@@ -1,13 +1,12 @@
 """How every figure looks, and how it is written: same numbers and same matplotlib, same bytes."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipmerge.errors import OutputError
+from clipmerge.report.tables import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,21 +52,7 @@ def figure(path: str | Path, *, width: float = 6.4, height: float = 4.4) -> Iter
             metadata = {"Date": None, "Creator": None} if target.suffix == ".svg" else {"Software": None}
             content = BytesIO()
             drawn.savefig(content, format=target.suffix[1:], dpi=150, facecolor="white", metadata=metadata)
-            _write(target, content.getvalue())
-
-
-def _write(target: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    sibling = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        sibling.write_bytes(content)
-        sibling.replace(target)
-    except OSError as error:
-        sibling.unlink(missing_ok=True)
-        raise OutputError(
-            f"the figure {target} cannot be written: {error.strerror or error}",
-            hint="the folder must exist and be writable",
-        ) from error
+            write_whole(target, content.getvalue(), what="the figure ")
 
 
 def targets(path: str | Path) -> list[Path]:

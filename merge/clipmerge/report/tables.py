@@ -33,15 +33,27 @@ def _rule(widths: Sequence[int]) -> str:
 def write_json(document: Mapping[str, Any], path: str | Path) -> Path:
     """Write a JSON document, whole or not at all; keys keep their order, NaN is refused."""
     target = Path(path)
-    sibling = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_whole(target, text.encode())
+    return target
+
+
+def write_whole(target: Path, content: bytes, *, what: str = "") -> None:
+    """Write a small file, whole or not at all; one that is there is replaced.
+
+    Args:
+        what: how an error calls it, such as "the figure ".
+
+    Raises:
+        OutputError: its folder does not exist or cannot be written, or the disk is full.
+    """
+    sibling = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        sibling.write_text(text, encoding="utf-8")
+        sibling.write_bytes(content)
         sibling.replace(target)
     except OSError as error:
         sibling.unlink(missing_ok=True)
         raise OutputError(
-            f"{target} cannot be written: {error.strerror or error}",
+            f"{what}{target} cannot be written: {error.strerror or error}",
             hint="the folder must exist and be writable",
         ) from error
-    return target
