@@ -110,9 +110,11 @@ class Reader:
                 found = self._open.get(path)
                 if found is None:
                     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                    found = self._open[path] = (descriptor, stamp(os.fstat(descriptor)))
+                    found = (descriptor, stamp(os.fstat(descriptor)))
                     if self._expected.get(path, {found[1]}) != {found[1]}:
+                        os.close(descriptor)  # no other thread may read it
                         raise CheckpointError(
                             f"{path} changed after it was opened", hint="load it again when it is complete"
                         )
+                    self._open[path] = found
         return found[0]

@@ -43,7 +43,7 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
     Raises:
         OutputError: it cannot be written; the last one is still there.
     """
-    sibling = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    sibling = path.with_name(f".{path.name}.tmp")  # one name: what a killed run left, the next save replaces
     try:
         with sibling.open("wb") as file:
             torch.save(dict(state), file)
