@@ -4,8 +4,9 @@ First touch of fresh memory is slower than arithmetic (about 1 GB/s), so each th
 fit its cache and reads into them; nothing grows with the size or number of inputs.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import frexp
 from threading import Lock, Thread
@@ -15,13 +16,15 @@ import numpy as np
 
 from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import ITEMSIZE, Bytes, Extent, Tensor, storage_dtype
-from clipmerge.ops.cast import finite, float32_share, in_place, narrow, scale_of, spare_for, widen
+from clipmerge.ops.cast import F32, F64, Rounded, finite, narrow, scratch_for, widen
 from clipmerge.weights.plan import Step
+from clipmerge.weights.singles import SUMMED, Singles
 
 BLOCK = 1 << 18
 """Elements that a thread takes at a time, reads with one call an input and writes with one.
 
-Smaller blocks would stay in a core's own cache, but threads then wait for the interpreter more than they gain.
+Smaller blocks would stay in a core's own cache, but threads then wait for the interpreter more than they gain. Halves
+that are summed in float32 come in blocks twice as long, for the same reason.
 """
 
 Sink = Callable[[int, Bytes], None]
@@ -89,10 +92,12 @@ def _joined(x: Tensor, y: Tensor) -> Tensor:
 class Buffers:
     """What one thread works in."""
 
-    def __init__(self) -> None:
-        self.total = np.empty(BLOCK, np.float64)
-        self.term = np.empty(BLOCK, np.float64)
-        self.spare = spare_for(BLOCK)
+    def __init__(self, torch: Any = None) -> None:
+        numel = 2 * BLOCK  # memory that no block uses is never touched, and costs nothing
+        self.total = np.empty(numel, np.float64)
+        self.term = np.empty(numel, np.float64)
+        self.scratch = scratch_for(numel, torch)
+        self.singles = Singles(numel, self.scratch)
         self.raw = np.empty(BLOCK * 8, np.uint8)
         self.out = np.empty(BLOCK * 8, np.uint8)
 
@@ -120,52 +125,76 @@ def run_blocks(
     failures: list[BaseException] = []
     done = 0
 
-    def work() -> None:
+    def work(torch: Any) -> None:
         nonlocal done
-        buffers = Buffers()
-        while True:
-            with lock:
-                block = None if failures else next(blocks, None)
-            if block is None:
-                return
-            try:
+        try:
+            if torch:  # each thread converts its own blocks, and subnormals are numbers
+                torch.set_num_threads(1)
+                torch.set_flush_denormal(False)
+            buffers = Buffers(torch)
+            while True:
+                with lock:
+                    block = None if failures else next(blocks, None)
+                if block is None:
+                    return
                 run, start, stop = block
-                written = _block(run, start, stop, reader, buffers, not_finite)
+                with np.errstate(all="ignore"):  # what is not finite is found and reported, not warned about
+                    written = _block(run, start, stop, reader, buffers, not_finite)
                 run.sink(run.offset + start * ITEMSIZE[run.head.dtype], written)
                 if on_done:
                     with lock:
                         done += written.size
                         on_done(done)
-            except BaseException as error:  # handed to the caller, whatever it is
-                with lock:
-                    failures.append(error)
-                return
+        except BaseException as error:  # handed to the caller, whatever it is
+            with lock:
+                failures.append(error)
 
-    def quietly() -> None:
-        with np.errstate(all="ignore"):  # what is not finite is found and reported, not warned about
-            work()
-
-    workers: list[Thread] = []
-    try:
-        with suppress(RuntimeError):  # the system allows no more threads: fewer do the same work
-            for _ in range(threads - 1):
-                workers.append(Thread(target=quietly, daemon=True))
-                workers[-1].start()
-        quietly()
-    finally:
-        with lock:
-            blocks = iter(())
-        for worker in workers:
-            if worker.ident is not None:  # it did start
+    with _torch_if_imported() as torch:
+        started: list[Thread] = []
+        try:
+            with suppress(RuntimeError):  # the system allows no more threads: fewer do the same work
+                for _ in range(threads):
+                    worker = Thread(target=work, args=[torch], daemon=True)
+                    worker.start()
+                    started.append(worker)
+            if not started:  # this thread is the caller's: its settings are left alone
+                work(None)
+            for worker in started:
+                worker.join()
+        finally:  # interrupted: the others stop after the block they are in
+            with lock:
+                blocks = iter(())
+            for worker in started:
                 worker.join()
     if failures:
         raise failures[0]
 
 
+@contextmanager
+def _torch_if_imported() -> Iterator[Any]:
+    """torch, where the program has it already: nothing here imports it. Its thread count is as before afterwards."""
+    torch = sys.modules.get("torch")
+    if torch is None or getattr(torch.__spec__, "_initializing", False):
+        yield None
+        return
+    threads = torch.get_num_threads()
+    try:
+        yield torch
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _blocks(runs: Sequence[Run]) -> Iterator[tuple[Run, int, int]]:
     for run in runs:
-        for start in range(0, run.numel, BLOCK):
-            yield run, start, min(start + BLOCK, run.numel)
+        length = 2 * BLOCK if _sums_halves(run) else BLOCK
+        for start in range(0, run.numel, length):
+            yield run, start, min(start + length, run.numel)
+
+
+def _sums_halves(run: Run) -> bool:
+    """Whether the whole sum may be had in float32."""
+    dtype = run.head.dtype
+    return bool(run.terms) and dtype in SUMMED and all(f == 1 and t.dtype == dtype for f, t in run.terms)
 
 
 def _block(run: Run, start: int, stop: int, reader: Reader, buffers: Buffers, not_finite: NotFinite) -> Bytes:
@@ -177,8 +206,8 @@ def _block(run: Run, start: int, stop: int, reader: Reader, buffers: Buffers, no
         if not finite(out.view(storage_dtype(dtype)), dtype):
             not_finite(run, start, stop)
         return out
-    total = _combine(run, start, stop, reader, buffers)
-    if not narrow(total, dtype, out.view(storage_dtype(dtype)), buffers.spare):
+    numbers, rounded = _combine(run, start, stop, reader, buffers)
+    if not narrow(numbers, dtype, out.view(storage_dtype(dtype)), buffers.scratch, rounded):
         not_finite(run, start, stop)
     return out
 
@@ -190,14 +219,24 @@ def _is_copy(run: Run) -> bool:
 
 def _combine(
     run: Run, low: int, high: int, reader: Reader, buffers: Buffers
-) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Σ factor·input / divisor for elements [low, high), in the thread's float64 buffer."""
-    total = buffers.total[: high - low]
-    done = _exact_in_float32(run, low, high, reader, buffers)
+) -> tuple[F32 | F64, Rounded | None]:
+    """Σ factor·input / divisor for elements [low, high), in the thread's buffers, as `narrow` takes it."""
+    total, term = buffers.total[: high - low], buffers.term[: high - low]
+    divisor, done = run.head.divisor, 0
+    dtype = run.terms[0][1].dtype if run.terms else ""
+    buffers.singles.begin(high - low, dtype)
+    if _sums_halves(run):
+        while done < len(run.terms):
+            if not buffers.singles.add(_raw(run.terms[done][1], low, high, reader, buffers), total, term):
+                break
+            done += 1
+        if done == len(run.terms) and (mean := buffers.singles.over(divisor)):
+            return mean
+    buffers.singles.spill(total, term)
     if not run.terms:
         total[:] = 0.0
     for i, (factor, tensor) in enumerate(run.terms[done:], done):
-        values = widen(_raw(tensor, low, high, reader, buffers), tensor.dtype, buffers.spare[0])
+        values = widen(_raw(tensor, low, high, reader, buffers), tensor.dtype, buffers.scratch)
         if i == 0:
             np.multiply(values, factor, out=total, dtype=np.float64) if factor != 1 else np.copyto(
                 total, values
@@ -205,36 +244,13 @@ def _combine(
         elif factor == 1:
             np.add(total, values, out=total)
         else:
-            term = buffers.term[: high - low]
             np.multiply(values, factor, out=term, dtype=np.float64)
             np.add(total, term, out=total)
-    divisor = run.head.divisor
     if frexp(divisor)[0] == 0.5:  # a power of two: its reciprocal is exact, and faster to apply
         np.multiply(total, 1 / divisor, out=total) if divisor != 1 else None
     else:
         np.divide(total, divisor, out=total)
-    return total
-
-
-def _exact_in_float32(run: Run, low: int, high: int, reader: Reader, buffers: Buffers) -> int:
-    """Sum leading terms of one narrow dtype in float32, twice as fast, while nothing is rounded; how many."""
-    singles = buffers.spare[1][: high - low]
-    dtype = run.terms[0][1].dtype if run.terms else ""
-    room, done = 1.0, 0
-    for factor, tensor in run.terms if dtype in ("F16", "F8_E4M3", "F8_E5M2") else ():
-        if factor != 1 or tensor.dtype != dtype:
-            break
-        raw = _raw(tensor, low, high, reader, buffers)
-        room -= float32_share(raw, dtype)
-        if room < 0:
-            break
-        values = in_place(raw, dtype, buffers.spare[0][: high - low] if done else singles)
-        if done:
-            np.add(singles, values, out=singles)
-        done += 1
-    if done:
-        np.multiply(singles, scale_of(dtype), out=buffers.total[: high - low], dtype=np.float64)
-    return done
+    return total, None
 
 
 def _raw(tensor: Tensor, low: int, high: int, reader: Reader, buffers: Buffers) -> np.ndarray[Any, Any]:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import ITEMSIZE, Checkpoint, Tensor, iter_blocks, storage_dtype
-from clipmerge.ops.cast import widen
+from clipmerge.ops.cast import scratch_for, widen
 from clipmerge.weights.check import check, reference_of
 from clipmerge.weights.expression import Progress, Weights
 from clipmerge.weights.run import evaluate_weights
@@ -163,5 +163,5 @@ def _read(tensor: Tensor, start: int, stop: int, reader: Reader) -> F64:
     size = ITEMSIZE[tensor.dtype]
     raw = np.empty((stop - start) * size, np.uint8)
     reader.into(tensor, start * size, raw)
-    wide = widen(raw.view(storage_dtype(tensor.dtype)), tensor.dtype, np.empty(stop - start, np.float32))
+    wide = widen(raw.view(storage_dtype(tensor.dtype)), tensor.dtype, scratch_for(stop - start))
     return wide.astype(np.float64)

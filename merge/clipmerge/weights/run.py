@@ -12,7 +12,7 @@ from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import Bytes, Checkpoint, Tensor, storage_dtype
 from clipmerge.checkpoint.write import check_target, new_files, write_at
 from clipmerge.errors import MismatchError, NonFiniteError
-from clipmerge.ops.cast import narrow, spare_for, to_float64
+from clipmerge.ops.cast import narrow, scratch_for, to_float64
 from clipmerge.weights.blocks import Run, Sink, join, run_blocks
 from clipmerge.weights.expression import Progress, Weights
 from clipmerge.weights.nonfinite import explain, overflow, refuse_inputs
@@ -147,7 +147,7 @@ def _whole(step: Step, reader: Reader, allow_nonfinite: bool) -> Bytes:
         numbers = _weighted(parts, step.shape) / step.divisor
     flat = np.ascontiguousarray(numbers, np.float64).reshape(-1)
     out = np.empty(flat.size, storage_dtype(step.dtype))
-    if not narrow(flat, step.dtype, out, spare_for(flat.size)) and not allow_nonfinite:
+    if not narrow(flat, step.dtype, out, scratch_for(flat.size)) and not allow_nonfinite:
         explain(step, reader, flat)
         overflow(step, float("inf"))
     return out.view(np.uint8)

@@ -10,7 +10,7 @@ import numpy as np
 
 from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import ITEMSIZE, Checkpoint, Tensor, iter_blocks, storage_dtype
-from clipmerge.ops.cast import finite, widen
+from clipmerge.ops.cast import finite, scratch_for, widen
 from clipmerge.weights.digest import content_digest
 from clipmerge.weights.expression import Progress
 from clipmerge.weights.names import TOWERS, block_of, tower_of
@@ -130,7 +130,7 @@ def _nonfinite(tensor: Tensor, reader: Reader) -> int:
 def _count(raw: np.ndarray[Any, Any], dtype: str) -> int:
     if finite(raw, dtype):
         return 0
-    return int(np.count_nonzero(~np.isfinite(widen(raw, dtype, np.empty(raw.size, np.float32)))))
+    return int(np.count_nonzero(~np.isfinite(widen(raw, dtype, scratch_for(raw.size)))))
 
 
 def _part(

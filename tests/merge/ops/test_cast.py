@@ -1,4 +1,6 @@
-"""Stored bits and numbers: every code of every narrow type, against torch."""
+"""Stored bits and numbers: every code of every narrow type, against torch, with torch's help and without."""
+
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -8,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipmerge.checkpoint.tensors import storage_dtype
-from clipmerge.ops.cast import LARGEST, finite, narrow, spare_for, to_float64, widen
+from clipmerge.ops.cast import FINEST, LARGEST, Scratch, finite, narrow, scratch_for, to_float64, widen
 
 TORCH = {
     "F16": torch.float16,
@@ -17,12 +19,24 @@ TORCH = {
     "F8_E4M3": torch.float8_e4m3fn,
 }
 NARROW = sorted(TORCH)
+Narrowed = Callable[[npt.ArrayLike, str], tuple[npt.NDArray[np.generic], bool]]
+
+
+@pytest.fixture(scope="module", params=[None, torch], ids=["numpy", "torch"])
+def scratch(request: pytest.FixtureRequest) -> Scratch:
+    """Conversions by numpy alone, and by torch where it is the faster."""
+    return scratch_for(1 << 18, request.param)
 
 
 def codes(dtype: str) -> npt.NDArray[np.generic]:
     """Every bit pattern of a narrow type."""
     width = storage_dtype("U16" if dtype in ("F16", "BF16") else "U8")
     return np.arange(1 << (8 * width.itemsize), dtype=width)
+
+
+def smallest(dtype: str) -> float:
+    """The smallest number above 0."""
+    return float(to_float64(np.ones(1, codes(dtype).dtype), dtype)[0]) if dtype in TORCH else 2.0**-1000
 
 
 def by_torch(raw: npt.NDArray[np.generic], dtype: str) -> npt.NDArray[np.float32]:
@@ -35,33 +49,50 @@ def rounded_by_torch(numbers: npt.NDArray[np.float32], dtype: str) -> npt.NDArra
     return torch.from_numpy(numbers.copy()).to(TORCH[dtype]).view(unsigned).numpy()
 
 
-def narrowed(numbers: npt.ArrayLike, dtype: str) -> tuple[npt.NDArray[np.generic], bool]:
-    array = np.array(numbers, np.float64)
-    out = np.empty(array.size, storage_dtype(dtype))
-    with np.errstate(all="ignore"):
-        every = narrow(array, dtype, out, spare_for(array.size))
-    return out.view(codes(dtype).dtype) if dtype in TORCH else out, every
+@pytest.fixture(scope="module")
+def narrowed(scratch: Scratch) -> Narrowed:
+    """(codes, whether all are finite): from float64, and from float32 alike where that may be."""
+
+    def narrowed(numbers: npt.ArrayLike, dtype: str) -> tuple[npt.NDArray[np.generic], bool]:
+        array = np.array(numbers, np.float64)
+        out = np.empty(array.size, storage_dtype(dtype))
+        with np.errstate(all="ignore"):
+            every = narrow(array, dtype, out, scratch)
+            single = array.astype(np.float32)
+            parts = single / (smallest(dtype) / FINEST)
+            if np.array_equal(single, array, equal_nan=True) and np.array_equal(
+                parts, np.trunc(parts), equal_nan=True
+            ):
+                again = np.empty_like(out)
+                assert narrow(single, dtype, again, scratch) == every
+                assert again.tobytes() == out.tobytes()
+                assert np.array_equal(single, array, equal_nan=True)  # it is not used up
+        return out.view(codes(dtype).dtype) if dtype in TORCH else out, every
+
+    return narrowed
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-def test_every_code_widens_to_its_number(dtype: str) -> None:
+def test_every_code_widens_to_its_number(dtype: str, scratch: Scratch) -> None:
     raw = codes(dtype)
-    got = widen(raw, dtype, np.empty(raw.size, np.float32))
+    got = widen(raw, dtype, scratch)
     np.testing.assert_array_equal(got, by_torch(raw, dtype))
     np.testing.assert_array_equal(to_float64(raw, dtype), by_torch(raw, dtype))
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-def test_every_finite_code_widens_bit_for_bit_where_nothing_special_is_near(dtype: str) -> None:
+def test_every_finite_code_widens_bit_for_bit_where_nothing_special_is_near(
+    dtype: str, scratch: Scratch
+) -> None:
     """The fast path: no NaN or infinity among the elements; the sign of zero counts."""
     raw = codes(dtype)
     raw = raw[np.isfinite(by_torch(raw, dtype))]
-    got = widen(raw, dtype, np.empty(raw.size, np.float32))
+    got = widen(raw, dtype, scratch)
     np.testing.assert_array_equal(got.view(np.uint32), by_torch(raw, dtype).view(np.uint32))
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-def test_every_finite_code_survives_the_round_trip(dtype: str) -> None:
+def test_every_finite_code_survives_the_round_trip(dtype: str, narrowed: Narrowed) -> None:
     raw = codes(dtype)
     raw = raw[np.isfinite(by_torch(raw, dtype))]
     back, every = narrowed(to_float64(raw, dtype), dtype)
@@ -79,7 +110,7 @@ def test_every_code_is_finite_exactly_where_torch_says_so(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-def test_random_numbers_round_as_torch_rounds_them(dtype: str) -> None:
+def test_random_numbers_round_as_torch_rounds_them(dtype: str, narrowed: Narrowed) -> None:
     rng = np.random.default_rng(0)
     spread = np.exp2(rng.uniform(-40, 16, 100_000))
     numbers = (rng.standard_normal(100_000) * spread).astype(np.float32)
@@ -90,7 +121,7 @@ def test_random_numbers_round_as_torch_rounds_them(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-def test_midpoints_go_to_even_and_their_neighbours_do_not(dtype: str) -> None:
+def test_midpoints_go_to_even_and_their_neighbours_do_not(dtype: str, narrowed: Narrowed) -> None:
     raw = codes(dtype)
     numbers = np.unique(by_torch(raw, dtype)[np.isfinite(by_torch(raw, dtype))].astype(np.float64))
     middles = (numbers[1:] + numbers[:-1]) / 2
@@ -103,7 +134,7 @@ def test_midpoints_go_to_even_and_their_neighbours_do_not(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-def test_what_does_not_fit_is_written_as_such_and_told(dtype: str) -> None:
+def test_what_does_not_fit_is_written_as_such_and_told(dtype: str, narrowed: Narrowed) -> None:
     largest, special = LARGEST[dtype], np.nan if dtype == "F8_E4M3" else np.inf
     out, every = narrowed([1.0, np.nan, np.inf, -np.inf, 1e39, -1e39, largest, -largest], dtype)
     assert not every
@@ -112,7 +143,7 @@ def test_what_does_not_fit_is_written_as_such_and_told(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-def test_a_little_over_the_largest_still_rounds_down(dtype: str) -> None:
+def test_a_little_over_the_largest_still_rounds_down(dtype: str, narrowed: Narrowed) -> None:
     largest = LARGEST[dtype]
     out, every = narrowed([np.nextafter(largest, np.inf)], dtype)
     assert every
@@ -120,7 +151,7 @@ def test_a_little_over_the_largest_still_rounds_down(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F64"])
-def test_wide_types_are_stored_as_numpy_stores_them(dtype: str) -> None:
+def test_wide_types_are_stored_as_numpy_stores_them(dtype: str, narrowed: Narrowed) -> None:
     numbers = [0.1, -0.0, 1e-300, 3.0]
     out, every = narrowed(numbers, dtype)
     assert every
@@ -129,25 +160,32 @@ def test_wide_types_are_stored_as_numpy_stores_them(dtype: str) -> None:
     assert narrowed([np.nan, 1.0], dtype)[1] is False
 
 
-def test_overflow_of_float32_is_told() -> None:
+def test_overflow_of_float32_is_told(narrowed: Narrowed) -> None:
     assert narrowed([1e39], "F32")[1] is False
     assert narrowed([LARGEST["F32"]], "F32")[1] is True
 
 
 @pytest.mark.parametrize("dtype", [*NARROW, "F32", "F64"])
-def test_nothing_is_finite_and_rounds_to_nothing(dtype: str) -> None:
+def test_nothing_is_finite_and_rounds_to_nothing(dtype: str, narrowed: Narrowed, scratch: Scratch) -> None:
     empty = np.empty(0, storage_dtype(dtype))
     assert finite(empty, dtype)
     assert narrowed([], dtype)[1]
-    assert widen(empty, dtype, np.empty(0, np.float32)).size == 0
+    assert widen(empty, dtype, scratch).size == 0
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("parts", [1, 2, FINEST])
+def test_means_round_the_same_from_float32(dtype: str, parts: int, narrowed: Narrowed) -> None:
+    """`narrowed` compares; down to parts of the smallest number, and midpoints among them."""
+    step = smallest(dtype) / parts
+    counts = np.concatenate([np.arange(5000), 2 ** np.arange(24) + 1, 2 ** np.arange(24) * 3 // 2])
+    numbers = counts[counts * step <= LARGEST[dtype]] * step
+    assert narrowed(np.concatenate([numbers, -numbers]), dtype)[1]
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    st.lists(st.floats(-60000, 60000, allow_subnormal=True), min_size=1, max_size=30),
-    st.sampled_from(["F16"]),
-)
-def test_halves_round_once_from_float64_as_numpy_does(numbers: list[float], dtype: str) -> None:
+@given(numbers=st.lists(st.floats(-60000, 60000, allow_subnormal=True), min_size=1, max_size=30))
+def test_halves_round_once_from_float64_as_numpy_does(numbers: list[float], narrowed: Narrowed) -> None:
     """numpy's double → half rounds once; torch's rounds twice and would fail here."""
-    out, _ = narrowed(numbers, dtype)
+    out, _ = narrowed(numbers, "F16")
     np.testing.assert_array_equal(out.view(np.float16), np.array(numbers).astype(np.float16))

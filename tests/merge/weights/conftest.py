@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from clipmerge.checkpoint.tensors import Checkpoint, Extent, Tensor, storage_dtype
-from clipmerge.ops.cast import narrow, spare_for
+from clipmerge.ops.cast import narrow, scratch_for
 from clipmerge.weights.coefficient import Coefficient
 from clipmerge.weights.expression import Weights
 from clipmerge.weights.plan import make_plan
@@ -27,7 +27,7 @@ def _stored(value: Any) -> Tensor:
     if isinstance(value, tuple):
         dtype, numbers = value[0], np.array(value[1], np.float64)
         array = np.empty(numbers.size, storage_dtype(dtype))
-        narrow(numbers.reshape(-1), dtype, array, spare_for(numbers.size))
+        narrow(numbers.reshape(-1), dtype, array, scratch_for(numbers.size))
         array = array.reshape(numbers.shape)
     else:
         array = value if isinstance(value, np.ndarray) else np.array(value, np.float32)

@@ -1,6 +1,8 @@
 """Plan → numbers: values, dtypes, integers, blocks, progress. (Same bytes and memory: tests/merge/trust.)"""
 
+import sys
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -97,15 +99,35 @@ def test_blocks_and_chunks_do_not_show(point: Point, arrays: Arrays, monkeypatch
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "F8_E4M3", "F8_E5M2"])
 @pytest.mark.parametrize("size", [1e-6, 0.02, 0.3, 30.0])
+@pytest.mark.parametrize("helped", [True, False], ids=["torch", "numpy"])
 def test_narrow_sums_are_exact_whatever_they_are_summed_in(
-    point: Point, arrays: Arrays, dtype: str, size: float
+    point: Point, arrays: Arrays, dtype: str, size: float, helped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from clipmerge.ops.cast import to_float64
 
+    if not helped:
+        monkeypatch.setitem(sys.modules, "torch", None)
     rng = np.random.default_rng(2)
     points = [point(f"p{i}", x=(dtype, rng.standard_normal(2000) * size)) for i in range(7)]
     stored = [to_float64(p.checkpoints[0].read("x"), dtype) for p in points]
     np.testing.assert_array_equal(arrays(mean(points), "F64")["x"], sum(stored) / 7)
+
+
+@pytest.mark.parametrize("helped", [True, False], ids=["torch", "numpy"])
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 16, 17, 40])
+@pytest.mark.parametrize("size", [1e-7, 3e-5, 0.02, 0.05, 0.3, 3000.0])
+def test_means_of_halves_round_once(
+    point: Point, arrays: Arrays, count: int, size: float, helped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Near each other like finetuned models; the sizes take one, two and more float32 sums, and float64."""
+    if not helped:
+        monkeypatch.setitem(sys.modules, "torch", None)
+    rng = np.random.default_rng(count)
+    base = rng.standard_normal(20_000)
+    stored = [((base + 0.1 * rng.standard_normal(base.size)) * size).astype(np.float16) for _ in range(count)]
+    got = arrays(mean([point(f"p{i}", x=x) for i, x in enumerate(stored)]))["x"]
+    exact = reduce(np.add, [x.astype(np.float64) for x in stored]) / count
+    assert got.tobytes() == exact.astype(np.float16).tobytes()  # numpy rounds float64 to halves once
 
 
 def test_integers_are_copied_and_must_agree(point: Point, arrays: Arrays) -> None:
