@@ -104,6 +104,7 @@ def in_turns(ways: dict[str, Callable[[], None]], rounds: int, out: Path) -> dic
     for number in range(rounds + 1):
         for name, way in ways.items():
             out.unlink(missing_ok=True)
+            os.sync()  # nobody pays for what another wrote
             start = time.perf_counter()
             way()
             if number:

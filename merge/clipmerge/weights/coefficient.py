@@ -102,6 +102,8 @@ class Coefficient:
 
     def at(self, name: str) -> Fraction:
         """The value for the tensor of this name."""
+        if len(self._terms) == 1 and () in self._terms:
+            return self._terms[()]
         return sum((value * _product(factors, name) for factors, value in self._terms.items()), Fraction(0))
 
     def __str__(self) -> str:

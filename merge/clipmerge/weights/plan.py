@@ -148,7 +148,7 @@ def _integer_step(name: str, weights: Weights, reference: Checkpoint) -> Step:
 def integer_factors(coefficients: list[Fraction]) -> tuple[list[float], float]:
     """Σ c·x as (Σ n·x) / d, small integers where there are some: a mean sums exactly and divides once."""
     divisor = lcm(*(c.denominator for c in coefficients)) if coefficients else 1
-    whole = [c * divisor for c in coefficients]
+    whole = [c.numerator * (divisor // c.denominator) for c in coefficients]
     if divisor <= EXACT and all(abs(n) <= EXACT for n in whole):
         return [float(n) for n in whole], float(divisor)
     return [_float(c) for c in coefficients], 1.0
@@ -199,10 +199,11 @@ def _content_keys(checkpoints: Sequence[Checkpoint]) -> dict[Checkpoint, str]:
 def fingerprint(checkpoint: Checkpoint, reader: Reader) -> str:
     """A cheap digest of the contents: names, shapes, dtypes and the first 64 bytes of every tensor."""
     digest = blake3()
+    buffer = np.empty(64, np.uint8)
     for name, tensor in checkpoint.tensors.items():
         digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
         if tensor.strides is None and tensor.nbytes:
-            head = np.empty(min(64, tensor.nbytes), np.uint8)
+            head = buffer[: tensor.nbytes]
             reader.into(tensor, 0, head)
-            digest.update(head.tobytes())
+            digest.update(head.data)
     return digest.hexdigest()
