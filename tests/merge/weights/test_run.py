@@ -262,3 +262,25 @@ def test_a_state_dict_is_what_would_be_saved(point: Point, arrays: Arrays) -> No
     assert found["x"].tolist() == [2.0, 2.0]
     assert found["n"].item() == 3
     assert mean([a, b]).state_dict("fp32")["x"].dtype == torch.float32
+
+
+def test_torch_is_left_as_it_was_and_subnormals_are_numbers(point: Point, arrays: Arrays) -> None:
+    """A program's own settings: its threads, and that subnormals count as zero, which would lose tiny halves."""
+    import torch
+
+    tiny = np.float16([6e-8, -1.2e-7, 3e-5, 1.0])
+    single = np.float32([1e-45, -1e-40, 3e-39, 1.0])
+    merged = mean([point(n, half=tiny, single=single) for n in "ab"])
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        if not torch.set_flush_denormal(True):
+            pytest.skip("this processor cannot treat subnormals as zero")
+        got = arrays(merged)
+        assert torch.get_num_threads() == 3
+        assert torch.tensor([1e-39]).mul(1.0).item() == 0.0  # still as the program wants it
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(before)
+    assert got["half"].tobytes() == tiny.tobytes()
+    assert got["single"].tobytes() == single.tobytes()
