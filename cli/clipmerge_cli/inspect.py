@@ -10,6 +10,7 @@ from clipmerge_cli.options import Json, Quiet
 if TYPE_CHECKING:
     from rich.tree import Tree
 
+    from clipmerge.weights.provenance import Parent
     from clipmerge.weights.summary import Summary
 
 
@@ -123,14 +124,20 @@ def tree(summary: "Summary") -> "Tree":
 def _grow(branch: "Tree", record: Mapping[str, Any]) -> None:
     from rich.text import Text
 
-    from clipmerge.weights.provenance import is_original, parents_of
+    from clipmerge.weights.provenance import bases_of, is_original, parents_of
     from clipmerge_cli.show import plain
 
     for parent in () if is_original(record) else parents_of(record):
-        file = parent.file or "in memory"
-        digest = f"  {parent.digest[:12]}…" if parent.digest else ""
-        what = _made(f"{parent.name}: {file}{digest}", parent.made)
+        what = _made(f"{parent.name}: {_file(parent)}", parent.made)
         _grow(branch.add(Text(plain(what))), parent.made)
+    for base in bases_of(record):
+        branch.add(Text(plain(f"trained from: {_file(base)}")))
+
+
+def _file(parent: "Parent") -> str:
+    """Its name and the beginning of its digest."""
+    digest = f"  {parent.digest[:12]}…" if parent.digest else ""
+    return (parent.file or "in memory") + digest
 
 
 def _made(what: str, record: Mapping[str, Any]) -> str:

@@ -65,6 +65,19 @@ def test_inspect_tells_the_whole_story(run: Run) -> None:
     assert "visual.conv1.weight F32 4×3 0" in lines
 
 
+def test_inspect_goes_back_to_what_a_training_started_from(run: Run) -> None:
+    base = {"file": "base.safetensors", "digest": "ab" * 32}
+    for name in ("x", "y"):
+        trained = write_record({"format": 1, "training": {"method": "flyp", "base": [base]}})
+        save_file({"w": np.float32([1])}, f"{name}.safetensors", metadata=trained)
+    assert "── trained from: base.safetensors  abababababab…" in run("inspect", "x.safetensors")[1]
+    run("soup", "x.safetensors", "y.safetensors", "-o", "both.safetensors", "-q")
+    assert run("inspect", "both.safetensors")[1].count("── trained from: base.safetensors") == 2
+    odd = write_record({"format": 1, "training": {"base": [3, {"file": 4}, "x"]}})  # a stranger's file
+    save_file({"w": np.float32([1])}, "odd.safetensors", metadata=odd)
+    assert "trained from: in memory" in run("inspect", "odd.safetensors")[1]
+
+
 def test_inspect_as_json(run: Run) -> None:
     found = json.loads(run("inspect", "wise.safetensors", "--json", "--tensors")[1])
     assert found["parameters"] == 22

@@ -106,19 +106,25 @@ def parents_of(record: Mapping[str, Any]) -> tuple[Parent, ...]:
     """The parents in a record, sorted by name; entries that are not ours are left out."""
     found = record.get("parents")
     entries = found.items() if isinstance(found, Mapping) else ()
-    out = []
-    for name, entry in sorted(entries):
-        if isinstance(entry, Mapping):
-            file, digest, made = entry.get("file"), entry.get("digest"), entry.get("made")
-            out.append(
-                Parent(
-                    name,
-                    file if isinstance(file, str) else None,
-                    digest if isinstance(digest, str) else None,
-                    made if isinstance(made, Mapping) else {},
-                )
-            )
-    return tuple(out)
+    return tuple(_parent(name, entry) for name, entry in sorted(entries) if isinstance(entry, Mapping))
+
+
+def bases_of(record: Mapping[str, Any]) -> tuple[Parent, ...]:
+    """The checkpoints that training started from, where the record is of a trained file."""
+    training = record.get("training")
+    found = training.get("base") if isinstance(training, Mapping) else None
+    entries = found if isinstance(found, list) else ()
+    return tuple(_parent("base", entry) for entry in entries if isinstance(entry, Mapping))
+
+
+def _parent(name: str, entry: Mapping[str, Any]) -> Parent:
+    file, digest, made = entry.get("file"), entry.get("digest"), entry.get("made")
+    return Parent(
+        name,
+        file if isinstance(file, str) else None,
+        digest if isinstance(digest, str) else None,
+        made if isinstance(made, Mapping) else {},
+    )
 
 
 def is_original(record: Mapping[str, Any]) -> bool:
