@@ -21,6 +21,7 @@ from clipmerge_cli.options import (
     Model,
     NoDigests,
     Precision,
+    PushToHub,
     Quiet,
     ShardSize,
     SkipBad,
@@ -81,6 +82,7 @@ def analogy(
     threads: Threads = None,
     no_digests: NoDigests = False,
     fsync: Fsync = False,
+    push_to_hub: PushToHub = None,
     dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -99,7 +101,7 @@ def analogy(
     start, first, second, third = load_all([base, a, b, c])
     writing = Writing(
         output, force, dtype, shard_size, allow_nonfinite, threads,
-        digests=not no_digests, fsync=fsync,
+        digests=not no_digests, fsync=fsync, model=model, push_to_hub=push_to_hub,
     )  # fmt: skip
     writing.check(start, first, second, third)
 

@@ -21,6 +21,7 @@ from clipmerge_cli.options import (
     Model,
     NoDigests,
     Precision,
+    PushToHub,
     Quiet,
     ShardSize,
     SkipBad,
@@ -88,6 +89,7 @@ def interpolate(
     threads: Threads = None,
     no_digests: NoDigests = False,
     fsync: Fsync = False,
+    push_to_hub: PushToHub = None,
     dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -115,7 +117,7 @@ def interpolate(
     start, end = load_all([base, finetuned])
     writing = Writing(
         output, force, dtype, shard_size, allow_nonfinite, threads,
-        digests=not no_digests, fsync=fsync,
+        digests=not no_digests, fsync=fsync, model=model, push_to_hub=push_to_hub,
     )  # fmt: skip
     writing.check(start, end)
     if not eval:

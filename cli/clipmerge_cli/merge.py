@@ -5,7 +5,6 @@ from typing import Annotated
 import typer
 
 from clipmerge_cli.options import (
-    HUB_FILE,
     AllowNonfinite,
     DryRun,
     Dtype,
@@ -15,6 +14,7 @@ from clipmerge_cli.options import (
     MaybeOutput,
     Model,
     NoDigests,
+    PushToHub,
     Quiet,
     ShardSize,
     Threads,
@@ -40,11 +40,7 @@ def merge(
     no_digests: NoDigests = False,
     fsync: Fsync = False,
     model: Model = None,
-    push_to_hub: Annotated[
-        str | None,
-        typer.Option("--push-to-hub", metavar="ORG/NAME", help="Upload the folder written with -o DIR/.",
-                     rich_help_panel="Output"),
-    ] = None,
+    push_to_hub: PushToHub = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
@@ -70,15 +66,8 @@ def merge(
     recipe = read_recipe(expression) if expression.endswith(".toml") else Recipe(expression, {})
     weights = Recipe(recipe.expression, {**recipe.checkpoints, **given}).weights()
     target = output or recipe.output
-    if push_to_hub and (target is None or target.name != HUB_FILE):
-        raise typer.BadParameter("goes with a folder: -o DIR/", param_hint="--push-to-hub")
     writing = Writing(
         target, force, dtype or recipe.dtype, shard_size or recipe.shard_size, allow_nonfinite, threads,
-        digests=not no_digests, fsync=fsync, model=model,
+        digests=not no_digests, fsync=fsync, model=model, push_to_hub=push_to_hub,
     )  # fmt: skip
-    written = merge_or_plan(weights, writing, dry_run, json, quiet)
-    if push_to_hub and written is not None:
-        from clipmerge.report.hub import push
-        from clipmerge_cli.show import say
-
-        say(f"uploaded to {push(written, push_to_hub)}", quiet=quiet)
+    merge_or_plan(weights, writing, dry_run, json, quiet)

@@ -21,6 +21,7 @@ from clipmerge_cli.options import (
     Model,
     NoDigests,
     Precision,
+    PushToHub,
     Quiet,
     ShardSize,
     SkipBad,
@@ -89,6 +90,7 @@ def negate(
     threads: Threads = None,
     no_digests: NoDigests = False,
     fsync: Fsync = False,
+    push_to_hub: PushToHub = None,
     dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -109,7 +111,7 @@ def negate(
     start, tuned = load_all([base, finetuned])
     writing = Writing(
         output, force, dtype, shard_size, allow_nonfinite, threads,
-        digests=not no_digests, fsync=fsync,
+        digests=not no_digests, fsync=fsync, model=model, push_to_hub=push_to_hub,
     )  # fmt: skip
     writing.check(start, tuned)
 

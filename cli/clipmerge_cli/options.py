@@ -76,6 +76,11 @@ Fsync = Annotated[
     typer.Option("--fsync", help="Return when the output is on the disk, not in its cache.",
                  rich_help_panel=_OUTPUT),
 ]  # fmt: skip
+PushToHub = Annotated[
+    str | None,
+    typer.Option("--push-to-hub", metavar="ORG/NAME", help="Upload the folder written with -o DIR/.",
+                 show_default=False, rich_help_panel=_OUTPUT),
+]  # fmt: skip
 
 Model = Annotated[
     str | None,

@@ -207,8 +207,7 @@ def choose(
     show_result(result, written, plot, json=json, quiet=quiet)
     if is_first():
         show.say(f"chose {chosen_text(result)}", quiet=quiet)
-        if written is not None:
-            show.wrote(written, quiet=quiet)
+        writing.finish(written, quiet=quiet)
 
 
 def chosen_text(result: Any) -> str:

@@ -1,6 +1,5 @@
 """`clipmerge soup`: uniform, greedy and learned soups."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,6 +22,7 @@ from clipmerge_cli.options import (
     Model,
     NoDigests,
     Precision,
+    PushToHub,
     Quiet,
     ShardSize,
     SkipBad,
@@ -106,6 +106,7 @@ def soup(
     threads: Threads = None,
     no_digests: NoDigests = False,
     fsync: Fsync = False,
+    push_to_hub: PushToHub = None,
     dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -136,13 +137,13 @@ def soup(
     weights = load_all(checkpoints)
     writing = Writing(
         output, force, dtype, shard_size, allow_nonfinite, threads,
-        digests=not no_digests, fsync=fsync,
+        digests=not no_digests, fsync=fsync, model=model, push_to_hub=push_to_hub,
     )  # fmt: skip
     writing.check(*weights, based=False)
     if dry_run:
         _plan(weights, writing, kind, json)
     elif kind == "uniform" and val is None:
-        _uniform(weights, writing, model, json, quiet)
+        _uniform(weights, writing, json, quiet)
     else:
         scoring = Scoring(
             model, templates, classnames, holdout, limit, skip_bad,
@@ -158,7 +159,9 @@ def soup(
             if is_first() and kind != "ensemble":
                 written = writing.write(result.weights, _record(result, evaluator), on_progress)
         show_result(result, written, plot, json=json, quiet=quiet)
-        _say(result, written, quiet)
+        if is_first():
+            _say(result, quiet)
+            writing.finish(written, quiet=quiet)
 
 
 def _kind(greedy: bool, learned: bool, ensemble: bool) -> str:
@@ -168,23 +171,18 @@ def _kind(greedy: bool, learned: bool, ensemble: bool) -> str:
     return wanted[0] if wanted else "uniform"
 
 
-def _uniform(weights: "list[Weights]", writing: Writing, model: str | None, json: bool, quiet: bool) -> None:
+def _uniform(weights: "list[Weights]", writing: Writing, json: bool, quiet: bool) -> None:
     from clipmerge.search.soup import uniform_soup
     from clipmerge_cli.progress import progress
 
     result = uniform_soup(weights)
-    metadata: dict[str, Any] = {}
-    if model is not None:
-        from clipmerge.model import resolve_model
-
-        metadata["model"] = resolve_model(model, *weights).to_metadata()
     with progress(quiet=quiet or json) as on_progress:
-        written = writing.write(result.weights, metadata, on_progress)
+        written = writing.write(result.weights, None, on_progress)
     if json:
         show.document(result.to_json() | {"output": written})
     if written is not None:
         show.say(f"mean of {len(weights)} checkpoints", quiet=quiet)
-        show.wrote(written, quiet=quiet)
+    writing.finish(written, quiet=quiet)
 
 
 def _plan(weights: "list[Weights]", writing: Writing, kind: str, json: bool) -> None:
@@ -232,13 +230,9 @@ def _record(result: Any, evaluator: Any) -> dict[str, Any]:
     return {"model": evaluator.model.to_metadata(), "selection": chosen}
 
 
-def _say(result: Any, written: Path | None, quiet: bool) -> None:
-    if not is_first():
-        return
+def _say(result: Any, quiet: bool) -> None:
     show.say(f"{len(result.ingredients)} of {len(result.names)} checkpoints", quiet=quiet)
     say_score(result.score, quiet=quiet)
     images = getattr(result, "images", None)
     if images and images["saved"]:
         show.say(f"{images['scored']} images scored, {images['saved']} saved", quiet=quiet)
-    if written is not None:
-        show.wrote(written, quiet=quiet)

@@ -25,6 +25,7 @@ class Writing:
         digests: whether the parents' content digests are recorded, which `verify` needs.
         fsync: whether to wait until the output is on the disk.
         model: what --model said, recorded in the file; None keeps what the checkpoints record.
+        push_to_hub: ORG/NAME to upload the folder to that is written.
     """
 
     output: Path | None
@@ -36,6 +37,11 @@ class Writing:
     digests: bool = True
     fsync: bool = False
     model: str | None = None
+    push_to_hub: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.push_to_hub and (self.output is None or self.output.name != HUB_FILE):
+            raise typer.BadParameter("goes with a folder: -o DIR/", param_hint="--push-to-hub")
 
     def check(self, *weights: "Weights", based: bool = True) -> None:
         """Refuse what would be refused at the end, before any work is done.
@@ -104,22 +110,29 @@ class Writing:
 
         return save_folder(weights, self.output.parent, metadata=extra, **options)
 
+    def finish(self, written: Path | None, *, quiet: bool) -> None:
+        """What is left once the results are shown: say what was written, and upload it if that was asked for."""
+        if written is None:
+            return
+        show.wrote(written, quiet=quiet)
+        if self.push_to_hub:
+            from clipmerge.report.hub import push
 
-def merge_or_plan(
-    weights: "Weights", writing: Writing, dry_run: bool, json: bool, quiet: bool
-) -> Path | None:
-    """Write weights that nobody has to choose, or with `--dry-run` show what would be written; what was written."""
+            show.say(f"uploaded to {push(written, self.push_to_hub)}", quiet=quiet)
+
+
+def merge_or_plan(weights: "Weights", writing: Writing, dry_run: bool, json: bool, quiet: bool) -> None:
+    """Write weights that nobody has to choose, or with `--dry-run` show what would be written."""
     if dry_run:
         plan(weights, writing, json=json)
-        return None
+        return
     if writing.output is None:
         raise typer.BadParameter("say where to write: -o FILE", param_hint="--output")
     with progress(quiet=quiet or json) as on_progress:
         written = writing.write(weights, None, on_progress)
     if json:
         show.document({"kind": "merge", "notation": repr(weights), "output": written})
-    show.wrote(written or writing.output, quiet=quiet or json)
-    return written
+    writing.finish(written, quiet=quiet or json)
 
 
 def plan(weights: "Weights", writing: Writing, *, json: bool) -> None:

@@ -253,6 +253,32 @@ def test_the_command_writes_and_pushes_a_folder(
     assert (tmp_path / "merged" / WEIGHTS).exists()
 
 
+@pytest.mark.parametrize("command", ["soup", "interpolate"])
+def test_every_command_that_merges_pushes(
+    hub: type[FakeHub],
+    tiny_checkpoints: Mapping[str, Path],
+    tiny_model_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    from clipmerge_cli.app import main
+
+    arguments = [
+        command,
+        *map(str, [tiny_checkpoints["ft0"], tiny_checkpoints["ft1"]]),
+        "--push-to-hub",
+        "org/s",
+    ]
+    model = ["--model", str(tiny_model_file)]
+    assert main([*arguments, *model, "-o", f"{tmp_path}/file.safetensors"]) == 2
+    assert "goes with a folder: -o DIR/" in capsys.readouterr().err
+    assert hub.calls == []
+    assert main([*arguments, *model, "-o", f"{tmp_path}/soup/"]) == 0
+    said = capsys.readouterr().err
+    assert said.index("wrote ") < said.index("uploaded to https://hub/org/s")
+
+
 @pytest.mark.slow
 def test_open_clip_loads_a_merged_file_of_a_real_model(tmp_path: Path) -> None:
     import open_clip
