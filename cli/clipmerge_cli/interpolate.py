@@ -122,6 +122,8 @@ def interpolate(
     writing.check(start, end)
     if not eval:
         merge_or_plan(between(start, end, 0.5 if alpha is None else alpha), writing, dry_run, json, quiet)
+        if alpha is not None and not 0 <= alpha <= 1:
+            show.say(f"alpha {alpha:g} lies beyond the two models: this extrapolates", quiet=quiet)
         return
     data = splits_of(eval, ["id", *(f"shift{i}" for i in range(1, len(eval)))])
     if dry_run:

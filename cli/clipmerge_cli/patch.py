@@ -110,8 +110,8 @@ def patch(
     """Learn a new task and keep the old ones (PAINT): interpolate towards the finetuned model.
 
     The alpha chosen has the best mean of held-out score on the supported tasks and on the patching tasks.
-    Several tasks: one checkpoint finetuned on all of them (joint), one a task patched in turn (sequential),
-    or all coefficients searched together (parallel).
+    Several tasks: one checkpoint finetuned on all of them (joint), one a task patched in turn (sequential: each
+    should have been finetuned from the model patched before it), or all coefficients searched together (parallel).
 
     \b
     clipmerge patch base.safetensors cars.safetensors --patch cars/val \\

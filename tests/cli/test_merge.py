@@ -98,6 +98,14 @@ def test_dry_run_refuses_what_the_run_would(run: Run) -> None:
     assert "a.safetensors is also an input" in err
 
 
+def test_extrapolation_is_said(run: Run) -> None:
+    files = ["base.safetensors", "a.safetensors"]
+    assert "extrapolates" not in run("interpolate", *files, "--alpha", "1", "-o", "one.safetensors")[2]
+    code, _, err = run("interpolate", *files, "--alpha", "1.5", "-o", "far.safetensors")
+    assert code == 0
+    assert "alpha 1.5 lies beyond the two models: this extrapolates" in err
+
+
 def test_a_folder_is_checked_before_any_work(run: Run, tmp_path: Path) -> None:
     for output, error in (
         ("no/such/", "the folder no does not exist"),

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipmerge.report import progress
-from clipmerge.report.style import BLACK, BLUE, GREY, LINES, ORANGE, VERMILION, figure, percent
+from clipmerge.report.style import BLACK, BLUE, GREY, LINES, ORANGE, VERMILION, figure, percent, title_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -96,7 +96,7 @@ def _tradeoff(axes: "Axes", document: Document, sides: Sequence[Sequence[str]], 
 def _label(words: str, splits: Sequence[str], document: Document) -> str:
     names = splits[0] if len(splits) == 1 else f"mean of {', '.join(splits)}"
     what = words if names == words else f"{words} ({names})"
-    return f"{what}, {document.get('metric', 'top1')} %"
+    return f"{what}, {title_of(document)} %"
 
 
 def _annotate(axes: "Axes", x: Sequence[float], y: Sequence[float], alphas: Sequence[float]) -> None:
@@ -118,6 +118,6 @@ def _lines(axes: "Axes", document: Document) -> None:
     axes.axvline(document["alpha"], color=BLACK, linewidth=1.0, linestyle=":",
                  label=f"chosen, {document['alpha']:g}")  # fmt: skip
     axes.set_xlabel(_COEFFICIENT.get(str(document.get("family")), "coefficient"))
-    axes.set_ylabel(f"{document.get('metric', 'top1')} %")
+    axes.set_ylabel(f"{title_of(document)} %")
     percent(axes, "y")
     axes.legend(loc="best")

@@ -5,7 +5,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from clipmerge.report.style import BLACK, BLUE, GREEN, GREY, ORANGE, VERMILION, figure, percent
+from clipmerge.report.style import BLACK, BLUE, GREEN, GREY, ORANGE, VERMILION, figure, percent, title_of
 
 Document = Mapping[str, Any]
 
@@ -34,7 +34,7 @@ def soup(document: Document, path: str | Path) -> None:
                       color=VERMILION, markerfacecolor="white", markersize=8,
                       label=f"refused early, at most this ({len(cut)})")  # fmt: skip
         axes.set_xlabel("checkpoints tried")
-        axes.set_ylabel(f"{document['split']}, {document['metric']} %")
+        axes.set_ylabel(f"{document['split']}, {title_of(document)} %")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         percent(axes, "y")
         axes.legend(loc="best")
@@ -103,6 +103,6 @@ def training(events: Sequence[Document], path: str | Path) -> None:
             below = page.add_subplot(2, 1, 2, sharex=loss)
             below.plot([s["step"] for s in scores], [s["top1"] for s in scores], "o-", color=ORANGE,
                        markeredgecolor=BLACK, label="held-out")  # fmt: skip
-            below.set_ylabel("held-out, top1 %")
+            below.set_ylabel("held-out, top-1 %")
             percent(below, "y")
         below.set_xlabel("step")

@@ -1,6 +1,6 @@
 """How every figure looks, and how it is written: same numbers and same matplotlib, same bytes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -69,3 +69,11 @@ def percent(axes: "Axes", which: str) -> None:
     for letter in which:
         axis = axes.xaxis if letter == "x" else axes.yaxis
         axis.set_major_formatter(PercentFormatter(1.0, symbol=None))
+
+
+def title_of(document: Mapping[str, Any]) -> str:
+    """The metric of a search, as tables call it."""
+    from clipmerge.evaluate.metrics import METRICS
+
+    name = str(document.get("metric", "top1"))
+    return METRICS[name].title if name in METRICS else name
