@@ -111,8 +111,8 @@ def test_the_chosen_point_and_the_ends_are_named_in_words(
         "finetuned",
         "chosen, α = 0.6",
         "not allowed by the rule",
-        "in-distribution (id), top1 %",
-        "shift, top1 %",
+        "in-distribution (id), top-1 %",
+        "shift, top-1 %",
     }
 
 
@@ -124,7 +124,7 @@ def test_a_soup_says_what_was_accepted_and_refused(tmp_path: Path, monkeypatch: 
 def test_the_shifts_of_a_rule_that_looks_at_none_are_the_other_splits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "shift, top1 %" in words_of(DOCUMENTS["best-id"], tmp_path, monkeypatch)
+    assert "shift, top-1 %" in words_of(DOCUMENTS["best-id"], tmp_path, monkeypatch)
 
 
 def test_a_training_log_is_drawn(tmp_path: Path) -> None:
