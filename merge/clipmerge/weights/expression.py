@@ -226,6 +226,8 @@ class Weights:
         Raises:
             ModelError: names or shapes differ; all of them are listed. `strict=False` allows names that the
                 module lacks (a head, say) and parameters that stay as they are.
+            NonFiniteError, CheckpointError: an input holds NaN, or ends early; found while writing, so the module
+                is then partly written: load into it again before it is used.
         """
         from clipmerge.weights.into_torch import load_into
 
