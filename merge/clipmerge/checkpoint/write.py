@@ -6,6 +6,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 
 from clipmerge.checkpoint.temporary import clear_leftovers, locked_folder, reserve
 from clipmerge.checkpoint.tensors import ITEMSIZE, Tensor
@@ -56,24 +57,32 @@ def check_target(path: Path, *, force: bool, inputs: Collection[Path] = ()) -> P
         raise OutputError(f"{str(path)!r} is no name for a file", hint="take the NUL character out")
     with _explained([(path, 0)]):
         real = Path(os.path.realpath(path))
-        if real.is_dir():
+        mode = _mode(real)  # asked once: another run may take the file away meanwhile
+        if mode is not None and S_ISDIR(mode):
             raise OutputError(f"{path} is a folder", hint=f"name the file: -o {path / 'merged.safetensors'}")
         if not real.parent.is_dir():
             raise OutputError(f"the folder {real.parent} does not exist", hint=f"mkdir -p {real.parent}")
-        exists = real.exists()
-        if exists and not real.is_file():
+        if mode is not None and not S_ISREG(mode):
             raise OutputError(f"{path} is not a regular file", hint="write to a file of its own")
-        if exists and any(_same(source, real) for source in inputs):
+        if mode is not None and any(_same(source, real) for source in inputs):
             raise OutputError(
                 f"{path} is also an input", hint="write to another name; inputs are never replaced"
             )
-        if exists and not force:
+        if mode is not None and not force:
             raise OutputError(
                 f"{path} already exists", hint="choose another name, or replace it with --force"
             )
     if not os.access(real.parent, os.W_OK | os.X_OK):
         raise OutputError(f"the folder {real.parent} cannot be written to", hint="check its permissions")
     return real
+
+
+def _mode(path: Path) -> int | None:
+    """Its kind and permissions, None where there is nothing."""
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def _same(left: Path, right: Path) -> bool:
