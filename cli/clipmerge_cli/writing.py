@@ -139,7 +139,7 @@ def plan(weights: "Weights", writing: Writing, *, json: bool) -> None:
     """The plan on stdout, after every check that headers and the output's folder allow."""
     from clipmerge.weights.describe import describe
 
-    made = describe(weights, dtype=writing.dtype)
+    made = describe(weights, dtype=writing.dtype, threads=writing.threads)
     writing.check_output(weights)
     bytes_of(writing.shard_size)
     if json:
@@ -156,7 +156,7 @@ def plan(weights: "Weights", writing: Writing, *, json: bool) -> None:
     ]
     show.table(("what each gets", "tensors", "where", "dtype", "size", "such as"), groups, title="Tensors")
     read, written, memory = (size_text(n) for n in (made.read_bytes, made.written_bytes, made.memory_bytes))
-    print(f"{made.notation} gives {made.gives}: reads {read}, writes {written}, works in {memory}")
+    print(f"{made.notation} gives {made.gives}: reads {read}, writes {written}, works in {memory} at most")
     show.say("dry run: nothing was written")
 
 

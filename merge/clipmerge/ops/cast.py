@@ -80,6 +80,10 @@ class Scratch:
     flags: npt.NDArray[np.bool_]
     torch: Any = None
 
+    @property
+    def nbytes(self) -> int:
+        return self.single.nbytes + self.magnitude.nbytes + self.work.nbytes + self.flags.nbytes
+
 
 def scratch_for(count: int, torch: Any = None) -> Scratch:
     """Working arrays for blocks of at most `count` elements.
@@ -248,7 +252,12 @@ def _narrow_exactly(numbers: F64, kind: _Narrow) -> npt.NDArray[Any]:
 def _narrow_specials(numbers: F64, kind: _Narrow, out: npt.NDArray[Any]) -> bool:
     """The slow path: some numbers are NaN, infinite, or beyond the largest that the type holds."""
     last_step = 2.0 ** (np.floor(np.log2(kind.largest)) - kind.mantissa)
-    nan, big = np.isnan(numbers), np.abs(numbers) >= kind.largest + last_step / 2
+    size, edge = (
+        np.abs(numbers),
+        kind.largest + last_step / 2,
+    )  # halfway to the next number, if there were one
+    even = kind.infinity % 2 == 1  # the largest number's last bit is 0: halfway goes back to it
+    nan, big = np.isnan(numbers), (size > edge) if even else (size >= edge)
     out[:] = _narrow_exactly(np.where(nan | big, 0.0, np.clip(numbers, -kind.largest, kind.largest)), kind)
     sign = np.signbit(numbers).astype(out.dtype) << out.dtype.type(8 * out.itemsize - 1)
     out[big] = out.dtype.type(kind.infinity) | sign[big]

@@ -11,7 +11,7 @@ def magmax(*vectors: F64) -> F64:
 
     Source: Marczak et al. 2024, arXiv 2407.06322.
     """
-    chosen = vectors[0].copy()
+    chosen = np.array(vectors[0])
     for vector in vectors[1:]:
         np.copyto(chosen, vector, where=np.abs(vector) >= np.abs(chosen))
     return chosen

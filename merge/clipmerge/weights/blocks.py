@@ -4,10 +4,12 @@ First touch of fresh memory is slower than arithmetic (about 1 GB/s), so each th
 fit its cache and reads into them; nothing grows with the size or number of inputs.
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from math import frexp
 from threading import Lock, Thread
 from typing import Any
@@ -101,6 +103,12 @@ class Buffers:
         self.raw = np.empty(BLOCK * 8, np.uint8)
         self.out = np.empty(BLOCK * 8, np.uint8)
 
+    @property
+    def nbytes(self) -> int:
+        """What they take once every kind of block has been computed."""
+        own = (self.total, self.term, self.raw, self.out)
+        return sum(array.nbytes for array in own) + self.scratch.nbytes + self.singles.nbytes
+
 
 NotFinite = Callable[[Run, int, int], None]
 """Told (run, first element, past the last) of a piece whose output is not finite."""
@@ -120,31 +128,49 @@ def run_blocks(
         not_finite: called in a worker thread; what it raises ends the pass.
         on_done: told the output bytes finished so far, from whichever thread finished them.
     """
-    blocks = _blocks(runs)
     lock = Lock()
-    failures: list[BaseException] = []
     done = 0
 
-    def work(torch: Any) -> None:
+    def compute(run: Run, start: int, stop: int, buffers: Buffers) -> None:
         nonlocal done
+        written = _block(run, start, stop, reader, buffers, not_finite)
+        run.sink(run.offset + start * ITEMSIZE[run.head.dtype], written)
+        if on_done:
+            with lock:
+                done += written.size
+                on_done(done)
+
+    in_threads((partial(compute, *block) for block in _blocks(runs)), threads)
+
+
+def default_threads() -> int:
+    """The cores that this process may use, at most four."""
+    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
+
+
+def in_threads(tasks: Iterable[Callable[[Buffers], None]], threads: int) -> None:
+    """Run tasks in threads of our own, where subnormals are numbers whatever the program has set.
+
+    Raises:
+        Whatever a task raised first; no other is begun after it.
+    """
+    queue = iter(tasks)
+    lock = Lock()
+    failures: list[BaseException] = []
+
+    def work(torch: Any) -> None:
         try:
-            if torch:  # each thread converts its own blocks, and subnormals are numbers
+            if torch:  # each thread converts its own blocks
                 torch.set_num_threads(1)
                 torch.set_flush_denormal(False)
             buffers = Buffers(torch)
             while True:
                 with lock:
-                    block = None if failures else next(blocks, None)
-                if block is None:
+                    task = None if failures else next(queue, None)
+                if task is None:
                     return
-                run, start, stop = block
                 with np.errstate(all="ignore"):  # what is not finite is found and reported, not warned about
-                    written = _block(run, start, stop, reader, buffers, not_finite)
-                run.sink(run.offset + start * ITEMSIZE[run.head.dtype], written)
-                if on_done:
-                    with lock:
-                        done += written.size
-                        on_done(done)
+                    task(buffers)
         except BaseException as error:  # handed to the caller, whatever it is
             with lock:
                 failures.append(error)
@@ -161,9 +187,9 @@ def run_blocks(
                 work(None)
             for worker in started:
                 worker.join()
-        finally:  # interrupted: the others stop after the block they are in
+        finally:  # interrupted: the others stop after the task they are in
             with lock:
-                blocks = iter(())
+                queue = iter(())
             for worker in started:
                 worker.join()
     if failures:

@@ -1,15 +1,13 @@
 """What a merge will do, said before it does it: inputs, what each tensor gets, bytes and memory."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from math import prod
 from typing import Any
 
-import numpy as np
-
 from clipmerge.checkpoint.tensors import ITEMSIZE
-from clipmerge.weights.blocks import Buffers
+from clipmerge.weights.blocks import Buffers, default_threads
 from clipmerge.weights.coefficient import number_text
 from clipmerge.weights.expression import Weights
 from clipmerge.weights.names import tower_of
@@ -65,12 +63,15 @@ class Description:
         return asdict(self)
 
 
-def describe(weights: Weights, plan: Plan | None = None, *, dtype: str | None = None) -> Description:
+def describe(
+    weights: Weights, plan: Plan | None = None, *, dtype: str | None = None, threads: int | None = None
+) -> Description:
     """The plan of a merge for people and programs; headers are read, tensors are not.
 
     Args:
         plan: what `make_plan` gave, where it is at hand.
         dtype: as in `Weights.save`, where it is not.
+        threads: as in `Weights.save`.
 
     Raises:
         RecipeError, MismatchError: what saving would raise before it reads a tensor.
@@ -100,20 +101,14 @@ def describe(weights: Weights, plan: Plan | None = None, *, dtype: str | None = 
         groups,
         plan.read_bytes,
         plan.written_bytes,
-        memory_of(plan),
+        memory_of(plan, threads),
     )
 
 
-def memory_of(plan: Plan, threads: int = 4) -> int:
-    """Bytes of buffers that the pass works in; tensors of nonlinear methods are held whole, in float64."""
-    held = [part for array in vars(Buffers()).values() for part in _arrays(array)]
-    buffers = sum(array.nbytes for array in held)
+def memory_of(plan: Plan, threads: int | None = None) -> int:
+    """Bytes that the pass works in at most; tensors of nonlinear methods are held whole, in float64."""
     whole = [(len(s.leaves) + 2) * prod(s.shape) * 8 for s in plan.steps.values() if s.kind == "computed"]
-    return threads * buffers + max(whole, default=0)
-
-
-def _arrays(held: Any) -> Sequence[np.ndarray[Any, Any]]:
-    return [held] if isinstance(held, np.ndarray) else held if isinstance(held, tuple) else ()
+    return (threads or default_threads()) * Buffers().nbytes + max(whole, default=0)
 
 
 def _group(formula: str, dtype: str, steps: list[Step]) -> Group:

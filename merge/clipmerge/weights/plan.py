@@ -6,7 +6,6 @@ from fractions import Fraction
 from math import lcm
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 from blake3 import blake3
 
 from clipmerge.checkpoint.read import Reader
@@ -199,11 +198,7 @@ def _content_keys(checkpoints: Sequence[Checkpoint]) -> dict[Checkpoint, str]:
 def fingerprint(checkpoint: Checkpoint, reader: Reader) -> str:
     """A cheap digest of the contents: names, shapes, dtypes and the first 64 bytes of every tensor."""
     digest = blake3()
-    buffer = np.empty(64, np.uint8)
-    for name, tensor in checkpoint.tensors.items():
+    for name, tensor in sorted(checkpoint.tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
-        if tensor.strides is None and tensor.nbytes:
-            head = buffer[: tensor.nbytes]
-            reader.into(tensor, 0, head)
-            digest.update(head.data)
+        digest.update(reader.head(tensor, 64))
     return digest.hexdigest()

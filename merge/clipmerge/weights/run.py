@@ -1,7 +1,7 @@
 """Plan → bytes: the streaming pass, into a file or into memory. Same bytes for any order and thread count."""
 
-import os
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -13,7 +13,7 @@ from clipmerge.checkpoint.tensors import Bytes, Checkpoint, Tensor, storage_dtyp
 from clipmerge.checkpoint.write import check_target, new_files, write_at
 from clipmerge.errors import MismatchError, NonFiniteError
 from clipmerge.ops.cast import narrow, scratch_for, to_float64
-from clipmerge.weights.blocks import Run, Sink, join, run_blocks
+from clipmerge.weights.blocks import Buffers, Run, Sink, default_threads, in_threads, join, run_blocks
 from clipmerge.weights.expression import Progress, Weights
 from clipmerge.weights.nonfinite import explain, overflow, refuse_inputs
 from clipmerge.weights.plan import Plan, Step, float_dtype, integer_factors, make_plan
@@ -86,9 +86,11 @@ def execute(
     """
     whole = [item for item in placed if not _streams(item[0])]
     runs = join(item for item in placed if _streams(item[0]))
-    with np.errstate(all="ignore"):
-        for step, sink, offset in whole:
-            sink(offset, _whole(step, reader, allow_nonfinite))
+
+    def compute(step: Step, sink: Sink, offset: int, _: Buffers) -> None:
+        sink(offset, _whole(step, reader, allow_nonfinite))
+
+    in_threads((partial(compute, *item) for item in whole), threads=1)  # each is held in memory whole
 
     def not_finite(run: Run, low: int, high: int) -> None:
         if not allow_nonfinite:
@@ -98,7 +100,7 @@ def execute(
         if on_progress:
             on_progress("merging", done, plan.written_bytes)
 
-    count = threads or min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
+    count = threads or default_threads()
     run_blocks(runs, reader, threads=count, not_finite=not_finite, on_done=report if on_progress else None)
     reader.unchanged()
 
@@ -163,7 +165,7 @@ def _weighted(parts: Iterable[tuple[float, F64]], shape: tuple[int, ...]) -> F64
     total: F64 | None = None
     for factor, array in parts:
         total = factor * array if total is None else total + factor * array
-    return np.zeros(shape, np.float64) if total is None else total
+    return np.zeros(shape, np.float64) if total is None else np.asarray(total)  # 0-d ones become numbers
 
 
 def evaluate(leaf: "Leaf", name: str, reader: Reader) -> F64:
@@ -179,7 +181,7 @@ def evaluate_weights(weights: Weights, name: str, reader: Reader) -> F64:
     used = [(leaf, c.at(name)) for leaf, c in weights.terms.items() if c.at(name)]
     factors, divisor = integer_factors([c for _, c in used])
     parts = ((f, evaluate(leaf, name, reader)) for f, (leaf, _) in zip(factors, used, strict=True))
-    return _weighted(parts, weights.checkpoints[0].tensors[name].shape) / divisor
+    return np.asarray(_weighted(parts, weights.checkpoints[0].tensors[name].shape) / divisor)
 
 
 def _integers(step: Step, reader: Reader) -> Bytes:

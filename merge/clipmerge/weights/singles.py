@@ -29,6 +29,11 @@ class Singles:
         self._scratch = scratch
         self.begin(0, "")
 
+    @property
+    def nbytes(self) -> int:
+        """Its own memory, without the scratch."""
+        return sum(array.nbytes for array in self._memory)
+
     def begin(self, numel: int, dtype: str) -> None:
         """Forget the last block; `numel` elements of `dtype` follow."""
         self._dtype, self._parts, self._room, self._scale = dtype, list[F32](), -1.0, 1.0

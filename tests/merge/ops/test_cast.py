@@ -143,6 +143,22 @@ def test_what_does_not_fit_is_written_as_such_and_told(dtype: str, narrowed: Nar
 
 
 @pytest.mark.parametrize("dtype", NARROW)
+def test_what_overflows_does_not_change_its_neighbours(dtype: str, narrowed: Narrowed) -> None:
+    """Halfway above the largest number: E4M3's is even and takes it, the others' are odd and pass it on."""
+    largest = LARGEST[dtype]
+    below = to_float64(
+        rounded_by_torch(np.float32([largest]), dtype) - np.array(1, codes(dtype).dtype), dtype
+    )[0]
+    edge = largest + (largest - below) / 2
+    near = [edge, -edge, np.nextafter(edge, 0), np.nextafter(edge, np.inf), largest, 1.0]
+    alone = [narrowed([number], dtype)[0][0] for number in near]
+    together, every = narrowed([*near, 1e39], dtype)
+    assert not every
+    np.testing.assert_array_equal(together[:-1], alone)
+    assert np.isfinite(to_float64(together[:1], dtype)[0]) == (dtype == "F8_E4M3")
+
+
+@pytest.mark.parametrize("dtype", NARROW)
 def test_a_little_over_the_largest_still_rounds_down(dtype: str, narrowed: Narrowed) -> None:
     largest = LARGEST[dtype]
     out, every = narrowed([np.nextafter(largest, np.inf)], dtype)

@@ -49,6 +49,7 @@ def test_dtypes_signs_counters_and_methods(point: Point) -> None:
 
 def test_memory_counts_whole_tensors_of_methods(point: Point) -> None:
     a, b = (point(n, x=np.ones(10**6, np.float32)) for n in "ab")
+    assert memory_of(make_plan(a), 4) == 2 * memory_of(make_plan(a), 2)
     linear, curved = (memory_of(make_plan(w)) for w in (mean([a, b]), apply("slerp", [a, b])))
     assert curved - linear >= 3 * 8 * 10**6
 

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from clipmerge.errors import RecipeError
@@ -51,3 +52,18 @@ def test_what_is_refused(
 def test_vectors_are_no_points(point: Point) -> None:
     with pytest.raises(RecipeError, match=r"slerp takes models \(total 1\), not a - b"):
         apply("slerp", [point("a") - point("b"), point("c")])
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_takes_tensors_of_any_rank(name: str, point: Point, arrays: Callable[..., Any]) -> None:
+    """Every CLIP has a scalar, `logit_scale`."""
+    rng = np.random.default_rng(0)
+    shapes: dict[str, tuple[int, ...]] = {"logit_scale": (), "w": (3, 4), "b": (4,), "none": (0, 2)}
+    made = [point(n, **{k: rng.standard_normal(s).astype("f4") for k, s in shapes.items()}) for n in "abc"]
+    base, *others = made
+    method = METHODS[name]
+    operands = made if method.takes == "points" else [other - base for other in others]
+    result = apply(name, operands[: method.operands[1]])
+    got = arrays(result if method.gives else base + 0.5 * result)
+    assert {key: value.shape for key, value in got.items()} == shapes
+    assert all(np.isfinite(value).all() for value in got.values())

@@ -88,6 +88,20 @@ def test_transposed_tensors_merge_as_their_row_major_twins(point: Point, arrays:
         arrays(mean([turned("a", x), point("b", x=y)]))
 
 
+def test_how_a_tensor_is_stored_does_not_change_the_order_of_a_sum(point: Point, arrays: Arrays) -> None:
+    rng = np.random.default_rng(5)
+    numbers = [rng.standard_normal((40, 50)).astype("f4") for _ in range(3)]
+    weights = (0.3333333333333333, 0.3333333333333333, 0.33333333333333337)
+    results = set()
+    for stored in range(8):
+        leaves = [turned(str(i), x) if stored >> i & 1 else point(str(i), x=x) for i, x in enumerate(numbers)]
+        merged = sum(
+            (w * leaf for w, leaf in zip(weights[1:], leaves[1:], strict=True)), weights[0] * leaves[0]
+        )
+        results.add(arrays(merged, "F64")["x"].tobytes())
+    assert len(results) == 1
+
+
 def test_blocks_and_chunks_do_not_show(point: Point, arrays: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(1)
     a, b, c = (rng.standard_normal(5000).astype("f4") for _ in range(3))
@@ -271,12 +285,14 @@ def test_torch_is_left_as_it_was_and_subnormals_are_numbers(point: Point, arrays
     tiny = np.float16([6e-8, -1.2e-7, 3e-5, 1.0])
     single = np.float32([1e-45, -1e-40, 3e-39, 1.0])
     merged = mean([point(n, half=tiny, single=single) for n in "ab"])
+    square = np.float32([[1e-45, -1e-40], [3e-39, 1.0]])
+    stored = mean([turned(n, square) for n in "ab"])
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
         if not torch.set_flush_denormal(True):
             pytest.skip("this processor cannot treat subnormals as zero")
-        got = arrays(merged)
+        got, whole = arrays(merged), arrays(stored)
         assert torch.get_num_threads() == 3
         assert torch.tensor([1e-39]).mul(1.0).item() == 0.0  # still as the program wants it
     finally:
@@ -284,3 +300,4 @@ def test_torch_is_left_as_it_was_and_subnormals_are_numbers(point: Point, arrays
         torch.set_num_threads(before)
     assert got["half"].tobytes() == tiny.tobytes()
     assert got["single"].tobytes() == single.tobytes()
+    assert whole["x"].tobytes() == square.tobytes()
