@@ -64,22 +64,25 @@ class Writing:
                 f"{vectors[0].checkpoints[0].path} is a task vector, not a model",
                 hint='add it to its base: clipmerge merge "base + 0.4*vector" base=FILE vector=FILE -o FILE',
             )
-        check(mean(weights), dtype=float_dtype(self.dtype) or ("F32" if based else None))
-        self.check_output(*weights)
+        dtype = float_dtype(self.dtype) or ("F32" if based else None)
+        check(mean(weights), dtype=dtype)
+        self.check_output(mean(weights), dtype)
 
-    def check_output(self, *weights: "Weights") -> None:
-        """Refuse an output that exists, is an input, or has no folder to stand in."""
-        from clipmerge.checkpoint.write import check_target
-
+    def check_output(self, weights: "Weights", dtype: str | None) -> None:
+        """Refuse an output that could not be written, from headers alone: it exists, is an input, does not fit."""
         if self.output is None:
             return
-        inputs = [file for w in weights for c in w.checkpoints for file in c.files()]
+        shard_size = bytes_of(self.shard_size)
         if self.output.name == HUB_FILE:
-            from clipmerge.report.hub import check_folder
+            from clipmerge.report.hub import check_save as check_folder
 
-            check_folder(self.output.parent, force=self.force, inputs=inputs)
+            check_folder(
+                weights, self.output.parent, model=self.model, force=self.force, shard_size=shard_size
+            )
             return
-        check_target(self.output, force=self.force, inputs=inputs)
+        from clipmerge.weights.run import check_save
+
+        check_save(weights, self.output, force=self.force, dtype=dtype, shard_size=shard_size)
 
     def write(
         self,
@@ -140,7 +143,7 @@ def plan(weights: "Weights", writing: Writing, *, json: bool) -> None:
     from clipmerge.weights.describe import describe
 
     made = describe(weights, dtype=writing.dtype, threads=writing.threads)
-    writing.check_output(weights)
+    writing.check_output(weights, writing.dtype)
     bytes_of(writing.shard_size)
     if json:
         show.document({"kind": "plan", **made.to_json(), "output": writing.output})

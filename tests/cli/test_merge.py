@@ -98,6 +98,19 @@ def test_dry_run_refuses_what_the_run_would(run: Run) -> None:
     assert "a.safetensors is also an input" in err
 
 
+def test_all_files_that_cannot_be_read_are_told_at_once(run: Run) -> None:
+    Path("half.safetensors").write_bytes(Path("a.safetensors").read_bytes()[:60])
+    for command in (
+        ["soup", "a.safetensors", "half.safetensors", "gone.safetensors"],
+        ["merge", "mean([x, y, z])", "x=half.safetensors", "y=gone.safetensors", "z=a.safetensors"],
+    ):
+        code, _, err = run(*command, "-o", "out.safetensors")
+        assert code == 1
+        assert "2 of 3 checkpoints cannot be used" in err
+        assert "half.safetensors" in err
+        assert "gone.safetensors" in err
+
+
 def test_extrapolation_is_said(run: Run) -> None:
     files = ["base.safetensors", "a.safetensors"]
     assert "extrapolates" not in run("interpolate", *files, "--alpha", "1", "-o", "one.safetensors")[2]
@@ -114,8 +127,31 @@ def test_a_folder_is_checked_before_any_work(run: Run, tmp_path: Path) -> None:
         code, _, err = run("merge", "mean([a, b])", *FILES[1:], "-o", output, "--dry-run")
         assert code == 1
         assert error in err
-    assert run("merge", "mean([a, b])", *FILES[1:], "-o", "new/", "--dry-run")[0] == 0
+    for more, error in (([], "no model is named"), (["--shard-size", "1MB"], "not shards")):
+        code, _, err = run("merge", "mean([a, b])", *FILES[1:], "-o", "new/", "--dry-run", *more)
+        assert code == 1
+        assert error in err
     assert not Path("new").exists()
+
+
+def test_a_dry_run_looks_at_every_file_that_would_be_written(run: Run) -> None:
+    arguments = [
+        "merge",
+        "mean([a, b])",
+        *FILES[1:],
+        "-o",
+        "soup.safetensors",
+        "--shard-size",
+        "8",
+        "--dry-run",
+    ]
+    assert run(*arguments)[0] == 0
+    assert run(*arguments[:-1])[0] == 0
+    for there in ("soup.safetensors.index.json", next(p.name for p in Path().glob("soup-00002-of-*"))):
+        code, _, err = run(*arguments)
+        assert code == 1
+        assert "already exists" in err
+        Path(there).unlink()
 
 
 def test_json_says_what_was_written(run: Run, tmp_path: Path) -> None:

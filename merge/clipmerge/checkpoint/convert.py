@@ -9,9 +9,10 @@ import numpy as np
 from clipmerge.checkpoint.configs import to_huggingface_config, to_huggingface_preprocessor, to_text
 from clipmerge.checkpoint.huggingface import to_huggingface
 from clipmerge.checkpoint.read import Reader
+from clipmerge.checkpoint.staged import check_folder, staged
 from clipmerge.checkpoint.tensors import Bytes, Checkpoint, Tensor
 from clipmerge.checkpoint.write import check_target, header, new_files, write_at, write_bytes
-from clipmerge.errors import CheckpointError, MismatchError, OutputError
+from clipmerge.errors import CheckpointError, MismatchError
 
 LAYOUTS = ("open_clip", "huggingface")
 BLOCK = 1 << 20
@@ -63,20 +64,15 @@ def convert_folder(
 
     Raises:
         MismatchError: a tensor, or the model, has no place in the other layout.
-        OutputError: a file of the folder exists, is the input, or cannot be written.
+        OutputError: a file of the folder exists, is the input, or cannot be written; nothing is left behind.
     """
     name, configs = _folder(to, model)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"the folder {folder} cannot be made: {error.strerror}", hint="choose another"
-        ) from error
-    for file in configs:
-        check_target(folder / file, force=force, inputs=checkpoint.files())
-    convert(checkpoint, folder / name, to, force=force, on_progress=on_progress)
-    for file, content in configs.items():
-        write_bytes(folder / file, to_text(content), force=force)
+    names = (*configs, name)
+    check_folder(folder, names, force=force, inputs=list(checkpoint.files()))
+    with staged(folder, names) as stage:
+        convert(checkpoint, stage / name, to, on_progress=on_progress)
+        for file, content in configs.items():
+            write_bytes(stage / file, to_text(content))
     return folder
 
 

@@ -184,8 +184,13 @@ def _tensor(path: Path, name: str, raw: RawTensor | Unreadable, locate: Locate) 
     numel, reach = prod(raw.shape), 0
     if numel:  # an empty view may start anywhere: torch writes offsets behind the storage's end
         reach = 1 + sum((size - 1) * step for size, step in zip(raw.shape, raw.strides, strict=True))
-        if max(raw.offset + reach, numel) * width > raw.storage.nbytes:
+        if (raw.offset + reach) * width > raw.storage.nbytes:
             raise Malformed(f"tensor {_shown(name)!r} of shape {raw.shape} reaches beyond its storage")
+        if numel * width > raw.storage.nbytes:  # a small file could ask for any amount of memory
+            raise CheckpointError(
+                f"{path}: tensor {_shown(name)!r} of shape {raw.shape} is expanded from fewer numbers",
+                hint="make it a tensor of its own (`.contiguous()`) and save it again",
+            )
     begin = whole.offset + raw.storage.start + (raw.offset * width if numel else 0)
     strides = None if row_major(raw.shape, raw.strides) else raw.strides
     return Tensor(raw.dtype, raw.shape, (Extent(whole.source, begin, reach * width),), strides)

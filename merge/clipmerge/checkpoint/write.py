@@ -93,7 +93,7 @@ def _same(left: Path, right: Path) -> bool:
 
 @contextmanager
 def new_files(
-    targets: Sequence[tuple[Path, int]], *, force: bool, fsync: bool = False
+    targets: Sequence[tuple[Path, int]], *, force: bool, fsync: bool = False, superseded: Sequence[Path] = ()
 ) -> Iterator[list[int]]:
     """File descriptors of sibling temporary files with their space reserved; renamed in order on leaving.
 
@@ -103,6 +103,7 @@ def new_files(
             that no index ever names a mixture of old and new files.
         force: whether an existing file may be replaced; without it the file that appeared meanwhile stays.
         fsync: wait until the bytes are on the disk before renaming: safe against power loss, and slow.
+        superseded: older files of the same name in another shape, removed once the new ones are there.
 
     Raises:
         OutputError: no space, read-only, or the file appeared meanwhile. Nothing is left behind.
@@ -118,7 +119,7 @@ def new_files(
             if fsync:
                 for _, descriptor in temporaries:
                     os.fsync(descriptor)
-            _publish([temporary for temporary, _ in temporaries], [path for path, _ in targets], force)
+            _publish([made for made, _ in temporaries], [path for path, _ in targets], superseded, force)
             if fsync:
                 _sync_folder(targets[0][0].parent)
     finally:
@@ -152,14 +153,18 @@ def write_at(descriptor: int, content: "bytes | memoryview", offset: int, path: 
             view, offset = view[count:], offset + count
 
 
-def _publish(temporaries: Sequence[Path], targets: Sequence[Path], force: bool) -> None:
-    if len(targets) > 1:
-        with locked_folder(targets[-1].parent):  # or two runs would each place half of the shards
-            if force:
-                targets[-1].unlink(missing_ok=True)
-            _place(temporaries, targets, force)
-    else:
+def _publish(
+    temporaries: Sequence[Path], targets: Sequence[Path], superseded: Sequence[Path], force: bool
+) -> None:
+    if len(targets) == 1 and not superseded:
         _place(temporaries, targets, force)
+        return
+    with locked_folder(targets[-1].parent):  # or two runs would each place half of the files
+        if force and len(targets) > 1:
+            targets[-1].unlink(missing_ok=True)
+        _place(temporaries, targets, force)
+        for old in superseded:
+            old.unlink(missing_ok=True)
 
 
 def _place(temporaries: Sequence[Path], targets: Sequence[Path], force: bool) -> None:

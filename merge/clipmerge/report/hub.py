@@ -1,16 +1,12 @@
 """A folder as the Hugging Face Hub and open_clip's `local-dir:` expect it, and its upload."""
 
-import fcntl
 import json
 import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
-from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
-from clipmerge.checkpoint.write import check_target
+from clipmerge.checkpoint.staged import check_folder, staged
 from clipmerge.errors import ModelError, OutputError, RecipeError
 from clipmerge.report.card import model_card
 from clipmerge.weights.expression import Weights
@@ -19,7 +15,6 @@ if TYPE_CHECKING:
     from clipmerge.model import ModelSpec
 
 WEIGHTS, CONFIG, CARD = "open_clip_model.safetensors", "open_clip_config.json", "README.md"
-SUFFIX = ".clipmerge-tmp"
 
 
 def save_folder(
@@ -45,29 +40,45 @@ def save_folder(
         ModelError: the model is unknown, or the weights do not fit it.
         OutputError: the files exist, one of them is an input, or the folder cannot be written.
     """
-    from clipmerge.model import ModelSpec, resolve_model
-
     folder = Path(os.path.realpath(folder))
-    if weights.kind() != 1:
-        raise RecipeError(
-            "a task vector is not a model to publish", hint="write it to a file: -o NAME.safetensors"
-        )
-    if options.get("shard_size") is not None:
-        raise OutputError("open_clip loads one file from a folder, not shards", hint="leave --shard-size out")
-    inputs = [file for checkpoint in weights.checkpoints for file in checkpoint.files()]
-    check_folder(folder, force=force, inputs=inputs)
-    recorded = (metadata or {}).get("model")
-    if model is None and recorded is not None:
-        model = ModelSpec.from_metadata(recorded)
-    spec = resolve_model(model, weights)
-    _fits(weights, spec)
+    spec = check_save(
+        weights, folder, model=model, metadata=metadata, force=force, shard_size=options.get("shard_size")
+    )
     record = {**(metadata or {}), "model": spec.to_metadata()}
-    with _staged(folder) as stage:
+    with staged(folder, (CONFIG, CARD, WEIGHTS)) as stage:
         written = weights.save(stage / WEIGHTS, metadata=record, **options)
         config = {"model_cfg": dict(spec.config), "preprocess_cfg": dict(spec.preprocess)}
         (stage / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         (stage / CARD).write_text(model_card(folder.name, written), encoding="utf-8")
     return folder
+
+
+def check_save(
+    weights: Weights,
+    folder: Path,
+    *,
+    model: "str | Path | ModelSpec | None" = None,
+    metadata: Mapping[str, Any] | None = None,
+    force: bool = False,
+    shard_size: int | None = None,
+) -> "ModelSpec":
+    """Refuse what `save_folder` would refuse, from headers alone; the model that the folder would name."""
+    from clipmerge.model import ModelSpec, resolve_model
+
+    if weights.kind() != 1:
+        raise RecipeError(
+            "a task vector is not a model to publish", hint="write it to a file: -o NAME.safetensors"
+        )
+    if shard_size is not None:
+        raise OutputError("open_clip loads one file from a folder, not shards", hint="leave --shard-size out")
+    inputs = [file for checkpoint in weights.checkpoints for file in checkpoint.files()]
+    check_folder(folder, (WEIGHTS, CONFIG, CARD), force=force, inputs=inputs)
+    recorded = (metadata or {}).get("model")
+    if model is None and recorded is not None:
+        model = ModelSpec.from_metadata(recorded)
+    spec = resolve_model(model, weights)
+    _fits(weights, spec)
+    return spec
 
 
 def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
@@ -97,21 +108,6 @@ def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
     return str(address)
 
 
-def check_folder(folder: Path, *, force: bool, inputs: Sequence[Path] = ()) -> None:
-    """Refuse a folder that could not be written, before any work is done.
-
-    Raises:
-        OutputError: see `save_folder`.
-    """
-    if folder.is_dir():
-        for name in (WEIGHTS, CONFIG, CARD):
-            check_target(folder / name, force=force, inputs=inputs)
-    elif folder.exists():
-        raise OutputError(f"{folder} is a file, not a folder", hint="name another folder")
-    elif not folder.absolute().parent.is_dir():
-        raise OutputError(f"the folder {folder.parent} does not exist", hint=f"mkdir -p {folder.parent}")
-
-
 def _fits(weights: Weights, spec: "ModelSpec") -> None:
     """Refuse weights that open_clip could not load strictly into the model."""
     from clipmerge.model import build_model
@@ -122,44 +118,3 @@ def _fits(weights: Weights, spec: "ModelSpec") -> None:
             hint="write it to a file instead: -o NAME.safetensors",
         )
     weights.check_fit(build_model(spec, "meta"))
-
-
-@contextmanager
-def _staged(folder: Path) -> Iterator[Path]:
-    """A sibling folder to write into, which becomes `folder` (or whose files move into it) on leaving."""
-    _clear(folder)
-    stage = folder.with_name(f".{folder.name}.{token_hex(4)}{SUFFIX}")
-    try:
-        stage.mkdir()
-        lock = os.open(stage, os.O_RDONLY)
-    except OSError as error:
-        raise OutputError(f"{folder.parent} cannot be written to: {error.strerror}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield stage
-        if not folder.exists():
-            stage.rename(folder)
-            return
-        for name in (CONFIG, CARD, WEIGHTS):
-            (stage / name).replace(folder / name)
-    except OSError as error:
-        raise OutputError(
-            f"{folder} cannot be written: {error.strerror}", hint="nothing was left behind"
-        ) from error
-    finally:
-        os.close(lock)
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-def _clear(folder: Path) -> None:
-    """Remove what runs that were killed left behind: stages whose lock nobody holds."""
-    for stage in folder.parent.glob("." + "*" + SUFFIX):
-        if not stage.name.startswith(f".{folder.name}.") or not stage.is_dir():
-            continue
-        with suppress(OSError):
-            descriptor = os.open(stage, os.O_RDONLY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(stage)
-            finally:
-                os.close(descriptor)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakValueDictionary
 
 from clipmerge.checkpoint.tensors import Checkpoint, Extent, Tensor, identifiers
-from clipmerge.errors import MismatchError, RecipeError
+from clipmerge.errors import CheckpointError, MismatchError, RecipeError
 from clipmerge.weights.coefficient import Coefficient, Scalar, number_text
 from clipmerge.weights.record import model_record, read_record
 
@@ -283,7 +283,7 @@ def load_all(paths: Sequence[str | Path]) -> list[Weights]:
 
     Names do not depend on that order: `a/model.safetensors` and `b/model.safetensors` are `model` and `model_2`.
     """
-    opened = [load(path) for path in paths]
+    opened = load_each([(path, None) for path in paths])
     order = sorted(range(len(opened)), key=lambda i: os.fspath(paths[i]))
     words = identifiers([opened[i].checkpoints[0].name for i in order])
     named = dict(zip(order, words, strict=True))
@@ -292,6 +292,28 @@ def load_all(paths: Sequence[str | Path]) -> list[Weights]:
         checkpoint = weights.checkpoints[0]
         out.append(weights if named[i] == checkpoint.name else load(paths[i], named[i]))
     return out
+
+
+def load_each(files: "Sequence[tuple[str | Path, str | None]]") -> list[Weights]:
+    """`load` for each (path, name).
+
+    Raises:
+        CheckpointError: some cannot be read; all of them are listed.
+    """
+    opened, failures = [], []
+    for path, name in files:
+        try:
+            opened.append(load(path, name))
+        except CheckpointError as error:
+            failures.append(error)
+    if len(failures) > 1:
+        listed = "\n  ".join(failure.message for failure in failures)
+        raise CheckpointError(
+            f"{len(failures)} of {len(files)} checkpoints cannot be used:\n  {listed}", hint=failures[0].hint
+        )
+    if failures:
+        raise failures[0]
+    return opened
 
 
 def from_state_dict(

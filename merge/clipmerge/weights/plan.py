@@ -62,6 +62,11 @@ class Plan:
     read_bytes: int
     written_bytes: int
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The outputs' names, dtypes and shapes; their bytes are nowhere yet."""
+        return {name: Tensor(step.dtype, step.shape, ()) for name, step in self.steps.items()}
+
 
 def float_dtype(name: str | None) -> str | None:
     """Safetensors' name of a float dtype: `fp16`, `float16`, `half` and `F16` are `F16`; None stays None.

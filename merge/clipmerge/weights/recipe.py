@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from clipmerge.errors import RecipeError, nearest
-from clipmerge.weights.expression import Weights, load
+from clipmerge.weights.expression import Weights, load_each
 from clipmerge.weights.parse import parse
 
 _KEYS = {"expression": str, "checkpoints": dict, "dtype": str, "shard_size": str, "output": str}
@@ -61,7 +61,8 @@ def load_named(files: Mapping[str, str | Path]) -> dict[str, Weights]:
     for name in files:
         if not name.isidentifier() or iskeyword(name):
             raise RecipeError(f"{name!r} is not a name", hint="letters, digits and _, such as base or ft_2")
-    return {name: load(file, name) for name, file in files.items()}
+    opened = load_each([(file, name) for name, file in files.items()])
+    return dict(zip(files, opened, strict=True))
 
 
 def read_recipe(path: str | Path) -> Recipe:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipmerge.checkpoint.read import Reader
-from clipmerge.checkpoint.tensors import Bytes, Checkpoint, Tensor, storage_dtype
+from clipmerge.checkpoint.tensors import Bytes, Checkpoint, storage_dtype
 from clipmerge.checkpoint.write import check_target, new_files, write_at
 from clipmerge.errors import MismatchError, NonFiniteError
 from clipmerge.ops.cast import narrow, scratch_for, to_float64
@@ -17,7 +17,7 @@ from clipmerge.weights.blocks import Buffers, Run, Sink, default_threads, in_thr
 from clipmerge.weights.expression import Progress, Weights
 from clipmerge.weights.nonfinite import explain, overflow, refuse_inputs
 from clipmerge.weights.plan import Plan, Step, float_dtype, integer_factors, make_plan
-from clipmerge.weights.shards import shard_paths, split_into_shards
+from clipmerge.weights.shards import shard_paths, split_into_shards, superseded
 
 if TYPE_CHECKING:
     from clipmerge.weights.expression import Leaf
@@ -43,16 +43,14 @@ def save(
     from clipmerge.weights.provenance import file_metadata
 
     dtype = float_dtype(dtype)
-    inputs = [file for checkpoint in weights.checkpoints for file in checkpoint.files()]
-    real = check_target(path, force=force, inputs=inputs)
-    plan = make_plan(weights, dtype=dtype)
+    plan, real, old = check_save(weights, path, force=force, dtype=dtype, shard_size=shard_size)
     record = file_metadata(weights, dtype=dtype, extra=metadata, digests=digests, on_progress=on_progress)
-    tensors = {name: Tensor(step.dtype, step.shape, ()) for name, step in plan.steps.items()}
-    shards = split_into_shards(tensors, shard_size, record)
+    shards = split_into_shards(plan.tensors, shard_size, record)
     targets = shard_paths(real, shards)
-    for target, _size in targets if len(targets) > 1 else ():
-        check_target(target, force=force, inputs=inputs)
-    with Reader(plan.checkpoints) as reader, new_files(targets, force=force, fsync=fsync) as descriptors:
+    with (
+        Reader(plan.checkpoints) as reader,
+        new_files(targets, force=force, fsync=fsync, superseded=old) as descriptors,
+    ):
         placed: list[tuple[Step, Sink, int]] = []
         for shard, descriptor, (target, _size) in zip(shards, descriptors, targets, strict=True):
             write_at(descriptor, shard.head, 0, target)
@@ -62,6 +60,29 @@ def save(
             plan, placed, reader, threads=threads, allow_nonfinite=allow_nonfinite, on_progress=on_progress
         )
     return targets[-1][0]
+
+
+def check_save(
+    weights: Weights,
+    path: Path,
+    *,
+    force: bool = False,
+    dtype: str | None = None,
+    shard_size: int | None = None,
+) -> tuple[Plan, Path, list[Path]]:
+    """Refuse what `save` would refuse before it reads a tensor.
+
+    Returns:
+        The plan; the file that `path` really is; what stands under its name in another shape and will be removed.
+    """
+    inputs = [file for checkpoint in weights.checkpoints for file in checkpoint.files()]
+    real = check_target(path, force=force, inputs=inputs)
+    plan = make_plan(weights, dtype=dtype)
+    targets = [target for target, _size in shard_paths(real, split_into_shards(plan.tensors, shard_size, {}))]
+    old = superseded(real, targets)
+    for target in (*targets, *old):
+        check_target(target, force=force, inputs=inputs)
+    return plan, real, old
 
 
 def execute(

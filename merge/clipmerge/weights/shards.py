@@ -1,7 +1,8 @@
 """One file, or several with an index, as Hugging Face lays them out."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +50,34 @@ def shard_paths(path: Path, shards: list[Shard]) -> list[tuple[Path, int]]:
     shards[-1] = Shard(text, {}, len(text))
     sized = [(path.with_name(name), shard.size) for name, shard in zip(names, shards, strict=False)]
     return [*sized, (path.with_name(f"{stem}.safetensors.index.json"), len(text))]
+
+
+def superseded(path: Path, targets: Collection[Path]) -> list[Path]:
+    """What stands under the same name in another shape and would be taken for the output: one file, or an index and
+    its shards. The index comes first."""
+    stem = path.name.removesuffix(".safetensors")
+    index = path.with_name(f"{stem}.safetensors.index.json")
+    ours = re.compile(re.escape(stem) + r"-\d{5}-of-\d{5}\.safetensors")
+    shards = sorted(name for name in _named_by(index) if ours.fullmatch(name))
+    files = (index, path, *(path.with_name(name) for name in shards))
+    return [file for file in files if file not in targets and _is_file(file)]
+
+
+def _named_by(index: Path) -> set[str]:
+    """The shards in an index; none where it is no index."""
+    try:
+        found = json.loads(index.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return set()
+    names = found.get("weight_map") if isinstance(found, dict) else None
+    return {name for name in names.values() if isinstance(name, str)} if isinstance(names, dict) else set()
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # the name is too long
+        return False
 
 
 def _groups(tensors: Mapping[str, Tensor], shard_size: int | None) -> list[dict[str, Tensor]]:

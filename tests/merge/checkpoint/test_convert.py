@@ -110,6 +110,29 @@ def test_a_hugging_face_folder_comes_back_as_a_folder_that_open_clip_loads(
         assert not torch.equal(model.encode_image(image), small_clip.encode_image(image))
 
 
+def test_a_folder_is_converted_whole_or_not_at_all(
+    small: StateDict, vit_record: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file(dict(small), tmp_path / "in.safetensors")
+    opened = open_checkpoint(tmp_path / "in.safetensors")
+    with pytest.raises(OutputError, match="does not exist"):
+        convert_folder(opened, tmp_path / "no" / "hf", "huggingface", vit_record)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("clipmerge.checkpoint.convert.write_at", full)
+        with pytest.raises(OutputError, match=r"No space left") as refused:
+            convert_folder(opened, tmp_path / "hf", "huggingface", vit_record)
+    assert "clipmerge-tmp" not in refused.value.message
+    assert [file.name for file in tmp_path.iterdir()] == ["in.safetensors"]
+    convert_folder(opened, tmp_path / "hf", "huggingface", vit_record)
+    with pytest.raises(OutputError, match="already exists"):
+        convert_folder(opened, tmp_path / "hf", "huggingface", vit_record)
+    assert convert_folder(opened, tmp_path / "hf", "huggingface", vit_record, force=True) == tmp_path / "hf"
+
+
 def test_configurations_agree_with_the_published_ones() -> None:
     """openai/clip-vit-base-patch32 and laion/CLIP-ViT-H-14 on the Hub, and open_clip's own."""
     import open_clip

@@ -465,6 +465,42 @@ def test_any_shard_or_index_that_exists_is_refused_before_work(
     assert _names(out.parent) == [there]
 
 
+def test_what_stands_under_the_same_name_in_another_shape_goes_with_it(several: Weights, out: Path) -> None:
+    """Five shards, then two, then one file, then shards again: a folder never holds two answers."""
+    mine = out.with_name("soup-00001-of-00002.bin")
+    mine.write_bytes(b"not a shard of ours")
+    shapes = [
+        (32, [*SHARDS, INDEX]),
+        (64, [s.replace("3.", "2.") for s in SHARDS[:2]] + [INDEX]),
+        (None, [out.name]),
+    ]
+    for size, names in [*shapes, shapes[0], shapes[2]]:
+        several.save(out, shard_size=size, force=True)
+        assert _names(out.parent) == sorted([*names, mine.name])
+        np.testing.assert_array_equal(
+            load(out.parent / names[-1]).checkpoints[0].read("w2"), np.full(8, 2, "f4")
+        )
+
+
+def test_without_force_no_other_shape_is_taken_away_and_no_input_ever(several: Weights, out: Path) -> None:
+    several.save(out, shard_size=32)
+    before = _names(out.parent)
+    with pytest.raises(OutputError, match=f"{INDEX} already exists"):
+        several.save(out)
+    with pytest.raises(OutputError, match="is also an input"):
+        load(out.with_name(INDEX)).save(out, force=True)
+    assert _names(out.parent) == before
+
+
+def test_an_index_of_another_kind_names_nothing_to_take_away(several: Weights, out: Path) -> None:
+    theirs = out.with_name("other.safetensors")
+    for content in (b"{", b"[]", b'{"weight_map": {"w": "other.safetensors", "v": "../x", "u": 3}}'):
+        theirs.write_bytes(b"theirs")
+        out.with_name(INDEX).write_bytes(content)
+        several.save(out, force=True)
+        assert _names(out.parent) == sorted([out.name, theirs.name])
+
+
 def _touch(path: Path) -> None:
     path.write_bytes(b"theirs")
 
