@@ -42,14 +42,16 @@ from clipmerge_cli.scoring import (
     choose,
     splits_of,
 )
-from clipmerge_cli.writing import Writing, merge_or_plan
+from clipmerge_cli.writing import Writing, load_models, merge_or_plan
 
 _INPUT, _SEARCH = "Model and images", "Search"
 
 
 def add(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The model before finetuning.")],
-    finetuned: Annotated[list[str], typer.Argument(metavar="FINETUNED...", help="One checkpoint a task.")],
+    finetuned: Annotated[
+        list[str], typer.Argument(metavar="FINETUNED...", help="One checkpoint, or task-vector file, a task.")
+    ],
     output: MaybeOutput = None,
     scale: Annotated[
         str, typer.Option("--scale", metavar="X", help="Multiplies the sum of task vectors; or auto.")
@@ -117,9 +119,7 @@ def add(
     clipmerge add base.safetensors cars.safetensors dtd.safetensors --scale auto \\
         --val cars/val --val dtd/val -o both.safetensors
     """
-    from clipmerge.weights.expression import load_all
-
-    start, *tuned = load_all([base, *finetuned])
+    start, *tuned = load_models(base, *finetuned)
     writing = Writing(
         output, force, dtype, shard_size, allow_nonfinite, threads,
         digests=not no_digests, fsync=fsync, model=model, push_to_hub=push_to_hub,
@@ -144,7 +144,7 @@ def add(
             "--refine is for one scale; a search refines by itself", param_hint="--refine"
         )
     grid = numbers(scales, "--scales")
-    data = splits_of(val or [], [repr(w) for w in tuned])
+    data = splits_of(val or [], [w.checkpoints[-1].name for w in tuned])
     if dry_run:
         merge_or_plan(added(grid[-1]), writing, True, json, quiet)
         show.say(f"the scale is chosen among {len(grid)}; the plan shows {grid[-1]:g}", quiet=quiet)

@@ -39,7 +39,7 @@ from clipmerge_cli.scoring import (
     Scoring,
     choose,
 )
-from clipmerge_cli.writing import Writing, merge_or_plan
+from clipmerge_cli.writing import Writing, load_models, merge_or_plan
 
 _INPUT, _SEARCH = "Model and images", "Search"
 
@@ -96,9 +96,7 @@ def analogy(
     clipmerge analogy base.safetensors --a A --b B --c C --scale auto \\
         --val images/val -o out.safetensors
     """
-    from clipmerge.weights.expression import load_all
-
-    start, first, second, third = load_all([base, a, b, c])
+    start, first, second, third = load_models(base, a, b, c)
     writing = Writing(
         output, force, dtype, shard_size, allow_nonfinite, threads,
         digests=not no_digests, fsync=fsync, model=model, push_to_hub=push_to_hub,

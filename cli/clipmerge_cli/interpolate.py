@@ -39,7 +39,7 @@ from clipmerge_cli.scoring import (
     choose,
     splits_of,
 )
-from clipmerge_cli.writing import Writing, merge_or_plan
+from clipmerge_cli.writing import Writing, load_models, merge_or_plan
 
 _INPUT, _SEARCH = "Model and images", "Search"
 
@@ -107,14 +107,13 @@ def interpolate(
         --plot curve.png -o out.safetensors
     """
     from clipmerge.weights.expression import interpolate as between
-    from clipmerge.weights.expression import load_all
 
     if alpha is not None and (alphas or eval):
         raise typer.BadParameter("give --alpha, or --alphas with --eval", param_hint="--alpha")
     if alphas and not eval:
         raise typer.BadParameter("a choice needs images: --eval NAME=DATA", param_hint="--eval")
     grid = numbers(alphas or "0:1:0.1", "--alphas")
-    start, end = load_all([base, finetuned])
+    start, end = load_models(base, finetuned)
     writing = Writing(
         output, force, dtype, shard_size, allow_nonfinite, threads,
         digests=not no_digests, fsync=fsync, model=model, push_to_hub=push_to_hub,

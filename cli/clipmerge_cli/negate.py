@@ -39,14 +39,16 @@ from clipmerge_cli.scoring import (
     Scoring,
     choose,
 )
-from clipmerge_cli.writing import Writing, merge_or_plan
+from clipmerge_cli.writing import Writing, load_models, merge_or_plan
 
 _INPUT, _SEARCH = "Model and images", "Search"
 
 
 def negate(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The model before finetuning.")],
-    finetuned: Annotated[str, typer.Argument(metavar="FINETUNED", help="Finetuned on what to forget.")],
+    finetuned: Annotated[
+        str, typer.Argument(metavar="FINETUNED", help="Finetuned on what to forget, or its task vector.")
+    ],
     output: MaybeOutput = None,
     scale: Annotated[
         str, typer.Option("--scale", metavar="X", help="Multiplies the task vector; or auto.")
@@ -106,9 +108,7 @@ def negate(
     clipmerge negate base.safetensors cars.safetensors --scale auto \\
         --target cars/val --control images/val -o no-cars.safetensors
     """
-    from clipmerge.weights.expression import load_all
-
-    start, tuned = load_all([base, finetuned])
+    start, tuned = load_models(base, finetuned)
     writing = Writing(
         output, force, dtype, shard_size, allow_nonfinite, threads,
         digests=not no_digests, fsync=fsync, model=model, push_to_hub=push_to_hub,

@@ -42,7 +42,7 @@ from clipmerge_cli.scoring import (
     counted,
     splits_of,
 )
-from clipmerge_cli.writing import Writing, merge_or_plan
+from clipmerge_cli.writing import Writing, load_models, merge_or_plan
 
 _INPUT, _SEARCH = "Model and images", "Search"
 _MODES = ("single", "sequential", "joint", "parallel")
@@ -120,13 +120,13 @@ def patch(
         --mode sequential --patch cars/val --patch dtd/val \\
         --supported images/val -o out.safetensors
     """
-    from clipmerge.weights.expression import interpolate, load_all
+    from clipmerge.weights.expression import interpolate
 
     if mode not in ("", *_MODES):
         raise typer.BadParameter(f"{mode!r} is not one of {', '.join(_MODES)}", param_hint="--mode")
     several = "sequential" if len(finetuned) > 1 else "joint" if len(patching) > 1 else "single"
     grid = numbers(alphas, "--alphas")
-    start, *tuned = load_all([base, *finetuned])
+    start, *tuned = load_models(base, *finetuned)
     writing = Writing(
         output, force, dtype, shard_size, allow_nonfinite, threads,
         digests=not no_digests, fsync=fsync, model=model, push_to_hub=push_to_hub,

@@ -124,6 +124,14 @@ class Writing:
             show.say(f"uploaded to {push(written, self.push_to_hub)}", quiet=quiet)
 
 
+def load_models(base: str, *others: str) -> "list[Weights]":
+    """The base and the models beside it; a task-vector file stands for the base plus that vector."""
+    from clipmerge.weights.expression import load_all
+
+    start, *rest = load_all([base, *others])
+    return [start, *(start + w if start.kind() == 1 and w.kind() == 0 else w for w in rest)]
+
+
 def merge_or_plan(weights: "Weights", writing: Writing, dry_run: bool, json: bool, quiet: bool) -> None:
     """Write weights that nobody has to choose, or with `--dry-run` show what would be written."""
     if dry_run:

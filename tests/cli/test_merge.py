@@ -283,6 +283,24 @@ def test_a_task_vector_is_a_file_that_knows_what_it_is(run: Run) -> None:
     assert run("verify", "b.tv.safetensors")[0] == run("verify", "added.safetensors")[0] == 0
 
 
+def test_a_task_vector_stands_for_its_model(run: Run) -> None:
+    """Beside a base, base + vector; the same numbers as with the checkpoint that the vector was made of."""
+    run("task-vector", "base.safetensors", "b.safetensors", "-o", "tv.safetensors", "--dtype", "fp64")
+    for command, option, value in (
+        ("add", "--scale", "0.4"),
+        ("negate", "--scale", "0.6"),
+        ("interpolate", "--alpha", "0.3"),
+    ):
+        made = []
+        for ingredient in ("b", "tv"):
+            arguments = [command, "base.safetensors", f"{ingredient}.safetensors", option, value]
+            code, _, err = run(*arguments, "-o", f"{command}-{ingredient}.safetensors")
+            assert code == 0, err
+            made.append(load_file(f"{command}-{ingredient}.safetensors"))
+        for name, array in made[0].items():
+            np.testing.assert_allclose(made[1][name], array, rtol=1e-6)
+
+
 def test_a_task_vector_is_no_ingredient_and_no_folder(run: Run) -> None:
     run("task-vector", "base.safetensors", "b.safetensors", "-o", "tv.safetensors")
     code, _, err = run(
@@ -290,10 +308,9 @@ def test_a_task_vector_is_no_ingredient_and_no_folder(run: Run) -> None:
     )
     assert code == 1
     assert "total is 0.5" in err
-    for command in ("soup", "interpolate", "add", "negate"):
-        code, _, err = run(command, "a.safetensors", "tv.safetensors", "-o", "x.safetensors")
-        assert code == 1
-        assert "tv.safetensors is a task vector, not a model\n\nhint: add it to its base" in err
+    code, _, err = run("soup", "a.safetensors", "tv.safetensors", "-o", "x.safetensors")
+    assert code == 1
+    assert "tv.safetensors is a task vector, not a model\n\nhint: add it to its base" in err
     code, _, err = run("task-vector", "base.safetensors", "b.safetensors", "-o", "folder/")
     assert code == 1
     assert "a task vector is not a model to publish" in err
