@@ -5,14 +5,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
 
 from clipmerge.checkpoint.open import open_checkpoint
 from clipmerge.checkpoint.read import Reader
-from clipmerge.checkpoint.tensors import ITEMSIZE, Bytes, Checkpoint
+from clipmerge.checkpoint.tensors import ITEMSIZE, Bytes, Checkpoint, Tensor
 from clipmerge.errors import CheckpointError, ClipmergeError
+from clipmerge.weights.blocks import Sink
 from clipmerge.weights.digest import content_digest
 from clipmerge.weights.expression import Progress, load
 from clipmerge.weights.parse import parse
@@ -151,31 +153,48 @@ def _plan(
 def _first_difference(
     checkpoint: Checkpoint, plan: Plan, on_progress: Progress | None
 ) -> tuple[str, str] | None:
-    """(name, what is wrong with it) of the first tensor that is not what the plan gives; one tensor at a time."""
+    """(name, what is wrong with it) of the first tensor that is not what the plan gives."""
     for name in sorted(plan.steps.keys() ^ checkpoint.tensors.keys()):
         return name, f"{name!r} is {'not in the file' if name in plan.steps else 'in no parent'}"
-    done = 0
+    for name, step in plan.steps.items():
+        tensor = checkpoint.tensors[name]
+        if (tensor.dtype, tensor.shape) != (step.dtype, step.shape):
+            have = f"{tensor.dtype} {list(tensor.shape)}"
+            return name, f"{name!r} is {have}, not {step.dtype} {list(step.shape)}"
+
+    def report(_what: str, done: int, total: int) -> None:
+        if on_progress:
+            on_progress("verifying", done, total)
+
+    wrong: dict[str, int] = {}
     with Reader((checkpoint, *plan.checkpoints)) as reader:
-        for name, step in plan.steps.items():
-            tensor = checkpoint.tensors[name]
-            if (tensor.dtype, tensor.shape) != (step.dtype, step.shape):
-                have = f"{tensor.dtype} {list(tensor.shape)}"
-                return name, f"{name!r} is {have}, not {step.dtype} {list(step.shape)}"
-            computed = np.empty(tensor.nbytes, np.uint8)
-            execute(plan, [(step, _into(computed), 0)], reader, allow_nonfinite=True)
-            stored = reader.dense(tensor).reshape(-1).view(np.uint8)
-            if not np.array_equal(computed, stored):
-                wide = (-1, ITEMSIZE[tensor.dtype])
-                count = int((computed.reshape(wide) != stored.reshape(wide)).any(axis=1).sum())
-                return name, f"{count:,} of the {tensor.numel:,} elements of {name!r} differ"
-            done += tensor.nbytes
-            if on_progress:
-                on_progress("verifying", done, plan.written_bytes)
+        placed = [
+            (step, _comparer(name, checkpoint.tensors[name], reader, wrong), 0)
+            for name, step in plan.steps.items()
+        ]
+        execute(plan, placed, reader, allow_nonfinite=True, on_progress=report)
+    for name in plan.steps:
+        if name in wrong:
+            numel = checkpoint.tensors[name].numel
+            return name, f"{wrong[name]:,} of the {numel:,} elements of {name!r} differ"
     return None
 
 
-def _into(target: Bytes) -> "Any":
-    def write(offset: int, data: Bytes) -> None:
-        target[offset : offset + data.size] = data
+def _comparer(name: str, tensor: Tensor, reader: Reader, wrong: dict[str, int]) -> Sink:
+    """Takes what was computed, block by block, and counts in `wrong` the elements that are stored differently."""
+    lock = Lock()
 
-    return write
+    def compare(offset: int, computed: Bytes) -> None:
+        if tensor.strides is None:
+            stored = np.empty_like(computed)
+            reader.into(tensor, offset, stored)
+        else:
+            whole = reader.dense(tensor).reshape(-1).view(np.uint8)
+            stored = whole[offset : offset + computed.size]
+        if not np.array_equal(computed, stored):
+            wide = (-1, ITEMSIZE[tensor.dtype])
+            count = int((computed.reshape(wide) != stored.reshape(wide)).any(axis=1).sum())
+            with lock:
+                wrong[name] = wrong.get(name, 0) + count
+
+    return compare
