@@ -8,6 +8,7 @@ torch converts fp16 and bf16, four times faster; the bits are the same.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from sys import float_info
 from typing import Any
 
 import numpy as np
@@ -61,8 +62,8 @@ _NARROW: Mapping[str, _Narrow] = {
 _BY_TORCH: Mapping[str, str] = {"F16": "float16", "BF16": "bfloat16"}
 """What torch converts fast, by its own name."""
 LARGEST: Mapping[str, float] = {
-    "F64": float(np.finfo(np.float64).max),
-    "F32": float(np.finfo(np.float32).max),
+    "F64": float_info.max,
+    "F32": 3.4028234663852886e38,
     **{dtype: kind.largest for dtype, kind in _NARROW.items()},
 }
 """The largest finite number of each float dtype."""
