@@ -139,7 +139,7 @@ def soup(
         output, force, dtype, shard_size, allow_nonfinite, threads,
         digests=not no_digests, fsync=fsync, model=model, push_to_hub=push_to_hub,
     )  # fmt: skip
-    writing.check(*weights, based=False)
+    writing.check(*weights, based=False, output=kind != "uniform" or val is not None)
     if dry_run:
         _plan(weights, writing, kind, json)
     elif kind == "uniform" and val is None:

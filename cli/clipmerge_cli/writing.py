@@ -43,11 +43,12 @@ class Writing:
         if self.push_to_hub and (self.output is None or self.output.name != HUB_FILE):
             raise typer.BadParameter("goes with a folder: -o DIR/", param_hint="--push-to-hub")
 
-    def check(self, *weights: "Weights", based: bool = True) -> None:
+    def check(self, *weights: "Weights", based: bool = True, output: bool = True) -> None:
         """Refuse what would be refused at the end, before any work is done.
 
         Args:
             based: the first weights are a base, whose float dtypes the output takes; else all must agree.
+            output: look at the output too; where it is written next, writing does that.
 
         Raises:
             RecipeError: task vectors stand among models.
@@ -66,7 +67,8 @@ class Writing:
             )
         dtype = float_dtype(self.dtype) or ("F32" if based else None)
         check(mean(weights), dtype=dtype)
-        self.check_output(mean(weights), dtype)
+        if output:
+            self.check_output(mean(weights), dtype)
 
     def check_output(self, weights: "Weights", dtype: str | None) -> None:
         """Refuse an output that could not be written, from headers alone: it exists, is an input, does not fit."""

@@ -104,6 +104,7 @@ def in_turns(ways: dict[str, Callable[[], None]], rounds: int, out: Path) -> dic
     for number in range(rounds + 1):
         for name, way in ways.items():
             out.unlink(missing_ok=True)
+            shutil.rmtree(out.with_name("mergekit-out"), ignore_errors=True)
             os.sync()  # nobody pays for what another wrote
             start = time.perf_counter()
             way()
@@ -179,13 +180,8 @@ def mergekit(command: str, paths: list[Path], folder: Path) -> Callable[[], None
     recipe = folder / "linear.yaml"
     models = "".join(f"  - model: {p}\n    parameters: {{weight: 1.0}}\n" for p in paths)
     recipe.write_text(f"merge_method: linear\nmodels:\n{models}dtype: float32\n")
-    target = folder / "mergekit-out"
-
-    def run() -> None:
-        shutil.rmtree(target, ignore_errors=True)
-        subprocess.run([command, str(recipe), str(target)], check=True, capture_output=True)
-
-    return run
+    arguments = [command, str(recipe), str(folder / "mergekit-out")]
+    return lambda: subprocess.run(arguments, check=True, capture_output=True) and None
 
 
 def main() -> None:
