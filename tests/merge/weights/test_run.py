@@ -301,3 +301,38 @@ def test_torch_is_left_as_it_was_and_subnormals_are_numbers(point: Point, arrays
     assert got["half"].tobytes() == tiny.tobytes()
     assert got["single"].tobytes() == single.tobytes()
     assert whole["x"].tobytes() == square.tobytes()
+
+
+@pytest.mark.parametrize("helped", [True, False], ids=["torch", "numpy"])
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F8_E4M3", "F8_E5M2", "F32"])
+def test_any_sum_is_that_of_float64_rounded_once(
+    point: Point, arrays: Arrays, dtype: str, helped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random expressions against a plain loop: whatever is summed in float32 on the way, in blocks of any length."""
+    from clipmerge.ops.cast import narrow, scratch_for, to_float64
+    from clipmerge.weights.plan import make_plan
+
+    if not helped:
+        monkeypatch.setitem(sys.modules, "torch", None)
+    rng = np.random.default_rng(7)
+    for _ in range(60):
+        count, divisor = int(rng.integers(1, 20)), int(rng.choice([1, 2, 3, 16, 4096, 8192, 12289]))
+        size = 10.0 ** rng.integers(-7, 2)
+        base = rng.standard_normal(300)
+        numbers = [(base + 0.1 * rng.standard_normal(300)) * size for _ in range(count)]
+        total = int(rng.integers(0, 2))  # task vectors may be divided by anything, models by their number
+        points = [point(f"p{i}", total, x=(dtype, x)) for i, x in enumerate(numbers)]
+        merged = mean(points) if total else sum(points[1:], points[0]) / divisor
+        if total and rng.integers(0, 2):
+            merged = interpolate(points[0], merged, 0.3)
+        out = str(rng.choice([dtype, dtype, "F16", "BF16", "F32", "F64"]))
+        (step,) = make_plan(merged, dtype=out).steps.values()
+        parts = [
+            f * to_float64(c.read("x"), dtype) for (f, _), c in zip(step.terms, step.sources, strict=True)
+        ]
+        exact = reduce(np.add, parts) / step.divisor
+        wanted = arrays(points[0], out)["x"].copy()
+        with np.errstate(all="ignore"):
+            narrow(exact, out, wanted, scratch_for(exact.size))
+        monkeypatch.setattr(blocks, "BLOCK", int(rng.choice([1 << 18, 64, 13])))
+        assert arrays(merged, out)["x"].tobytes() == wanted.tobytes()
