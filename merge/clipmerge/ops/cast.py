@@ -253,10 +253,8 @@ def _narrow_exactly(numbers: F64, kind: _Narrow) -> npt.NDArray[Any]:
 def _narrow_specials(numbers: F64, kind: _Narrow, out: npt.NDArray[Any]) -> bool:
     """The slow path: some numbers are NaN, infinite, or beyond the largest that the type holds."""
     last_step = 2.0 ** (np.floor(np.log2(kind.largest)) - kind.mantissa)
-    size, edge = (
-        np.abs(numbers),
-        kind.largest + last_step / 2,
-    )  # halfway to the next number, if there were one
+    edge = kind.largest + last_step / 2  # halfway to the next number, if there were one
+    size = np.abs(numbers)
     even = kind.infinity % 2 == 1  # the largest number's last bit is 0: halfway goes back to it
     nan, big = np.isnan(numbers), (size > edge) if even else (size >= edge)
     out[:] = _narrow_exactly(np.where(nan | big, 0.0, np.clip(numbers, -kind.largest, kind.largest)), kind)
@@ -289,9 +287,8 @@ def float32_share(raw: npt.NDArray[Any], dtype: str) -> float:
     code = _largest_code(raw, kind)
     if code >= kind.infinity:
         return float("inf")
-    return float(np.array([code << kind.shift], np.uint32).view(np.float32)[0] * kind.scale) / float32_limit(
-        dtype
-    )
+    largest = np.array([code << kind.shift], np.uint32).view(np.float32)[0] * kind.scale
+    return float(largest) / float32_limit(dtype)
 
 
 def _has_specials(raw: npt.NDArray[Any], dtype: str) -> bool:
