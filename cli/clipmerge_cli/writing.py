@@ -76,15 +76,14 @@ class Writing:
             return
         shard_size = bytes_of(self.shard_size)
         if self.output.name == HUB_FILE:
-            from clipmerge.report.hub import check_save as check_folder
+            from clipmerge.report import hub
 
-            check_folder(
-                weights, self.output.parent, model=self.model, force=self.force, shard_size=shard_size
-            )
+            folder = self.output.parent
+            hub.check_save(weights, folder, model=self.model, force=self.force, shard_size=shard_size)
             return
-        from clipmerge.weights.run import check_save
+        from clipmerge.weights import run
 
-        check_save(weights, self.output, force=self.force, dtype=dtype, shard_size=shard_size)
+        run.check_save(weights, self.output, force=self.force, dtype=dtype, shard_size=shard_size)
 
     def write(
         self,

@@ -181,7 +181,11 @@ def mergekit(command: str, paths: list[Path], folder: Path) -> Callable[[], None
     models = "".join(f"  - model: {p}\n    parameters: {{weight: 1.0}}\n" for p in paths)
     recipe.write_text(f"merge_method: linear\nmodels:\n{models}dtype: float32\n")
     arguments = [command, str(recipe), str(folder / "mergekit-out")]
-    return lambda: subprocess.run(arguments, check=True, capture_output=True) and None
+
+    def run() -> None:
+        subprocess.run(arguments, check=True, capture_output=True)
+
+    return run
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ def read_index(path: Path, read_file: ReadFile) -> tuple[dict[str, str], dict[st
     Raises:
         CheckpointError: the index is malformed, names a file outside its folder, or disagrees with its shards.
     """
-    places = _weight_map(path)
+    places = weight_map(path)
     metadata: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
     shards = sorted(set(places.values()))
@@ -43,7 +43,12 @@ def read_index(path: Path, read_file: ReadFile) -> tuple[dict[str, str], dict[st
     return metadata, tensors
 
 
-def _weight_map(path: Path) -> dict[str, str]:
+def weight_map(path: Path) -> dict[str, str]:
+    """Tensor name → the name of the file beside the index that holds it.
+
+    Raises:
+        CheckpointError: it cannot be read, is no index, or names a file outside its folder.
+    """
     try:
         with path.open("rb") as file:
             text = file.read(MAX_INDEX + 1)

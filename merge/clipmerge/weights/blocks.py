@@ -249,8 +249,7 @@ def _combine(
     """Σ factor·input / divisor for elements [low, high), in the thread's buffers, as `narrow` takes it."""
     total, term = buffers.total[: high - low], buffers.term[: high - low]
     divisor, done = run.head.divisor, 0
-    dtype = run.terms[0][1].dtype if run.terms else ""
-    buffers.singles.begin(high - low, dtype)
+    buffers.singles.begin(high - low, run.head.dtype)
     if _sums_halves(run):
         while done < len(run.terms):
             if not buffers.singles.add(_raw(run.terms[done][1], low, high, reader, buffers), total, term):

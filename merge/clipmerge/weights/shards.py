@@ -3,11 +3,14 @@
 import json
 import re
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from clipmerge.checkpoint.index import weight_map
 from clipmerge.checkpoint.tensors import Tensor
 from clipmerge.checkpoint.write import header
+from clipmerge.errors import CheckpointError
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,19 +61,11 @@ def superseded(path: Path, targets: Collection[Path]) -> list[Path]:
     stem = path.name.removesuffix(".safetensors")
     index = path.with_name(f"{stem}.safetensors.index.json")
     ours = re.compile(re.escape(stem) + r"-\d{5}-of-\d{5}\.safetensors")
-    shards = sorted(name for name in _named_by(index) if ours.fullmatch(name))
+    shards: list[str] = []
+    with suppress(CheckpointError):  # there is none, or a file of another kind by that name
+        shards = sorted(name for name in set(weight_map(index).values()) if ours.fullmatch(name))
     files = (index, path, *(path.with_name(name) for name in shards))
     return [file for file in files if file not in targets and _is_file(file)]
-
-
-def _named_by(index: Path) -> set[str]:
-    """The shards in an index; none where it is no index."""
-    try:
-        found = json.loads(index.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return set()
-    names = found.get("weight_map") if isinstance(found, dict) else None
-    return {name for name in names.values() if isinstance(name, str)} if isinstance(names, dict) else set()
 
 
 def _is_file(path: Path) -> bool:

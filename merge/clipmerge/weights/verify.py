@@ -172,7 +172,7 @@ def _first_difference(
             (step, _comparer(name, checkpoint.tensors[name], reader, wrong), 0)
             for name, step in plan.steps.items()
         ]
-        execute(plan, placed, reader, allow_nonfinite=True, on_progress=report)
+        execute(plan, placed, reader, allow_nonfinite=True, on_progress=report if on_progress else None)
     for name in plan.steps:
         if name in wrong:
             numel = checkpoint.tensors[name].numel
