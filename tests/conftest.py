@@ -63,8 +63,8 @@ def _taught_digits(spec: Any) -> dict[str, Any]:
     """A random model whose last image layer was solved (ridge) towards digits' prompts: better than chance."""
     import torch
 
+    from clipmerge.data.open import open_split
     from clipmerge.data.pixels import normalise, pixels
-    from clipmerge.data.split import open_split
     from clipmerge.evaluate.heads import zero_shot_head
     from clipmerge.model import build_model, get_tokenizer
 

@@ -39,7 +39,7 @@ def world(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_folder(data: str, folder: Path) -> None:
-    from clipmerge.data.split import open_split
+    from clipmerge.data.open import open_split
 
     split = open_split(data, limit=120)
     for i, label in enumerate(split.labels):

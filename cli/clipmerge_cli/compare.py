@@ -31,7 +31,7 @@ def compare(
     clipmerge compare cars.safetensors dtd.safetensors --base zs.safetensors
     """
     from clipmerge.weights.compare import compare as measure
-    from clipmerge.weights.expression import load
+    from clipmerge.weights.weights import load
     from clipmerge_cli.progress import progress
     from clipmerge_cli.show import document, table
 

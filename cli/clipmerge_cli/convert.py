@@ -37,7 +37,7 @@ def convert(
     """
     from clipmerge.checkpoint.convert import convert as write
     from clipmerge.checkpoint.convert import convert_folder
-    from clipmerge.weights.expression import load
+    from clipmerge.weights.weights import load
     from clipmerge_cli.progress import progress
     from clipmerge_cli.show import document, say, wrote
 

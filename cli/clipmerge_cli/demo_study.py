@@ -27,7 +27,7 @@ from clipmerge_cli.options import numbers
 
 if TYPE_CHECKING:
     from clipmerge.evaluate.evaluator import Evaluator
-    from clipmerge.weights.expression import Weights
+    from clipmerge.weights.weights import Weights
     from clipmerge_cli.progress import OnProgress
 
 Watched = Callable[[str], AbstractContextManager["OnProgress | None"]]
@@ -128,7 +128,7 @@ class Study:
         """WiSE-FT: from the base to the best single, α by the held-out images and their shift."""
         from clipmerge.search.rules import best_mean
         from clipmerge.search.sweep import sweep
-        from clipmerge.weights.expression import interpolate
+        from clipmerge.weights.weights import interpolate
 
         best = self.load(str(self.best.file))
         alphas = numbers(ALPHAS, "alphas")
@@ -187,7 +187,7 @@ class Study:
 
     @cached_property
     def ingredients(self) -> "list[Weights]":
-        from clipmerge.weights.expression import load_all
+        from clipmerge.weights.weights import load_all
 
         return load_all([self.folder / training.path for training in INGREDIENTS])
 
@@ -205,12 +205,12 @@ class Study:
         return max(alone, key=lambda row: row.scores["held-out"]["value"])
 
     def load(self, path: str) -> "Weights":
-        from clipmerge.weights.expression import load
+        from clipmerge.weights.weights import load
 
         return load(self.folder / path)
 
     def split(self, data: str, role: str = "test") -> Any:
-        from clipmerge.data.split import open_split
+        from clipmerge.data.open import open_split
 
         return open_split(str(self.folder / data) if data.startswith("data/") else data, role=role)
 
@@ -253,7 +253,7 @@ def write_images(folder: Path) -> None:
     """broad.npz (each training digit turned by its own angle), low.npz (0 to 4) and high.npz (5 to 9)."""
     import numpy as np
 
-    from clipmerge.data.split import open_split
+    from clipmerge.data.open import open_split
 
     parts = [open_split(f"digits#{part}") for part in ("train", "val", "test")]
     train = parts[0]

@@ -64,9 +64,9 @@ def evaluate(
     A checkpoint that holds a trained head is scored by it, any other by a zero-shot head built from prompts.
     p is McNemar's: how surprising the difference to the first checkpoint would be, were both equally good.
     """
-    from clipmerge.data.split import open_split
+    from clipmerge.data.open import open_split
     from clipmerge.evaluate.evaluator import Evaluator
-    from clipmerge.weights.expression import load_all
+    from clipmerge.weights.weights import load_all
 
     texts = sources(data)
     weights = load_all(checkpoints)

@@ -144,16 +144,16 @@ def finetune(
     Killed? The same command with --resume goes on to the same bytes. DATA is a folder of class folders, a .npz,
     a CSV, WebDataset shards, Parquet, torchvision:NAME:ROOT, or digits.
     """
-    from clipmerge.data.split import open_split
-    from clipmerge.evaluate import parallel
+    from clipmerge import distributed
+    from clipmerge.data.open import open_split
+    from clipmerge.device import resolve_device
     from clipmerge.finetuning.methods import finetune as run
-    from clipmerge.finetuning.setup import pick_device
-    from clipmerge.weights.expression import load
+    from clipmerge.weights.weights import load
     from clipmerge_cli import show
     from clipmerge_cli.live import live
 
-    parallel.start(pick_device(device).type)
-    quiet = quiet or not parallel.is_writer()
+    distributed.start(resolve_device(device))
+    quiet = quiet or not distributed.is_first()
 
     def opened(text: str, role: str, limit: int | None = None) -> Any:
         split = open_split(text, role=role, classnames=classnames, limit=limit, skip_bad=skip_bad)
@@ -176,7 +176,7 @@ def finetune(
             select_by=None if select_by is None else select_by.value, save_every=save_every, resume=resume,
             start=save_start, tensorboard=tensorboard, force=force, on_progress=on_progress, on_event=on_event,
         )  # fmt: skip
-    if parallel.is_writer():
+    if distributed.is_first():
         if plot is not None:
             from clipmerge.finetuning.log import read
             from clipmerge.report import figures
@@ -186,7 +186,7 @@ def finetune(
             show.document({"file": output, "training": weights.record.get("training", {})})
         else:
             show.wrote(output, quiet=quiet)
-    parallel.finish()
+    distributed.finish()
 
 
 def _augment(text: str) -> str | dict[str, Any]:

@@ -30,8 +30,8 @@ def inspect(
 
     Example: [bold]clipmerge inspect soup.safetensors[/bold]
     """
-    from clipmerge.weights.expression import load
     from clipmerge.weights.summary import summarise
+    from clipmerge.weights.weights import load
     from clipmerge_cli.progress import progress
     from clipmerge_cli.show import document
 

@@ -106,7 +106,7 @@ def interpolate(
         --eval id=images/val --eval shift=sketches/val \\
         --plot curve.png -o out.safetensors
     """
-    from clipmerge.weights.expression import interpolate as between
+    from clipmerge.weights.weights import interpolate as between
 
     if alpha is not None and (alphas or eval):
         raise typer.BadParameter("give --alpha, or --alphas with --eval", param_hint="--alpha")

@@ -120,7 +120,7 @@ def patch(
         --mode sequential --patch cars/val --patch dtd/val \\
         --supported images/val -o out.safetensors
     """
-    from clipmerge.weights.expression import interpolate
+    from clipmerge.weights.weights import interpolate
 
     if mode not in ("", *_MODES):
         raise typer.BadParameter(f"{mode!r} is not one of {', '.join(_MODES)}", param_hint="--mode")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from clipmerge.data.split import Split
     from clipmerge.evaluate.evaluator import Evaluator
     from clipmerge.search.journal import Journal
-    from clipmerge.weights.expression import Weights
+    from clipmerge.weights.weights import Weights
 
 _INPUT, _SEARCH, _OUTPUT = "Model and images", "Search", "Output"
 
@@ -75,7 +75,7 @@ class Scoring:
         self, data: Mapping[str, str], weights: "Sequence[Weights]", on_progress: OnProgress | None
     ) -> "Evaluator":
         """An evaluator over the named splits, for the model that the options or the weights name."""
-        from clipmerge.data.split import open_split
+        from clipmerge.data.open import open_split
         from clipmerge.evaluate.evaluator import Evaluator
         from clipmerge.model import resolve_model
 
@@ -122,9 +122,10 @@ def searching(device: str, *, quiet: bool) -> Iterator[OnProgress | None]:
     """Joined with torchrun's other processes, where there are any; progress shows in the first one only."""
     together = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if together:
-        from clipmerge.evaluate.parallel import finish, start
+        from clipmerge.device import resolve_device
+        from clipmerge.distributed import finish, start
 
-        start(device)
+        start(resolve_device(device))
     try:
         with progress(quiet=quiet or not is_first()) as on_progress:
             yield on_progress

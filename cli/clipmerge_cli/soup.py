@@ -44,7 +44,7 @@ from clipmerge_cli.scoring import (
 from clipmerge_cli.writing import Writing, plan
 
 if TYPE_CHECKING:
-    from clipmerge.weights.expression import Weights
+    from clipmerge.weights.weights import Weights
 
 _KIND, _INPUT, _SEARCH = "Kind of soup", "Model and images", "Search"
 
@@ -132,7 +132,7 @@ def soup(
         raise typer.BadParameter("an ensemble is many models, not a file", param_hint="--output")
     if order not in ("score", "given", "random"):
         raise typer.BadParameter(f"{order!r} is not score, given or random", param_hint="--order")
-    from clipmerge.weights.expression import load_all
+    from clipmerge.weights.weights import load_all
 
     weights = load_all(checkpoints)
     writing = Writing(

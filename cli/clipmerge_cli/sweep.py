@@ -53,10 +53,10 @@ def sweep(
     """
     from dataclasses import replace
 
-    from clipmerge.data.split import open_split
+    from clipmerge.data.open import open_split
     from clipmerge.finetuning.space import load_space
     from clipmerge.finetuning.trials import Trial, finetune_sweep, table
-    from clipmerge.weights.expression import load
+    from clipmerge.weights.weights import load
     from clipmerge_cli import show
 
     found = load_space(space)

@@ -43,7 +43,7 @@ def task_vector(
     clipmerge merge "zs + 0.4*cars" \\
         zs=zs.safetensors cars=cars.tv.safetensors -o added.safetensors
     """
-    from clipmerge.weights.expression import load_all
+    from clipmerge.weights.weights import load_all
     from clipmerge_cli.writing import Writing, merge_or_plan
 
     start, end = load_all([base, finetuned])

@@ -12,7 +12,7 @@ from clipmerge_cli.options import HUB_FILE
 from clipmerge_cli.progress import OnProgress, progress
 
 if TYPE_CHECKING:
-    from clipmerge.weights.expression import Weights
+    from clipmerge.weights.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Writing:
         """
         from clipmerge.errors import RecipeError
         from clipmerge.weights.check import check
-        from clipmerge.weights.expression import mean
         from clipmerge.weights.plan import float_dtype
+        from clipmerge.weights.weights import mean
 
         bytes_of(self.shard_size)
         vectors = [w for w in weights if w.kind() == 0]
@@ -127,7 +127,7 @@ class Writing:
 
 def load_models(base: str, *others: str) -> "list[Weights]":
     """The base and the models beside it; a task-vector file stands for the base plus that vector."""
-    from clipmerge.weights.expression import load_all
+    from clipmerge.weights.weights import load_all
 
     start, *rest = load_all([base, *others])
     return [start, *(start + w if start.kind() == 1 and w.kind() == 0 else w for w in rest)]

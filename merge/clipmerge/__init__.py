@@ -6,31 +6,32 @@ Importing this package imports neither torch nor open_clip: each public name is 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from clipmerge.version import __version__  # noqa: F401
+
 if TYPE_CHECKING:
-    from clipmerge.data.split import open_split as open_split
+    from clipmerge.data.open import open_split as open_split
     from clipmerge.evaluate.evaluator import Evaluator as Evaluator
     from clipmerge.finetuning.methods import finetune as finetune
     from clipmerge.search.patch import patch as patch
     from clipmerge.search.soup import greedy_soup as greedy_soup
     from clipmerge.search.sweep import sweep as sweep
-    from clipmerge.weights.expression import Weights as Weights
-    from clipmerge.weights.expression import from_state_dict as from_state_dict
-    from clipmerge.weights.expression import interpolate as interpolate
-    from clipmerge.weights.expression import load as load
-    from clipmerge.weights.expression import mean as mean
+    from clipmerge.weights.weights import Weights as Weights
+    from clipmerge.weights.weights import from_state_dict as from_state_dict
+    from clipmerge.weights.weights import interpolate as interpolate
+    from clipmerge.weights.weights import load as load
+    from clipmerge.weights.weights import mean as mean
 
-__version__ = "0.1.0"
 
 _HOME = {
     "Evaluator": "clipmerge.evaluate.evaluator",
-    "Weights": "clipmerge.weights.expression",
+    "Weights": "clipmerge.weights.weights",
     "finetune": "clipmerge.finetuning.methods",
-    "from_state_dict": "clipmerge.weights.expression",
+    "from_state_dict": "clipmerge.weights.weights",
     "greedy_soup": "clipmerge.search.soup",
-    "interpolate": "clipmerge.weights.expression",
-    "load": "clipmerge.weights.expression",
-    "mean": "clipmerge.weights.expression",
-    "open_split": "clipmerge.data.split",
+    "interpolate": "clipmerge.weights.weights",
+    "load": "clipmerge.weights.weights",
+    "mean": "clipmerge.weights.weights",
+    "open_split": "clipmerge.data.open",
     "patch": "clipmerge.search.patch",
     "sweep": "clipmerge.search.sweep",
 }

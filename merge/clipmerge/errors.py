@@ -8,6 +8,7 @@ ClipmergeError
 ├── NonFiniteError         NaN or infinity in an input, or an output that overflows its dtype
 ├── OutputError            the output cannot be written: exists, is an input, disk full, read-only
 ├── ModelError             no such model, or weights that do not fit it
+├── DeviceError            no such device or precision, or its memory is full
 ├── DataError              images or labels that cannot be used
 ├── SelectionError         a search that cannot choose: no candidates, no split for a role
 ├── TrainingError          finetuning that cannot go on: non-finite loss, state that does not fit
@@ -18,6 +19,7 @@ __all__ = [
     "CheckpointError",
     "ClipmergeError",
     "DataError",
+    "DeviceError",
     "MismatchError",
     "MissingExtraError",
     "ModelError",
@@ -27,11 +29,7 @@ __all__ = [
     "SelectionError",
     "TrainingError",
     "UnsafeFileError",
-    "nearest",
 ]
-
-from collections.abc import Iterable
-from difflib import get_close_matches
 
 
 class ClipmergeError(Exception):
@@ -71,6 +69,10 @@ class ModelError(ClipmergeError):
     """No such model, or weights that do not fit it."""
 
 
+class DeviceError(ClipmergeError):
+    """No such device or precision, or its memory is full."""
+
+
 class DataError(ClipmergeError):
     """Images or labels that cannot be used."""
 
@@ -88,9 +90,3 @@ class MissingExtraError(ClipmergeError):
 
     def __init__(self, library: str, *, extra: str, what: str) -> None:
         super().__init__(f"{what} needs {library}", hint=f"pip install 'clipmerge[{extra}]'")
-
-
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name closest to `name`, or None where nothing is close."""
-    close = get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return close[0] if close else None

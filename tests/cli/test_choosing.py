@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import clipmerge as cm
-from clipmerge.data.split import open_split
+from clipmerge.data.open import open_split
 from clipmerge_cli.app import main
 
 VAL = "digits#val"

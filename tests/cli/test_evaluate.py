@@ -32,9 +32,9 @@ def test_a_table_with_intervals_for_each_checkpoint_and_split(files, tiny_model_
 
 
 def test_json_holds_what_the_library_says(files, tiny_model_file, tiny_spec, capsys):
-    from clipmerge.data.split import open_split
+    from clipmerge.data.open import open_split
     from clipmerge.evaluate.evaluator import Evaluator
-    from clipmerge.weights.expression import load
+    from clipmerge.weights.weights import load
 
     arguments = ["--model", str(tiny_model_file), "--data", "digits#val", "--metric", "macro_f1", "--json"]
     assert main(["evaluate", *files, *arguments]) == 0

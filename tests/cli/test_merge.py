@@ -338,7 +338,7 @@ assert not heavy, heavy
 
 
 def record_of(path: str) -> dict[str, Any]:
-    from clipmerge.weights.expression import load
+    from clipmerge.weights.weights import load
 
     return load(path).record
 

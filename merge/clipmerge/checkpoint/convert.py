@@ -1,6 +1,6 @@
 """One checkpoint from one layout to another: names and views change, bytes do not."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,10 @@ from clipmerge.checkpoint.staged import check_folder, staged
 from clipmerge.checkpoint.tensors import Bytes, Checkpoint, Tensor
 from clipmerge.checkpoint.write import check_target, header, new_files, write_at, write_bytes
 from clipmerge.errors import CheckpointError, MismatchError
+from clipmerge.types import Progress
 
 LAYOUTS = ("open_clip", "huggingface")
 BLOCK = 1 << 20
-
-Progress = Callable[[str, int, int], None]
 
 
 def convert(

@@ -11,7 +11,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from clipmerge.errors import CheckpointError, nearest
+from clipmerge.errors import CheckpointError
+from clipmerge.text import nearest
 
 _HUB = re.compile(r"hf-hub:(?P<model>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _TAG = re.compile(r"(?P<model>[\w.-]+):(?P<tag>[\w.-]+)")

@@ -15,7 +15,8 @@ from clipmerge.data.found import Found, Pick, is_part, pick_part
 from clipmerge.data.images import Decoded, Encoded, Images, Indexed, InFiles, Picked, slices
 from clipmerge.data.shards import parquet, webdataset
 from clipmerge.data.tables import table
-from clipmerge.errors import DataError, nearest
+from clipmerge.errors import DataError
+from clipmerge.text import nearest
 
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif"}

@@ -14,11 +14,10 @@ from blake3 import blake3
 from clipmerge.checkpoint.cache import cache_dir, written_whole
 from clipmerge.data.images import Images, Picked
 from clipmerge.errors import DataError, OutputError
+from clipmerge.types import Progress
 
 NAMED = 10
 """How many offending items an error names."""
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from clipmerge.data.check import Bad
-from clipmerge.errors import DataError, nearest
+from clipmerge.errors import DataError
+from clipmerge.text import nearest
 
 if TYPE_CHECKING:
     from clipmerge.data.found import Found

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from clipmerge.data.check import Bad
 from clipmerge.data.images import Images
-from clipmerge.errors import DataError, nearest
+from clipmerge.errors import DataError
+from clipmerge.text import nearest
 
 _SAME = (
     ("train", "training"),

@@ -14,6 +14,7 @@ from blake3 import blake3
 from clipmerge.checkpoint.cache import cache_dir, written_whole
 from clipmerge.data.check import Bad, refuse, why_unreadable
 from clipmerge.errors import DataError, OutputError
+from clipmerge.types import Progress
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from clipmerge.data.split import Split
 
 Pixels = npt.NDArray[np.uint8]
-Progress = Callable[[str, int, int], None]
-
 _FIELDS = ("size", "interpolation", "resize_mode", "fill_color")  # all that uint8 pixels depend on
 _TAIL = 32  # bytes of the digest that ends a file
 _AHEAD = 16  # images in flight for each worker

@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image, ImageChops, ImageEnhance, ImageFilter
 
 from clipmerge.data.images import Changed
-from clipmerge.errors import DataError, nearest
+from clipmerge.errors import DataError
+from clipmerge.text import nearest
 
 if TYPE_CHECKING:
     from clipmerge.data.split import Split

@@ -1,7 +1,7 @@
 """The Evaluator: one resident model that scores weights on splits."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,25 +10,26 @@ import numpy.typing as npt
 from blake3 import blake3
 from torch import Tensor
 
+from clipmerge import distributed
 from clipmerge.checkpoint.cache import cache_dir
 from clipmerge.data.pixels import pixels
 from clipmerge.data.prompts import templates as resolve_templates
-from clipmerge.errors import DataError, ModelError, SelectionError, nearest
-from clipmerge.evaluate import parallel
+from clipmerge.device import resolve_device
+from clipmerge.errors import DataError, ModelError, SelectionError
 from clipmerge.evaluate.forward import Forward, Head
 from clipmerge.evaluate.heads import zero_shot_head
 from clipmerge.evaluate.resident import Resident
 from clipmerge.evaluate.score import Score, check_metric, score_of
 from clipmerge.evaluate.trial import Outcome, Trial
 from clipmerge.model import ModelSpec, get_tokenizer, resolve_model
+from clipmerge.text import nearest
+from clipmerge.types import Progress
 
 if TYPE_CHECKING:
     from clipmerge.data.split import Split
-    from clipmerge.weights.expression import Weights
+    from clipmerge.weights.weights import Weights
 
 __all__ = ["Evaluator", "Outcome", "Score", "Trial"]
-
-Progress = Callable[[str, int, int], None]
 
 
 class Evaluator:
@@ -41,7 +42,7 @@ class Evaluator:
     Args:
         model: an open_clip name, a JSON configuration, a ModelSpec; None: what the first weights record.
         splits: name → split; a split alone is called "val".
-        device: "cpu", "cuda", "cuda:1" …; under torchrun "cuda" is each process's own.
+        device: "cpu", "cuda", "cuda:1" …; None: the GPU, where there is one (each process's own).
         precision: "fp32", or "bf16" or "fp16" for autocast in the image tower. Weights and heads stay fp32.
         batch_size: images at a time, at most.
         templates: prompts for zero-shot heads, as `data.prompts.templates` takes them; None: the split's own.
@@ -58,7 +59,7 @@ class Evaluator:
         model: "ModelSpec | str | Path | None",
         splits: "Mapping[str, Split] | Split",
         *,
-        device: str = "cpu",
+        device: str | None = None,
         precision: str = "fp32",
         batch_size: int = 256,
         templates: str | Path | Sequence[str] | None = None,
@@ -69,7 +70,7 @@ class Evaluator:
         self.splits: Mapping[str, Split] = dict(splits) if isinstance(splits, Mapping) else {"val": splits}
         grouped = all(split.groups is not None for split in self.splits.values())
         self.metric = check_metric(metric, grouped=grouped)
-        self.device = parallel.local_device(device)
+        self.device = str(resolve_device(device))
         self.precision = check_precision(precision)
         self.batch_size = batch_size
         self.images_scored = 0
@@ -227,16 +228,11 @@ class Evaluator:
 
     def _pixels_of(self, name: str) -> npt.NDArray[np.uint8]:
         if name not in self._pixels:
-            for turn in (True, False):  # the first process decodes, the others find its file
-                if parallel.is_writer() is turn:
-                    self._pixels[name] = pixels(
-                        self.splits[name],
-                        self.model.preprocess,
-                        cache=self._cache,
-                        on_progress=self._progress,
-                    )
-                if turn:
-                    parallel.barrier()
+            self._pixels[name] = distributed.first_on_machine_first(
+                lambda: pixels(
+                    self.splits[name], self.model.preprocess, cache=self._cache, on_progress=self._progress
+                )
+            )
         return self._pixels[name]
 
     def _head(self, name: str) -> Head:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clipmerge import distributed
 from clipmerge.data.pixels import normalise
 from clipmerge.errors import NonFiniteError
-from clipmerge.evaluate import parallel
 from clipmerge.evaluate.metrics import Predictions
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class Forward:
         n, device = len(self.split), self.resident.device
         order = np.arange(n) if order is None else order
         size = batch_of(n, self.batch_size, device)
-        step, rank = size * parallel.world(), parallel.rank()
+        step, rank = size * distributed.world(), distributed.rank()
         chunks = [order[start : start + step] for start in range(0, n, step)]
         mine = [chunk[rank * size : (rank + 1) * size] for chunk in chunks]
         done = 0
@@ -188,7 +188,7 @@ class Forward:
                     rows = torch.zeros(len(chunk), width, dtype=_wide(device), device=device)
                     if len(mine[i]):
                         rows[rank * size : rank * size + len(mine[i])] = make(mine[i], images).to(rows)
-                    found = parallel.add_up(rows).cpu()
+                    found = distributed.all_reduce_sum(rows).cpu()
                 yield chunk, found
                 done += len(chunk)
                 if self.on_progress:

@@ -15,14 +15,13 @@ from torch.nn import functional as F
 
 from clipmerge.checkpoint.cache import written_whole
 from clipmerge.data.prompts import prompts
+from clipmerge.types import Progress
 from clipmerge.weights.names import tower_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 __all__ = ["encode_prompts", "encode_text", "text_digest", "text_lengths", "zero_shot_head"]
-
-Progress = Callable[[str, int, int], None]
 
 
 class _TextSide(nn.Module):

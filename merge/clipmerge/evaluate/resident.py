@@ -14,7 +14,7 @@ from clipmerge.evaluate.heads import text_digest
 from clipmerge.model import ModelSpec, build_model, load_weights
 
 if TYPE_CHECKING:
-    from clipmerge.weights.expression import Weights
+    from clipmerge.weights.weights import Weights
 
 __all__ = ["Resident", "tensors_of"]
 

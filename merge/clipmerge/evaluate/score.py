@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clipmerge.errors import SelectionError, nearest
+from clipmerge.errors import SelectionError
 from clipmerge.evaluate.metrics import METRICS, Predictions, all_metrics, interval, mcnemar, metric_interval
+from clipmerge.text import nearest
 
 __all__ = ["Score", "check_metric", "score_of"]
 

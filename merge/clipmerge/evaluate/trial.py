@@ -13,7 +13,7 @@ from clipmerge.evaluate.score import Score, score_of
 
 if TYPE_CHECKING:
     from clipmerge.evaluate.evaluator import Evaluator
-    from clipmerge.weights.expression import Weights
+    from clipmerge.weights.weights import Weights
 
 __all__ = ["Outcome", "Trial"]
 

@@ -1,6 +1,5 @@
 """Features that are computed once: of frozen towers, of prompts for heads, of images for probes and held-out scores."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -9,14 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipmerge.finetuning.batches import Prompts
+from clipmerge.types import Progress
 
 if TYPE_CHECKING:
     import numpy.typing as npt
     from jaxtyping import Float
 
 __all__ = ["context_vectors", "image_features", "prompt_features", "zero_shot"]
-
-Progress = Callable[[str, int, int], None]
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """The images of a run, as pixels: cached where nothing is random, augmented at each visit otherwise."""
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from clipmerge.finetuning.loader import Loader
+from clipmerge.types import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["Images", "Pixels"]
 
 Pixels = npt.NDArray[np.uint8]
-Progress = Callable[[str, int, int], None]
-
 RESIDENT = 0.25
 """Share of the GPU's free memory that cached pixels may take; beyond it they are copied batch by batch."""
 

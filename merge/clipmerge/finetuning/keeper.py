@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipmerge.finetuning.distributed import everyones, rank
+from clipmerge.distributed import all_gather_object, rank
 from clipmerge.finetuning.log import Log
 from clipmerge.finetuning.optimiser import MovingAverage
 from clipmerge.finetuning.outputs import Outputs
@@ -115,9 +115,9 @@ class Keeper:
         """Write the state after so many steps; None where states are not kept."""
         if self.save_every == 0:
             return None
-        random = everyones(generators())
+        random = all_gather_object(generators())
         values = [local(value) for value in self.average.values] if self.average is not None else []
-        average = everyones(values) if self.sharded else [values]
+        average = all_gather_object(values) if self.sharded else [values]
         model, optimiser = (
             whole(self.model, self.optimiser)
             if self.sharded

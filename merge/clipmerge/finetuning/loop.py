@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from clipmerge.distributed import any_rank, average_gradients, world
 from clipmerge.errors import TrainingError
 from clipmerge.finetuning.batches import Batch, Sampler
-from clipmerge.finetuning.distributed import agreed, average_gradients, world
 from clipmerge.finetuning.loader import Loader
 from clipmerge.finetuning.log import Log
 from clipmerge.finetuning.objective import Objective
@@ -26,9 +26,7 @@ from clipmerge.finetuning.optimiser import (
 )
 from clipmerge.finetuning.resume import StoppedBySignalError, interruptions
 from clipmerge.finetuning.towers import is_outside, unsynced
-
-if TYPE_CHECKING:
-    Progress = Callable[[str, int, int], None]
+from clipmerge.types import Progress
 
 __all__ = ["train"]
 
@@ -100,7 +98,7 @@ def train(
             if due(step + 1):
                 watch.check(loader.waited)  # nothing that is not finite is scored or kept
                 after(step + 1)
-            stop = agreed(interrupted() is not None, loader.device) if _may_ask(step, log_every) else False
+            stop = any_rank(interrupted() is not None) if _may_ask(step, log_every) else False
             if stop or save_at(step + 1):
                 watch.check()
                 saved = save(step + 1)

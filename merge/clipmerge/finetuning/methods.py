@@ -5,16 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from clipmerge.errors import TrainingError, nearest
+from clipmerge.errors import TrainingError
 from clipmerge.finetuning.misfits import refuse_misfits
+from clipmerge.text import nearest
+from clipmerge.types import Progress
 
 if TYPE_CHECKING:
     from clipmerge.data.split import Split
     from clipmerge.finetuning.objective import Objective
     from clipmerge.model import ModelSpec
-    from clipmerge.weights.expression import Weights
+    from clipmerge.weights.weights import Weights
 
-    Progress = Callable[[str, int, int], None]
     Event = Callable[[Mapping[str, Any]], None]
 
 __all__ = ["METHODS", "Method", "finetune"]
@@ -161,8 +162,9 @@ def finetune(
 
     import torch
 
+    from clipmerge import distributed
     from clipmerge.data.choose import few_shot
-    from clipmerge.evaluate import parallel
+    from clipmerge.device import resolve_device
     from clipmerge.finetuning import setup
     from clipmerge.finetuning.augment import augmenter
     from clipmerge.finetuning.batches import Sampler, fitted_batch
@@ -173,16 +175,16 @@ def finetune(
     from clipmerge.finetuning.optimiser import MovingAverage, adamw
     from clipmerge.finetuning.outputs import Outputs
     from clipmerge.finetuning.towers import Towers, freeze, trained_parameters, wrapped
-    from clipmerge.weights.expression import load
+    from clipmerge.weights.weights import load
 
     # where, from what, with what
-    place = setup.pick_device(device)
-    parallel.start(place.type)
-    rank, ranks = parallel.rank(), parallel.world()
+    place = resolve_device(device)
+    distributed.start(place)
+    rank, ranks = distributed.rank(), distributed.world()
     train = train if shots is None else few_shot(train, shots, seed)
     net, spec = setup.starting_model(base, model, seed, place)
     record = {**given, "base": setup.parents(base), "images": len(train)}
-    outputs = Outputs(Path(out), spec, record, metadata or {}, writer=parallel.is_writer())
+    outputs = Outputs(Path(out), spec, record, metadata or {}, writer=distributed.is_first())
     outputs.check(force=force, resume=resume)
     images = Images(train, val, spec.preprocess, place, augmenter(augment, spec.preprocess), on_progress)
     prompts = setup.training_prompts(net, spec, train, templates, place)
@@ -252,5 +254,5 @@ def finetune(
         keeper.after(0)
     written = keeper.finish(select or ("best" if shots is not None else "last"))
     log.close()
-    parallel.barrier()
+    distributed.barrier()
     return load(written)

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipmerge.distributed import gather, rank, world
 from clipmerge.finetuning import gradient_cache, losses
 from clipmerge.finetuning.batches import Batch, Ints, Prompts, distinct
-from clipmerge.finetuning.distributed import gather, rank, world
 from clipmerge.finetuning.towers import HEAD, Towers
 
 __all__ = ["Classification", "Contrastive", "Objective"]

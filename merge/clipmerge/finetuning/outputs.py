@@ -65,8 +65,8 @@ class Outputs:
         """Write the tensors with the model's and the training's record; `found` adds step and scores to it."""
         if not self.writer:
             return
-        from clipmerge.weights.expression import from_state_dict
         from clipmerge.weights.record import FORMAT, write_record
+        from clipmerge.weights.weights import from_state_dict
 
         record = {"format": FORMAT, "total": 1, "model": self.spec.to_metadata()}
         path.parent.mkdir(exist_ok=True)

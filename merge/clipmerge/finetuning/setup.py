@@ -16,6 +16,7 @@ from clipmerge.finetuning.heldout import held_out_score
 from clipmerge.finetuning.objective import Classification, Contrastive
 from clipmerge.finetuning.probe import linear_probe
 from clipmerge.finetuning.towers import HEAD, Towers
+from clipmerge.types import Progress
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,25 +24,9 @@ if TYPE_CHECKING:
     from clipmerge.data.split import Split
     from clipmerge.finetuning.images import Images, Pixels
     from clipmerge.model import ModelSpec
-    from clipmerge.weights.expression import Weights
+    from clipmerge.weights.weights import Weights
 
-__all__ = ["give_head", "pick_device", "starting_model", "training_prompts"]
-
-Progress = Callable[[str, int, int], None]
-
-
-def pick_device(device: str | None) -> torch.device:
-    """The device named, or this rank's GPU, or the CPU."""
-    import os
-
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    found = torch.device(device)
-    if found.type == "cuda":
-        torch.cuda.set_device(found)
-    return found
+__all__ = ["give_head", "starting_model", "training_prompts"]
 
 
 def starting_model(

@@ -13,7 +13,7 @@ from clipmerge.finetuning.space import Range, Space, draw, load_space, options
 
 if TYPE_CHECKING:
     from clipmerge.data.split import Split
-    from clipmerge.weights.expression import Weights
+    from clipmerge.weights.weights import Weights
 
 __all__ = ["Trial", "finetune_sweep"]
 
@@ -128,7 +128,7 @@ def _probe(
 ) -> "Weights":
     """The head that every trial starts from: probed once, a checkpoint of its own in the folder."""
     from clipmerge.finetuning.methods import finetune
-    from clipmerge.weights.expression import load
+    from clipmerge.weights.weights import load
 
     if out.exists():
         return load(out)
@@ -201,7 +201,7 @@ def _run(
 ) -> float:
     """Held-out accuracy of one trial, which goes on from its state, or is read from its file if it is done."""
     from clipmerge.finetuning.methods import finetune
-    from clipmerge.weights.expression import load
+    from clipmerge.weights.weights import load
 
     if out.exists():
         weights = load(out)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clipmerge.weights.expression import Weights
+    from clipmerge.weights.weights import Weights
 
 __all__ = ["alike"]
 

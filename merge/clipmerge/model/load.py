@@ -9,7 +9,7 @@ from clipmerge.model.spec import ModelSpec
 if TYPE_CHECKING:
     import torch
 
-    from clipmerge.weights.expression import Weights
+    from clipmerge.weights.weights import Weights
 
 __all__ = ["load_weights", "save_model", "weights_of"]
 
@@ -68,8 +68,8 @@ def _without_absent_text(model: "torch.nn.Module", names: Sequence[str]) -> "tor
 
 def weights_of(model: "torch.nn.Module", spec: ModelSpec, name: str = "model") -> "Weights":
     """The model's tensors as weights that record which model they are for."""
-    from clipmerge.weights.expression import from_state_dict
     from clipmerge.weights.record import FORMAT, write_record
+    from clipmerge.weights.weights import from_state_dict
 
     record = {"format": FORMAT, "total": 1, "model": spec.to_metadata()}
     return from_state_dict(model.state_dict(), name, write_record(record))

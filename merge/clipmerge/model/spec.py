@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipmerge.errors import ModelError, nearest
+from clipmerge.errors import ModelError
+from clipmerge.text import nearest
 from clipmerge.weights.record import needs_quick_gelu
 
 if TYPE_CHECKING:
-    from clipmerge.weights.expression import Weights
+    from clipmerge.weights.weights import Weights
 
 __all__ = ["ModelSpec", "known_models", "resolve_model"]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from clipmerge.checkpoint.staged import check_folder, staged
 from clipmerge.errors import ModelError, OutputError, RecipeError
 from clipmerge.report.card import model_card
-from clipmerge.weights.expression import Weights
+from clipmerge.weights.weights import Weights
 
 if TYPE_CHECKING:
     from clipmerge.model import ModelSpec

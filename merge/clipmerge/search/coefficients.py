@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from clipmerge.errors import MissingExtraError, SelectionError
-from clipmerge.search.judge import Judge, Progress, Scorer, mark_document, scorer_of
+from clipmerge.search.judge import Judge, Scorer, mark_document, scorer_of
 from clipmerge.search.results import MOST_COLUMNS, Table, percent, plot
 from clipmerge.search.rules import Rule
 from clipmerge.search.sweep import rule_document
+from clipmerge.types import Progress
 from clipmerge.weights.names import block_of, tower_of
 
 if TYPE_CHECKING:
     from clipmerge.search.journal import Journal
-    from clipmerge.weights.expression import Weights
+    from clipmerge.weights.weights import Weights
 
 Method = Literal["coordinate", "random", "cmaes"]
 Per = Literal["task", "tower", "block"]
@@ -141,7 +142,7 @@ def search_coefficients(
     start: float | Sequence[float] | None = None,
     seed: int = 0,
     journal: "Journal | str | os.PathLike[str] | None" = None,
-    on_progress: Progress = None,
+    on_progress: Progress | None = None,
 ) -> CoefficientsResult:
     """Search numbers for `names` so that the rule's figure for `family(numbers)` is large.
 

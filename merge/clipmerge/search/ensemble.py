@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from clipmerge.search.judge import Progress, Scorer, goodness, mark_document, mcnemar_p
+from clipmerge.search.judge import Scorer, goodness, mark_document, mcnemar_p
 from clipmerge.search.results import Table, plot, step_headers
 from clipmerge.search.soup import (
     Order,
@@ -25,7 +25,8 @@ from clipmerge.search.soup import (
     step_document,
     step_row,
 )
-from clipmerge.weights.expression import Weights
+from clipmerge.types import Progress
+from clipmerge.weights.weights import Weights
 
 if TYPE_CHECKING:
     from clipmerge.evaluate.evaluator import Evaluator
@@ -93,7 +94,7 @@ def greedy_ensemble(
     strict: bool = False,
     order: Order = "score",
     seed: int = 0,
-    on_progress: Progress = None,
+    on_progress: Progress | None = None,
 ) -> EnsembleResult:
     """The greedy ensemble of logits, chosen by the rule of `greedy_soup`.
 

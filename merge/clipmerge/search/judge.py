@@ -9,14 +9,13 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Protocol
 
 from clipmerge.checkpoint.tensors import Checkpoint
-from clipmerge.errors import SelectionError, nearest
+from clipmerge.distributed import broadcast_object, is_first
+from clipmerge.errors import SelectionError
 from clipmerge.search.journal import Bits, Journal, pack_bits, unpack_bits
+from clipmerge.text import nearest
 
 if TYPE_CHECKING:
-    from clipmerge.weights.expression import Weights
-
-Progress = Any
-"""`Callable[[str, int, int], None] | None`: (what, done, total)."""
+    from clipmerge.weights.weights import Weights
 
 
 class Mark(Protocol):
@@ -143,7 +142,7 @@ class Scorer:
             return self._paid[key]
         if self.journal is None:
             return None
-        record = _from_first(self.journal.get(key))
+        record = broadcast_object(self.journal.get(key))
         found = None if record is None else read_record(record, self.metric)
         if found is None or found.n != self.size(split):
             return None
@@ -170,9 +169,7 @@ class Scorer:
     def _write(self, key: str, weights: "Weights", split: str, record: Mapping[str, Any]) -> None:
         if self.journal is None:
             return
-        from clipmerge.evaluate.parallel import is_writer
-
-        if is_writer():
+        if is_first():
             self.journal.put(key, {"split": split, "weights": repr(weights), **record})
 
 
@@ -244,16 +241,3 @@ def _recipe(weights: "Weights", digest: Callable[[Checkpoint], str]) -> list[lis
                 [str(coefficient), leaf.method.name, json.dumps(leaf.options, sort_keys=True), operands]
             )
     return sorted(terms, key=json.dumps)
-
-
-def _from_first(value: Any) -> Any:
-    """The first process's value, in every process: machines need not share a disk."""
-    from clipmerge.evaluate.parallel import world
-
-    if world() == 1:
-        return value
-    import torch.distributed as dist
-
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from clipmerge.errors import NonFiniteError, SelectionError
 from clipmerge.search.coefficients import groups_of
-from clipmerge.search.judge import Progress, Scorer
+from clipmerge.search.judge import Scorer
 from clipmerge.search.mixture import Mixture
 from clipmerge.search.soup import SoupResult, name_of, opened
+from clipmerge.types import Progress
 from clipmerge.weights.coefficient import Coefficient
-from clipmerge.weights.expression import Weights
 from clipmerge.weights.names import matches
+from clipmerge.weights.weights import Weights
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -41,7 +42,7 @@ def learned_soup(
     batch_size: int = 256,
     temperature: bool = True,
     seed: int = 0,
-    on_progress: Progress = None,
+    on_progress: Progress | None = None,
 ) -> SoupResult:
     """A soup whose shares minimise the held-out cross-entropy; they start equal.
 
@@ -87,7 +88,7 @@ def _descend(
     batch_size: int,
     temperature: bool,
     seed: int,
-    on_progress: Progress,
+    on_progress: Progress | None,
 ) -> "tuple[Float[Tensor, 'groups models'], float]":
     """Shares and the temperature, after AdamW's last step."""
     raw = torch.zeros(mixture.groups, mixture.models, requires_grad=True)

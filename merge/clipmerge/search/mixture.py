@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from clipmerge import distributed
 from clipmerge.data.pixels import normalise
 from clipmerge.data.prompts import prompts
 from clipmerge.errors import SelectionError
-from clipmerge.evaluate import parallel
 from clipmerge.evaluate.heads import encode_text, zero_shot_head
 from clipmerge.evaluate.resident import tensors_of
 from clipmerge.model import get_tokenizer
-from clipmerge.weights.expression import Weights
 from clipmerge.weights.names import tower_of
+from clipmerge.weights.weights import Weights
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -73,13 +73,13 @@ class Mixture:
             shares: rows sum to 1. indices: into the split's images.
         """
         sums = torch.zeros(shares.numel() + 2, dtype=torch.float64)
-        mine = indices[parallel.rank() :: parallel.world()]
+        mine = indices[distributed.rank() :: distributed.world()]
         if len(mine):
             self._mix(shares)
             found = self._backward(beta, mine, len(indices))
             sums[:-2] = self._by_share(found[0]).flatten()
             sums[-2], sums[-1] = found[1], found[2]
-        sums = parallel.add_up(sums.to(self._device)).cpu()
+        sums = distributed.all_reduce_sum(sums.to(self._device)).cpu()
         return sums[:-2].view_as(shares).float(), float(sums[-2]), float(sums[-1])
 
     def _mix(self, shares: "Float[Tensor, 'groups models']") -> None:

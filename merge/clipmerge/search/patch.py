@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from clipmerge.errors import SelectionError
 from clipmerge.search.coefficients import CoefficientsResult, Method, search_coefficients, task_family
-from clipmerge.search.judge import Judge, Progress, Scorer, scorer_of
+from clipmerge.search.judge import Judge, Scorer, scorer_of
 from clipmerge.search.results import Table, plot
 from clipmerge.search.rules import paint
 from clipmerge.search.sweep import SweepResult, steps, sweep
-from clipmerge.weights.expression import Weights, interpolate
+from clipmerge.types import Progress
+from clipmerge.weights.weights import Weights, interpolate
 
 if TYPE_CHECKING:
     from clipmerge.search.journal import Journal
@@ -86,7 +87,7 @@ def patch(
     budget: int = 60,
     seed: int = 0,
     journal: "Journal | str | os.PathLike[str] | None" = None,
-    on_progress: Progress = None,
+    on_progress: Progress | None = None,
 ) -> PatchResult:
     """Interpolate finetuned models into the base, by the mean of supported and patching scores.
 
@@ -140,7 +141,7 @@ def _parallel(
     method: Method,
     budget: int,
     seed: int,
-    on_progress: Progress,
+    on_progress: Progress | None,
 ) -> PatchResult:
     tuned = dict(zip(new, (m if isinstance(m, Weights) else m(base) for m in models), strict=True))
     names, family = task_family(base, tuned)

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from clipmerge.errors import SelectionError
 from clipmerge.search.results import Table, chance, percent, plot, shares_table, span, step_headers
+from clipmerge.types import Progress
 from clipmerge.weights.check import check
-from clipmerge.weights.expression import Weights, load_all, mean
+from clipmerge.weights.weights import Weights, load_all, mean
 
 if TYPE_CHECKING:
     from clipmerge.search.journal import Journal
-    from clipmerge.search.judge import Judge, Progress
+    from clipmerge.search.judge import Judge
 
 Order = Literal["score", "given", "random"] | Sequence[int]
 
@@ -149,7 +150,7 @@ def greedy_soup(
     seed: int = 0,
     journal: "Journal | str | os.PathLike[str] | None" = None,
     early_stop: bool = True,
-    on_progress: "Progress" = None,
+    on_progress: Progress | None = None,
 ) -> SoupResult:
     """The greedy soup: each candidate in turn is tried, and stays if the mean's held-out score does not fall.
 
@@ -195,7 +196,7 @@ def greedy_soup(
 
 
 def ranked(
-    weights: Sequence[Weights], scorer: Any, split: str, order: Order, seed: int, on_progress: "Progress"
+    weights: Sequence[Weights], scorer: Any, split: str, order: Order, seed: int, on_progress: Progress | None
 ) -> tuple[list[int], dict[int, Any]]:
     """The order of turns, and the marks that it took to find it (index → mark)."""
     from clipmerge.search.judge import goodness

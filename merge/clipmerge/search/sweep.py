@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipmerge.errors import SelectionError
-from clipmerge.search.judge import Judge, Progress, Scorer, goodness, mark_document, mcnemar_p, scorer_of
+from clipmerge.search.judge import Judge, Scorer, goodness, mark_document, mcnemar_p, scorer_of
 from clipmerge.search.results import Table, chance, percent, plot, span
 from clipmerge.search.rules import Rule
+from clipmerge.types import Progress
 from clipmerge.weights.check import check
 
 if TYPE_CHECKING:
     from clipmerge.search.journal import Journal
-    from clipmerge.weights.expression import Weights
+    from clipmerge.weights.weights import Weights
 
 Family = Callable[[float], "Weights"]
 
@@ -126,7 +127,7 @@ def sweep(
     name: str = "interpolate",
     splits: Sequence[str] | None = None,
     journal: "Journal | str | os.PathLike[str] | None" = None,
-    on_progress: Progress = None,
+    on_progress: Progress | None = None,
 ) -> SweepResult:
     """Score `family(alpha)` for each alpha of the grid and choose by the rule.
 
@@ -163,7 +164,12 @@ class _Points:
     """The points tried so far."""
 
     def __init__(
-        self, family: Family, scorer: Scorer, rule: Rule, splits: tuple[str, ...], on_progress: Progress
+        self,
+        family: Family,
+        scorer: Scorer,
+        rule: Rule,
+        splits: tuple[str, ...],
+        on_progress: Progress | None,
     ) -> None:
         self.family, self.scorer, self.rule, self.splits = family, scorer, rule, splits
         self.on_progress = on_progress

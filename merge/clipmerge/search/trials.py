@@ -5,7 +5,7 @@ from typing import Any
 from clipmerge.errors import NonFiniteError
 from clipmerge.search.judge import Bound, Scorer, goodness, mcnemar_p
 from clipmerge.search.soup import SoupStep, name_of
-from clipmerge.weights.expression import Weights, mean
+from clipmerge.weights.weights import Weights, mean
 
 
 class MeanTrials:

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from clipmerge.checkpoint.tensors import Checkpoint, Tensor
-from clipmerge.errors import MismatchError, RecipeError, nearest
-from clipmerge.weights.expression import Weights
+from clipmerge.errors import MismatchError, RecipeError
+from clipmerge.text import nearest
 from clipmerge.weights.names import TOWERS, matches
+from clipmerge.weights.weights import Weights
 
 SHOWN = 10
 """Problems listed in full; the rest are counted."""

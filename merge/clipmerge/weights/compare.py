@@ -11,10 +11,11 @@ import numpy.typing as npt
 from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import ITEMSIZE, Checkpoint, Tensor, iter_blocks, storage_dtype
 from clipmerge.ops.cast import scratch_for, widen
+from clipmerge.types import Progress
 from clipmerge.weights.check import check, reference_of
-from clipmerge.weights.expression import Progress, Weights
 from clipmerge.weights.run import evaluate_weights
 from clipmerge.weights.summary import grouped
+from clipmerge.weights.weights import Weights
 
 F64 = npt.NDArray[np.float64]
 PIECE = 1 << 18

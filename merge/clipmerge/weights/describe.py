@@ -9,10 +9,10 @@ from typing import Any
 from clipmerge.checkpoint.tensors import ITEMSIZE
 from clipmerge.weights.blocks import Buffers, default_threads
 from clipmerge.weights.coefficient import number_text
-from clipmerge.weights.expression import Weights
 from clipmerge.weights.names import tower_of
 from clipmerge.weights.notation import identifiers_of, notation
 from clipmerge.weights.plan import Plan, Step, make_plan
+from clipmerge.weights.weights import Weights
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clipmerge.checkpoint.tensors import Bytes
-from clipmerge.errors import MismatchError, ModelError, RecipeError, nearest
+from clipmerge.errors import MismatchError, ModelError, RecipeError
+from clipmerge.text import nearest
+from clipmerge.types import Progress
 from clipmerge.weights.plan import make_plan
 from clipmerge.weights.run import into_arrays
 
 if TYPE_CHECKING:
     import torch
 
-    from clipmerge.weights.expression import Progress, Weights
+    from clipmerge.weights.weights import Weights
 
 _TORCH: Mapping[str, str] = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",

@@ -10,11 +10,12 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from clipmerge.errors import RecipeError, nearest
+from clipmerge.errors import RecipeError
 from clipmerge.ops.points import model_stock, slerp
 from clipmerge.ops.vectors import magmax
+from clipmerge.text import nearest
 from clipmerge.weights.coefficient import Coefficient
-from clipmerge.weights.expression import Weights
+from clipmerge.weights.weights import Weights
 
 F64 = npt.NDArray[np.float64]
 

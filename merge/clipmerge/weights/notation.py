@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from clipmerge.checkpoint.tensors import Checkpoint, identifiers
 from clipmerge.weights.coefficient import Coefficient, number_text
-from clipmerge.weights.expression import Weights
+from clipmerge.weights.weights import Weights
 
 if TYPE_CHECKING:
     from clipmerge.weights.methods import Applied

@@ -15,11 +15,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
-from clipmerge.errors import ClipmergeError, RecipeError, nearest
+from clipmerge.errors import ClipmergeError, RecipeError
+from clipmerge.text import nearest
 from clipmerge.weights.coefficient import Coefficient
-from clipmerge.weights.expression import Weights, interpolate, mean
 from clipmerge.weights.methods import METHODS, apply
 from clipmerge.weights.notation import FUNCTIONS, baseless_sum
+from clipmerge.weights.weights import Weights, interpolate, mean
 
 MAX_LENGTH = 200_000
 """Characters: a thousand ingredients with long names fit."""

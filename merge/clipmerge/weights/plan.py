@@ -10,14 +10,15 @@ from blake3 import blake3
 
 from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import FLOATS, Checkpoint, Tensor
-from clipmerge.errors import RecipeError, nearest
+from clipmerge.errors import RecipeError
+from clipmerge.text import nearest
 from clipmerge.weights.check import check, reference_of
 from clipmerge.weights.coefficient import Coefficient
-from clipmerge.weights.expression import Weights
 from clipmerge.weights.methods import Applied
+from clipmerge.weights.weights import Weights
 
 if TYPE_CHECKING:
-    from clipmerge.weights.expression import Leaf
+    from clipmerge.weights.weights import Leaf
 
 EXACT = 1 << 24
 """Integer coefficients up to here keep integer · float32 exact in float64."""

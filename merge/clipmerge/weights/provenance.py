@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import clipmerge
 from clipmerge.checkpoint.tensors import Checkpoint
+from clipmerge.types import Progress
+from clipmerge.version import __version__
 from clipmerge.weights.digest import content_digest
-from clipmerge.weights.expression import Progress, Weights
 from clipmerge.weights.notation import identifiers_of, notation
 from clipmerge.weights.record import FORMAT, needs_quick_gelu, read_record, write_record
+from clipmerge.weights.weights import Weights
 
 GENERATIONS = 8
 """How far back a file tells its history: shared ancestors are told once for each path to them."""
@@ -44,7 +45,7 @@ def file_metadata(
         parents[name] = parent
     record: dict[str, Any] = {
         "format": FORMAT,
-        "version": clipmerge.__version__,
+        "version": __version__,
         "notation": notation(weights),
         "total": weights.kind(),
         "dtype": dtype or "base",

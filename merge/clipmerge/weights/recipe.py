@@ -18,9 +18,10 @@ from keyword import iskeyword
 from pathlib import Path
 from typing import Any
 
-from clipmerge.errors import RecipeError, nearest
-from clipmerge.weights.expression import Weights, load_each
+from clipmerge.errors import RecipeError
+from clipmerge.text import nearest
 from clipmerge.weights.parse import parse
+from clipmerge.weights.weights import Weights, load_each
 
 _KEYS = {"expression": str, "checkpoints": dict, "dtype": str, "shard_size": str, "output": str}
 _REMOTE = re.compile(r"hf-hub:.+|[\w.-]{2,}:[\w.-]+")

@@ -13,14 +13,15 @@ from clipmerge.checkpoint.tensors import Bytes, Checkpoint, storage_dtype
 from clipmerge.checkpoint.write import check_target, new_files, write_at
 from clipmerge.errors import MismatchError, NonFiniteError
 from clipmerge.ops.cast import narrow, scratch_for, to_float64
+from clipmerge.types import Progress
 from clipmerge.weights.blocks import Buffers, Run, Sink, default_threads, in_threads, join, run_blocks
-from clipmerge.weights.expression import Progress, Weights
 from clipmerge.weights.nonfinite import explain, overflow, refuse_inputs
 from clipmerge.weights.plan import Plan, Step, float_dtype, integer_factors, make_plan
 from clipmerge.weights.shards import shard_paths, split_into_shards, superseded
+from clipmerge.weights.weights import Weights
 
 if TYPE_CHECKING:
-    from clipmerge.weights.expression import Leaf
+    from clipmerge.weights.weights import Leaf
 
 F64 = npt.NDArray[np.float64]
 

@@ -11,8 +11,8 @@ import numpy as np
 from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import ITEMSIZE, Checkpoint, Tensor, iter_blocks, storage_dtype
 from clipmerge.ops.cast import finite, scratch_for, widen
+from clipmerge.types import Progress
 from clipmerge.weights.digest import content_digest
-from clipmerge.weights.expression import Progress
 from clipmerge.weights.names import TOWERS, block_of, tower_of
 from clipmerge.weights.record import read_record
 

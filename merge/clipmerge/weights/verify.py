@@ -14,14 +14,15 @@ from clipmerge.checkpoint.open import open_checkpoint
 from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import ITEMSIZE, Bytes, Checkpoint, Tensor
 from clipmerge.errors import CheckpointError, ClipmergeError
+from clipmerge.types import Progress
 from clipmerge.weights.blocks import Sink
 from clipmerge.weights.digest import content_digest
-from clipmerge.weights.expression import Progress, load
 from clipmerge.weights.parse import parse
 from clipmerge.weights.plan import Plan, float_dtype, make_plan
 from clipmerge.weights.provenance import Parent, is_original, parents_of
 from clipmerge.weights.record import read_record
 from clipmerge.weights.run import execute
+from clipmerge.weights.weights import load
 
 SUFFIXES = (".safetensors", ".safetensors.index.json", ".pt", ".pth", ".bin")
 """What a parent's file may end in."""

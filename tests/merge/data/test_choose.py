@@ -5,7 +5,7 @@ import pytest
 from blake3 import blake3
 
 from clipmerge.data.choose import few_shot, fraction_of, held_out
-from clipmerge.data.split import open_split
+from clipmerge.data.open import open_split
 from clipmerge.errors import DataError
 
 from .conftest import MakeFolder

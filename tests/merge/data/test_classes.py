@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from clipmerge.data.classes import imagenet_names
-from clipmerge.data.split import open_split
+from clipmerge.data.open import open_split
 from clipmerge.errors import DataError
 
 from .conftest import MakeFolder

@@ -13,8 +13,9 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from clipmerge.checkpoint.cache import cache_dir
+from clipmerge.data.open import open_split
 from clipmerge.data.pixels import normalise, pixels
-from clipmerge.data.split import Split, open_split
+from clipmerge.data.split import Split
 from clipmerge.errors import DataError, OutputError
 
 from .conftest import MakeFolder, picture

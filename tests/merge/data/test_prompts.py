@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from clipmerge.data.open import open_split
 from clipmerge.data.prompts import CONTEXTS, context_templates, prompts, templates
-from clipmerge.data.split import open_split
 from clipmerge.errors import DataError
 
 from .conftest import MakeFolder

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from clipmerge.data.open import open_split
 from clipmerge.data.shifts import SHIFTS, shifted
-from clipmerge.data.split import Split, open_split
+from clipmerge.data.split import Split
 from clipmerge.errors import DataError
 
 from .conftest import MakeFolder

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipmerge.data.split import open_split
+from clipmerge.data.open import open_split
 from clipmerge.errors import DataError, MissingExtraError
 
 from .conftest import MakeFolder, encoded, picture

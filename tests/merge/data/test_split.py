@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from clipmerge.data.images import decode
-from clipmerge.data.split import open_split, parse_source
+from clipmerge.data.open import open_split, parse_source
 from clipmerge.errors import DataError
 
 from .conftest import MakeFolder, encoded, picture

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from clipmerge.data.split import Split, open_split
+from clipmerge.data.open import open_split
+from clipmerge.data.split import Split
 
 
 @pytest.fixture(scope="session")
@@ -16,7 +17,7 @@ def digits() -> Split:
 @pytest.fixture(scope="session")
 def weights(tiny_checkpoints: Any) -> Any:
     """The tiny checkpoints, opened: name → Weights."""
-    from clipmerge.weights.expression import load
+    from clipmerge.weights.weights import load
 
     return {name: load(path) for name, path in tiny_checkpoints.items()}
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from clipmerge.data.split import open_split
+from clipmerge.data.open import open_split
 from clipmerge.errors import DataError, ModelError, NonFiniteError, SelectionError
 from clipmerge.evaluate.evaluator import Evaluator
 from clipmerge.model import build_model, eval_transform, get_tokenizer
-from clipmerge.weights.expression import from_state_dict, load, mean
+from clipmerge.weights.weights import from_state_dict, load, mean
 
 TEMPLATES = ["a photo of a {}.", "the number {}."]
 

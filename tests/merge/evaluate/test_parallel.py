@@ -8,15 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from clipmerge.evaluate import parallel
+from clipmerge import distributed
 
 TASK = """
-import json, sys
-from clipmerge.data.split import open_split
-from clipmerge.evaluate import parallel
+import json, sys, torch
+from clipmerge.data.open import open_split
+from clipmerge import distributed
 from clipmerge.evaluate.evaluator import Evaluator
-from clipmerge.weights.expression import load
+from clipmerge.weights.weights import load
 
 def said(model, *paths):
     evaluator = Evaluator(model, open_split("digits#val", limit=101), batch_size=16)
@@ -32,11 +33,11 @@ if __name__ == "__main__":
     world = int(os.environ["WORLD_SIZE"])
     rank = next((r for r in range(1, world) if os.fork() == 0), 0)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    parallel.start()
-    place = {"rank": parallel.rank(), "writer": parallel.is_writer(), "world": parallel.world()}
+    distributed.start(torch.device("cpu"))
+    place = {"rank": distributed.rank(), "writer": distributed.is_first(), "world": distributed.world()}
     answer = json.dumps({**place, "said": said(*sys.argv[1:])})
     os.write(1, f"{answer}\\n".encode())
-    parallel.finish()
+    distributed.finish()
     assert rank or all(os.wait()[1] == 0 for _ in range(1, world))
 """
 
@@ -78,11 +79,7 @@ def _rounded(said: dict) -> dict:
 
 def test_without_torchrun_there_is_one_process(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    parallel.start()
-    assert (parallel.rank(), parallel.world(), parallel.is_writer()) == (0, 1, True)
-    parallel.barrier()
-    parallel.finish()
-    assert parallel.local_device("cuda") == "cuda"
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    assert parallel.local_device("cuda") == "cuda:3"
-    assert parallel.local_device("cpu") == "cpu"
+    distributed.start(torch.device("cpu"))
+    assert (distributed.rank(), distributed.world(), distributed.is_first()) == (0, 1, True)
+    distributed.barrier()
+    distributed.finish()

@@ -11,7 +11,7 @@ from clipmerge.evaluate.evaluator import Evaluator
 from clipmerge.evaluate.metrics import METRICS, Predictions
 from clipmerge.evaluate.score import score_of
 from clipmerge.evaluate.trial import Hardness, better_than
-from clipmerge.weights.expression import from_state_dict, load, mean
+from clipmerge.weights.weights import from_state_dict, load, mean
 
 
 def resident_state(evaluator):

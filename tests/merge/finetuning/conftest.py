@@ -9,21 +9,21 @@ import pytest
 
 @pytest.fixture(scope="session")
 def train() -> Any:
-    from clipmerge.data.split import open_split
+    from clipmerge.data.open import open_split
 
     return open_split("digits#train", limit=60)
 
 
 @pytest.fixture(scope="session")
 def val() -> Any:
-    from clipmerge.data.split import open_split
+    from clipmerge.data.open import open_split
 
     return open_split("digits#val", limit=40)
 
 
 @pytest.fixture(scope="session")
 def base(tiny_checkpoints: Any) -> Any:
-    from clipmerge.weights.expression import load
+    from clipmerge.weights.weights import load
 
     return load(tiny_checkpoints["base"])
 

@@ -14,7 +14,7 @@ from clipmerge.finetuning.features import context_vectors, image_features, promp
 from clipmerge.finetuning.optimiser import adamw, learning_rate
 from clipmerge.finetuning.probe import linear_probe
 from clipmerge.finetuning.towers import Towers
-from clipmerge.weights.expression import load
+from clipmerge.weights.weights import load
 
 HEAD = {"classification_head.weight", "classification_head.bias"}
 CPU = torch.device("cpu")

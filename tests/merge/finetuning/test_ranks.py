@@ -16,15 +16,15 @@ import open_clip, sklearn.datasets, torch, torch.distributed as dist, torchvisio
 
 torch.set_num_threads(1)
 folder, base, model = sys.argv[1:]
-from clipmerge.data.split import open_split
+from clipmerge.data.open import open_split
 from clipmerge.finetuning import setup
 from clipmerge.finetuning.batches import Sampler
-from clipmerge.finetuning.distributed import average_gradients, rank, world
+from clipmerge.distributed import average_gradients, rank, world
 from clipmerge.finetuning.images import Images
 from clipmerge.finetuning.methods import finetune
 from clipmerge.finetuning.towers import Towers, freeze, is_outside, trained_parameters, wrapped
 from clipmerge.model import resolve_model
-from clipmerge.weights.expression import load
+from clipmerge.weights.weights import load
 
 cpu = torch.device("cpu")
 

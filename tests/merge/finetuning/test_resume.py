@@ -17,10 +17,10 @@ from clipmerge.finetuning.log import read
 KILLED = """
 import os, random, signal, sys
 import open_clip, sklearn.datasets, torch, torchvision
-from clipmerge.data.split import open_split
+from clipmerge.data.open import open_split
 from clipmerge.finetuning.methods import finetune
-import clipmerge.evaluate.parallel, clipmerge.finetuning.keeper, clipmerge.finetuning.loop, clipmerge.finetuning.setup
-from clipmerge.weights.expression import load
+import clipmerge.distributed, clipmerge.device, clipmerge.finetuning.keeper, clipmerge.finetuning.loop, clipmerge.finetuning.setup
+from clipmerge.weights.weights import load
 
 torch.set_num_threads(1)
 folder, base, model, method, kills = sys.argv[1:]

@@ -75,7 +75,7 @@ def sweep(base: Any, train: Any, val: Any, folder: Path, **changed: Any) -> Any:
 def test_every_trial_leaves_a_checkpoint_with_its_hyperparameters(
     base: Any, train: Any, val: Any, tiny_spec: Any, tmp_path: Path
 ) -> None:
-    from clipmerge.weights.expression import load
+    from clipmerge.weights.weights import load
 
     done = sweep(base, train, val, tmp_path, model=tiny_spec)
     assert sorted(t.file.name for t in done) == [f"trial-000{i}.safetensors" for i in range(3)]
@@ -96,7 +96,7 @@ def test_every_trial_leaves_a_checkpoint_with_its_hyperparameters(
 def test_the_papers_trials_start_from_one_probe(
     base: Any, train: Any, val: Any, tiny_spec: Any, tmp_path: Path
 ) -> None:
-    from clipmerge.weights.expression import load
+    from clipmerge.weights.weights import load
 
     space = Space({"lr": Range(1e-12, 1e-11, log=True)}, {"method": "lp-ft", "steps": 1})
     done = sweep(base, train, val, tmp_path, model=tiny_spec, space=space, trials=2)

@@ -6,7 +6,7 @@ import torch
 from clipmerge.errors import ModelError
 from clipmerge.model import build_model, resolve_model
 from clipmerge.model.alike import alike
-from clipmerge.weights.expression import from_state_dict, load
+from clipmerge.weights.weights import from_state_dict, load
 
 
 @pytest.mark.parametrize("name", ["ViT-B-32", "RN50", "coca_ViT-B-32"])

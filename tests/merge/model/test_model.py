@@ -22,7 +22,7 @@ from clipmerge.model import (
     train_transform,
     weights_of,
 )
-from clipmerge.weights.expression import from_state_dict, interpolate, load, mean
+from clipmerge.weights.weights import from_state_dict, interpolate, load, mean
 
 
 def test_a_name_is_open_clips():
@@ -83,7 +83,7 @@ def test_different_models_do_not_mix(tiny_spec, tmp_path):
 def test_openais_own_files_need_quick_gelu(tiny_spec, tiny_checkpoints):
     from dataclasses import replace
 
-    from clipmerge.weights.expression import Weights
+    from clipmerge.weights.weights import Weights
 
     plain = load(tiny_checkpoints["base"])
     openai = replace(plain.checkpoints[0], layout="openai")

@@ -12,8 +12,8 @@ import torch
 from clipmerge.errors import ModelError, OutputError, RecipeError
 from clipmerge.report.card import model_card
 from clipmerge.report.hub import CARD, CONFIG, WEIGHTS, push, save_folder
-from clipmerge.weights.expression import Weights, from_state_dict, load, mean
 from clipmerge.weights.verify import verify
+from clipmerge.weights.weights import Weights, from_state_dict, load, mean
 
 
 @pytest.fixture

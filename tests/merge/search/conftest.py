@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from clipmerge.data.split import Split, open_split
+from clipmerge.data.open import open_split
+from clipmerge.data.split import Split
 from clipmerge.evaluate.evaluator import Evaluator
 
 
@@ -21,7 +22,7 @@ def spread(tiny_spec: Any, tmp_path_factory: pytest.TempPathFactory) -> Sequence
     import torch
 
     from clipmerge.model import build_model
-    from clipmerge.weights.expression import from_state_dict
+    from clipmerge.weights.weights import from_state_dict
 
     folder = tmp_path_factory.mktemp("spread")
     base = {k: v.clone() for k, v in build_model(tiny_spec, seed=3).state_dict().items()}

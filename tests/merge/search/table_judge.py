@@ -12,7 +12,7 @@ import numpy as np
 from clipmerge.checkpoint.tensors import Checkpoint, Extent, Tensor
 from clipmerge.evaluate.metrics import interval
 from clipmerge.weights.coefficient import Coefficient
-from clipmerge.weights.expression import Weights
+from clipmerge.weights.weights import Weights
 
 Recipe = tuple[tuple[str, str], ...]
 

@@ -17,7 +17,7 @@ from clipmerge.checkpoint.tensors import Checkpoint, Extent, Tensor
 from clipmerge.errors import MismatchError, SelectionError
 from clipmerge.search.soup import greedy_soup, uniform_soup
 from clipmerge.weights.coefficient import Coefficient, number_text
-from clipmerge.weights.expression import Weights, mean
+from clipmerge.weights.weights import Weights, mean
 
 NAMES = ("a", "b", "c", "d", "e")
 

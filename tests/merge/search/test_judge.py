@@ -14,8 +14,8 @@ from clipmerge.evaluate.score import Score
 from clipmerge.search.journal import Journal, pack_bits
 from clipmerge.search.judge import Bound, Scorer, goodness, read_record, recipe_digest
 from clipmerge.weights.digest import content_digest
-from clipmerge.weights.expression import Weights, interpolate, load, mean
 from clipmerge.weights.methods import apply
+from clipmerge.weights.weights import Weights, interpolate, load, mean
 
 BITS = np.array([True, False, True, True])
 MARK: Mapping[str, Any] = {"correct": 3, "n": 4, "metric": "top1", "metrics": {"top1": 0.75, "ece": 0.1},

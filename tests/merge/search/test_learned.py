@@ -19,7 +19,7 @@ from clipmerge.search import mixture as mixture_module
 from clipmerge.search.learned import groups_for, learned_soup, rounded
 from clipmerge.search.mixture import Mixture
 from clipmerge.search.results import shares_table
-from clipmerge.weights.expression import Weights, from_state_dict, load, load_all
+from clipmerge.weights.weights import Weights, from_state_dict, load, load_all
 
 PROMPT = "a photo of a {}."
 

@@ -10,7 +10,7 @@ from tests.merge.search.table_judge import Recipe, TableJudge, point, recipe
 
 from clipmerge.errors import SelectionError
 from clipmerge.search.patch import patch
-from clipmerge.weights.expression import Weights, interpolate
+from clipmerge.weights.weights import Weights, interpolate
 
 N = 400
 ZS, CARS, DTD = point("zs"), point("cars"), point("dtd")

@@ -14,7 +14,7 @@ from clipmerge.search.patch import patch
 from clipmerge.search.rules import best_mean, keep_control, mean_of
 from clipmerge.search.soup import greedy_soup
 from clipmerge.search.sweep import sweep
-from clipmerge.weights.expression import interpolate
+from clipmerge.weights.weights import interpolate
 
 A, B, C = point("a"), point("b"), point("c")
 TABLE = TableJudge({"id": 50, "shift": 50}, random_bits(1, 50))

@@ -16,7 +16,7 @@ from clipmerge.evaluate.evaluator import Evaluator
 from clipmerge.model import build_model, eval_transform, get_tokenizer
 from clipmerge.search.ensemble import greedy_ensemble
 from clipmerge.search.soup import uniform_soup
-from clipmerge.weights.expression import load_all
+from clipmerge.weights.weights import load_all
 
 
 class StraightLine:

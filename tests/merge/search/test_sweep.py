@@ -15,7 +15,7 @@ from tests.merge.search.table_judge import Recipe, TableJudge, point, recipe
 from clipmerge.errors import SelectionError
 from clipmerge.search.rules import best_id, best_mean, keep_control, mean_of, normalised_mean, paint
 from clipmerge.search.sweep import reference_scores, steps, sweep
-from clipmerge.weights.expression import Weights, interpolate
+from clipmerge.weights.weights import Weights, interpolate
 
 N = 1000
 ZS, FT = point("zs"), point("ft")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clipmerge.weights.expression import load
+from clipmerge.weights.weights import load
 
 # One process prepares, and forks a child for each kill: no child pays for starting an interpreter.
 KILL = """

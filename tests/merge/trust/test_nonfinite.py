@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from clipmerge.errors import NonFiniteError
-from clipmerge.weights.expression import Weights, interpolate, load, mean
+from clipmerge.weights.weights import Weights, interpolate, load, mean
 
 Put = Callable[..., Path]
 Stored = Callable[[Path], dict[str, Any]]

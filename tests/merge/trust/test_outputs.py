@@ -14,7 +14,7 @@ import pytest
 
 from clipmerge.checkpoint import write
 from clipmerge.errors import OutputError
-from clipmerge.weights.expression import Weights, load, mean
+from clipmerge.weights.weights import Weights, load, mean
 
 Put = Callable[..., Path]
 

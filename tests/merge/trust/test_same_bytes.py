@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from clipmerge.checkpoint.tensors import Checkpoint, Extent, Tensor
 from clipmerge.weights.coefficient import Coefficient
-from clipmerge.weights.expression import Weights, interpolate, load, mean
 from clipmerge.weights.plan import make_plan
 from clipmerge.weights.run import into_arrays
+from clipmerge.weights.weights import Weights, interpolate, load, mean
 
 Put = Callable[..., Path]
 Stored = Callable[[Path], dict[str, Any]]

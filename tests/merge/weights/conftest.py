@@ -10,10 +10,10 @@ import pytest
 from clipmerge.checkpoint.tensors import Checkpoint, Extent, Tensor, storage_dtype
 from clipmerge.ops.cast import narrow, scratch_for
 from clipmerge.weights.coefficient import Coefficient
-from clipmerge.weights.expression import Weights
 from clipmerge.weights.plan import make_plan
 from clipmerge.weights.record import write_record
 from clipmerge.weights.run import into_arrays
+from clipmerge.weights.weights import Weights
 
 _NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "bool": "BOOL"}
 

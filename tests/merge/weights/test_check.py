@@ -7,8 +7,8 @@ import pytest
 
 from clipmerge.errors import MismatchError, RecipeError
 from clipmerge.weights.check import check, reference_of
-from clipmerge.weights.expression import Weights, interpolate, mean
 from clipmerge.weights.methods import apply
+from clipmerge.weights.weights import Weights, interpolate, mean
 
 Point = Callable[..., Weights]
 

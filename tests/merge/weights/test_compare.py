@@ -8,7 +8,7 @@ import pytest
 from clipmerge.errors import MismatchError
 from clipmerge.weights import compare as module
 from clipmerge.weights.compare import Comparison, compare
-from clipmerge.weights.expression import Weights, interpolate
+from clipmerge.weights.weights import Weights, interpolate
 
 Point = Callable[..., Weights]
 NAMES = (

@@ -8,9 +8,9 @@ import pytest
 
 from clipmerge.errors import MismatchError
 from clipmerge.weights.describe import describe, memory_of
-from clipmerge.weights.expression import Weights, interpolate, load, mean
 from clipmerge.weights.methods import apply
 from clipmerge.weights.plan import make_plan
+from clipmerge.weights.weights import Weights, interpolate, load, mean
 
 Point = Callable[..., Weights]
 

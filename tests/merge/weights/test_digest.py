@@ -11,7 +11,7 @@ from blake3 import blake3
 from clipmerge.checkpoint.cache import cache_dir
 from clipmerge.checkpoint.tensors import Checkpoint, Extent, Tensor
 from clipmerge.weights.digest import combine, content_digest, tensor_digests
-from clipmerge.weights.expression import Weights, load
+from clipmerge.weights.weights import Weights, load
 
 Point = Callable[..., Weights]
 Put = Callable[..., Path]

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 import clipmerge
 from clipmerge.errors import CheckpointError, MismatchError, RecipeError
-from clipmerge.weights.expression import Weights, from_state_dict, interpolate, load, load_all, mean
+from clipmerge.weights.weights import Weights, from_state_dict, interpolate, load, load_all, mean
 
 Point = Callable[..., Weights]
 Arrays = Callable[..., dict[str, Any]]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from clipmerge.errors import RecipeError
-from clipmerge.weights.expression import Weights
 from clipmerge.weights.methods import METHODS, apply
+from clipmerge.weights.weights import Weights
 
 Point = Callable[..., Weights]
 

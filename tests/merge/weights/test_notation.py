@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 
-from clipmerge.weights.expression import Weights, interpolate, mean
 from clipmerge.weights.methods import apply
 from clipmerge.weights.notation import identifiers_of
+from clipmerge.weights.weights import Weights, interpolate, mean
 
 Point = Callable[..., Weights]
 

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipmerge.errors import RecipeError
-from clipmerge.weights.expression import Weights, interpolate, mean
 from clipmerge.weights.methods import Applied, apply
 from clipmerge.weights.notation import baseless_sum
 from clipmerge.weights.parse import MAX_LENGTH, parse
+from clipmerge.weights.weights import Weights, interpolate, mean
 
 Point = Callable[..., Weights]
 

@@ -8,8 +8,8 @@ import pytest
 
 from clipmerge.errors import RecipeError
 from clipmerge.weights.coefficient import Coefficient
-from clipmerge.weights.expression import Weights, interpolate, mean
 from clipmerge.weights.plan import float_dtype, make_plan
+from clipmerge.weights.weights import Weights, interpolate, mean
 
 Point = Callable[..., Weights]
 

@@ -15,10 +15,10 @@ from clipmerge.checkpoint.tensors import Checkpoint, Extent, Tensor
 from clipmerge.errors import ClipmergeError, RecipeError
 from clipmerge.weights.coefficient import Coefficient
 from clipmerge.weights.digest import content_digest
-from clipmerge.weights.expression import Weights, interpolate, load, mean
 from clipmerge.weights.provenance import GENERATIONS, file_metadata, history, is_original, parents_of
 from clipmerge.weights.record import read_record, write_record
 from clipmerge.weights.summary import summarise
+from clipmerge.weights.weights import Weights, interpolate, load, mean
 
 Point = Callable[..., Weights]
 Put = Callable[..., Path]

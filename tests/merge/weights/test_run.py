@@ -13,8 +13,8 @@ from clipmerge.checkpoint.tensors import Checkpoint, Extent, Tensor
 from clipmerge.errors import MismatchError, NonFiniteError, RecipeError
 from clipmerge.weights import blocks
 from clipmerge.weights.coefficient import Coefficient
-from clipmerge.weights.expression import Weights, interpolate, load, mean
 from clipmerge.weights.methods import apply
+from clipmerge.weights.weights import Weights, interpolate, load, mean
 
 Point = Callable[..., Weights]
 Arrays = Callable[..., dict[str, Any]]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from clipmerge.errors import OutputError
-from clipmerge.weights.expression import Weights, load, mean
+from clipmerge.weights.weights import Weights, load, mean
 
 Point = Callable[..., Weights]
 

@@ -9,8 +9,8 @@ import pytest
 from clipmerge.checkpoint.tensors import Checkpoint, Extent, Tensor
 from clipmerge.errors import CheckpointError
 from clipmerge.weights.digest import content_digest
-from clipmerge.weights.expression import Weights, load
 from clipmerge.weights.summary import grouped, nonfinite, summarise
+from clipmerge.weights.weights import Weights, load
 
 Point = Callable[..., Weights]
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from clipmerge.errors import CheckpointError
-from clipmerge.weights.expression import Weights, from_state_dict, interpolate, load, load_all, mean
 from clipmerge.weights.methods import apply
 from clipmerge.weights.record import write_record
 from clipmerge.weights.verify import verify
+from clipmerge.weights.weights import Weights, from_state_dict, interpolate, load, load_all, mean
 
 Point = Callable[..., Weights]
 Put = Callable[..., Path]

@@ -7,7 +7,7 @@ one streaming weighted sum that reads every input once.
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -16,6 +16,7 @@ from weakref import WeakValueDictionary
 
 from clipmerge.checkpoint.tensors import Checkpoint, Extent, Tensor, identifiers
 from clipmerge.errors import CheckpointError, MismatchError, RecipeError
+from clipmerge.types import Progress
 from clipmerge.weights.coefficient import Coefficient, Scalar, number_text
 from clipmerge.weights.record import model_record, read_record
 
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from clipmerge.weights.methods import Applied
 
     Leaf: TypeAlias = Checkpoint | Applied
-
-Progress = Callable[[str, int, int], None]
 
 _TOLERANCE = Fraction(1, 10**6)
 """How far a total may be from 0 or 1: softmaxed coefficients sum to 1 only up to their own rounding."""

@@ -1,0 +1,140 @@
+"""Resolve `--device` and `--precision` once, for scoring and for training."""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Literal, TypeAlias, get_args
+
+import torch
+
+from clipmerge.errors import DeviceError
+from clipmerge.text import did_you_mean
+
+__all__ = [
+    "Precision",
+    "autocast",
+    "describe",
+    "float32_matmul",
+    "out_of_memory_hint",
+    "resolve_device",
+    "resolve_precision",
+]
+
+Precision: TypeAlias = Literal["fp32", "tf32", "bf16", "fp16"]
+"""What towers compute in: IEEE fp32; fp32 with TF32 products; autocast. Heads, losses and weights are fp32."""
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_device(name: str | torch.device | None = None) -> torch.device:
+    """Return the device to use; None or "auto" is this process's own GPU where there is one, else the CPU.
+
+    Under torchrun "cuda" is `cuda:LOCAL_RANK`. A CUDA device becomes the process's current one.
+
+    Raises:
+        DeviceError: no such device, it cannot be used here, or one GPU is named for all of torchrun's processes.
+    """
+    asked = "auto" if name is None else str(name)
+    if asked == "auto":
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(asked)
+    except RuntimeError as error:
+        hint = did_you_mean(asked, ("auto", "cpu", "cuda", "mps"), "use auto, cpu, cuda, cuda:1 or mps")
+        raise DeviceError(f"{asked!r} is no device", hint="use cuda" if asked == "gpu" else hint) from error
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError("this machine has no MPS device", hint="leave --device out, or use --device cpu")
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            "no CUDA device can be used here",
+            hint="leave --device out to use the CPU; `nvidia-smi` shows GPUs",
+        )
+    local = os.environ.get("LOCAL_RANK")
+    if local is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if device.index is not None and device.index != int(local):
+            raise DeviceError(
+                f"{asked} would be shared by all of torchrun's processes",
+                hint="use --device cuda: each process takes its own GPU",
+            )
+        device = torch.device("cuda", int(local))
+    index = device.index or 0
+    if index >= torch.cuda.device_count():
+        raise DeviceError(
+            f"there is no GPU number {index}; this machine has {torch.cuda.device_count()}",
+            hint="torchrun --nproc-per-node must not exceed the number of GPUs",
+        )
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
+
+
+def resolve_precision(name: str | None, device: torch.device) -> Precision:
+    """Return the precision to compute in; None or "auto" is bf16 on a CUDA device that has it, else fp32.
+
+    Raises:
+        DeviceError: there is no such precision.
+    """
+    if name is None or name == "auto":
+        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    for precision in get_args(Precision):
+        if name == precision:
+            return precision  # type: ignore[no-any-return]
+    raise DeviceError(f"there is no precision {name!r}", hint="use auto, fp32, tf32, bf16 or fp16")
+
+
+def describe(device: torch.device, precision: str) -> str:
+    """Return what a summary line says: "cuda:0 (NVIDIA H100), bf16 autocast, heads and losses fp32"."""
+    card = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    how = f"{precision} autocast, heads and losses fp32" if precision in _AUTOCAST else precision
+    return f"{device}{card}, {how}"
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """Return the context in which towers compute."""
+    if precision in _AUTOCAST:
+        return torch.autocast(device.type, _AUTOCAST[precision])
+    return nullcontext()
+
+
+@contextmanager
+def float32_matmul(precision: Precision) -> Iterator[None]:
+    """Make fp32 products and convolutions on CUDA mean what `precision` says: TF32 for "tf32", else IEEE fp32.
+
+    torch's own default is IEEE for products but TF32 for convolutions, so that "fp32" would be neither.
+    """
+    tf32 = precision == "tf32"
+    conv = getattr(torch.backends.cudnn, "conv", None)
+    if conv is not None and hasattr(
+        conv, "fp32_precision"
+    ):  # torch 2.9 and later; mixing the two ways is an error
+        places = [conv, torch.backends.cuda.matmul]
+        before = [place.fp32_precision for place in places]
+        values = ["tf32" if tf32 else "ieee"] * 2
+        names = ["fp32_precision"] * 2
+    else:
+        places = [torch.backends.cudnn, torch.backends.cuda.matmul]
+        before = [place.allow_tf32 for place in places]
+        values = [tf32] * 2  # type: ignore[list-item]
+        names = ["allow_tf32"] * 2
+    try:
+        for place, name, value in zip(places, names, values, strict=True):
+            setattr(place, name, value)
+        yield
+    finally:
+        for place, name, value in zip(places, names, before, strict=True):
+            setattr(place, name, value)
+
+
+@contextmanager
+def out_of_memory_hint(hint: str) -> Iterator[None]:
+    """Turn a device's out-of-memory error into a sentence with `hint`, the options that need less.
+
+    Raises:
+        DeviceError: the device ran out of memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceError("the GPU ran out of memory", hint=hint) from error

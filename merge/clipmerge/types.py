@@ -1,0 +1,19 @@
+"""Type names that several rooms share."""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Bools", "Bytes", "Floats", "Ints", "Pixels", "Progress"]
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Called as (what, done, total) while something long runs; the command turns it into bars."""
+
+Bools: TypeAlias = npt.NDArray[np.bool_]
+Bytes: TypeAlias = npt.NDArray[np.uint8]
+Floats: TypeAlias = npt.NDArray[np.float64]
+Ints: TypeAlias = npt.NDArray[np.int64]
+Pixels: TypeAlias = npt.NDArray[np.uint8]
+"""Images as a model sees them before normalisation: (n, 3, height, width)."""
