@@ -138,7 +138,7 @@ def _elsewhere() -> None:
 
 def _version(asked: bool) -> None:
     if asked:
-        from clipmerge import __version__
+        from clipmerge.version import __version__
 
         typer.echo(f"clipmerge {__version__}")
         raise typer.Exit

@@ -19,7 +19,8 @@ import os, random, signal, sys
 import open_clip, sklearn.datasets, torch, torchvision
 from clipmerge.data.open import open_split
 from clipmerge.finetuning.methods import finetune
-import clipmerge.distributed, clipmerge.device, clipmerge.finetuning.keeper, clipmerge.finetuning.loop, clipmerge.finetuning.setup
+import clipmerge.device, clipmerge.distributed
+import clipmerge.finetuning.keeper, clipmerge.finetuning.loop, clipmerge.finetuning.setup
 from clipmerge.weights.weights import load
 
 torch.set_num_threads(1)
