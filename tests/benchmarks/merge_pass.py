@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 import clipmerge as cm
+from clipmerge.checkpoint.safetensors import header
 from clipmerge.checkpoint.tensors import Tensor
-from clipmerge.checkpoint.write import header
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -8,10 +8,10 @@ import numpy as np
 
 from clipmerge.checkpoint.configs import to_huggingface_config, to_huggingface_preprocessor, to_text
 from clipmerge.checkpoint.huggingface import to_huggingface
+from clipmerge.checkpoint.output import check_folder, check_target, new_files, whole_folder, write_at
 from clipmerge.checkpoint.read import Reader
-from clipmerge.checkpoint.staged import check_folder, staged
+from clipmerge.checkpoint.safetensors import header
 from clipmerge.checkpoint.tensors import Bytes, Checkpoint, Tensor
-from clipmerge.checkpoint.write import check_target, header, new_files, write_at, write_bytes
 from clipmerge.errors import CheckpointError, MismatchError
 from clipmerge.types import Progress
 
@@ -68,10 +68,10 @@ def convert_folder(
     name, configs = _folder(to, model)
     names = (*configs, name)
     check_folder(folder, names, force=force, inputs=list(checkpoint.files()))
-    with staged(folder, names) as stage:
+    with whole_folder(folder, names) as stage:
         convert(checkpoint, stage / name, to, on_progress=on_progress)
         for file, content in configs.items():
-            write_bytes(stage / file, to_text(content))
+            (stage / file).write_bytes(to_text(content))
     return folder
 
 

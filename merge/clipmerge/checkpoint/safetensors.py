@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from clipmerge.checkpoint.tensors import ITEMSIZE, Extent, Tensor
-from clipmerge.errors import CheckpointError
+from clipmerge.errors import CheckpointError, OutputError
 
 MAX_HEADER = 100_000_000
 """Bytes; the bound of the reference implementation."""
@@ -124,6 +124,39 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[int, int, str, tuple[int,
     if offsets[1] - offsets[0] != needs:
         _broken(path, f"tensor {name!r} holds {offsets[1] - offsets[0]} bytes, {dtype} {shape} needs {needs}")
     return offsets[0], offsets[1], dtype, tuple(shape)
+
+
+def header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
+    """Return the header of a file of these tensors, each tensor's offset in it, and the file's size.
+
+    Widest elements first, then by name: every tensor is aligned, and the order is a function of the content.
+
+    Raises:
+        OutputError: a name holds half a surrogate pair, which no file of this format can hold.
+    """
+    order = sorted(tensors, key=lambda name: (-ITEMSIZE[tensors[name].dtype], name))
+    entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    at, begins = 0, {}
+    for name in order:
+        tensor = tensors[name]
+        begins[name] = at
+        at += tensor.nbytes
+        entries[name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [begins[name], at],
+        }
+    try:
+        text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError as error:
+        raise OutputError(
+            f"a name or text is not Unicode and cannot be stored: {error.object[error.start - 20 : error.end]!r}",
+            hint="rename that tensor, or take that text out of the metadata",
+        ) from None
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    offsets = {name: start + begin for name, begin in begins.items()}
+    return len(text).to_bytes(8, "little") + text, offsets, start + at
 
 
 def check_shape(path: Path, name: str, dtype: str, shape: "tuple[int, ...] | list[int]") -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from clipmerge.checkpoint.cache import cache_dir, written_whole
+from clipmerge.checkpoint.cache import cache_dir
+from clipmerge.checkpoint.output import whole_file
 from clipmerge.data.images import Images, Picked
 from clipmerge.errors import DataError, OutputError
 from clipmerge.types import Progress
@@ -96,7 +97,7 @@ def _remembered(kind: str, key: str | None, make: Callable[[], dict[int, str]]) 
     with suppress(OSError, ValueError, AttributeError):
         return {int(i): str(reason) for i, reason in json.loads(path.read_text("utf-8")).items()}
     found = make()
-    with suppress(OutputError), written_whole(path) as sibling:  # a full disk only costs time here
+    with suppress(OutputError), whole_file(path, parents=True) as sibling:  # a full disk only costs time here
         sibling.write_text(json.dumps(found), "utf-8")
     return found
 
@@ -143,7 +144,7 @@ def content_keys(images: Images) -> npt.NDArray[np.uint8]:
             f"an image cannot be read any more: {error}", hint="was it moved meanwhile?"
         ) from error
     if path is not None:
-        with suppress(OutputError), written_whole(path) as sibling:
+        with suppress(OutputError), whole_file(path, parents=True) as sibling:
             sibling.write_bytes(keys + blake3(keys).digest())
     return np.frombuffer(keys, np.uint8).reshape(-1, 32)
 

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from clipmerge.checkpoint.cache import cache_dir, written_whole
+from clipmerge.checkpoint.cache import cache_dir
+from clipmerge.checkpoint.output import whole_file
 from clipmerge.data.check import Bad, refuse, why_unreadable
 from clipmerge.errors import DataError, OutputError
 from clipmerge.types import Progress
@@ -57,7 +58,7 @@ def pixels(
     if kept is not None:
         return kept
     transform = eval_transform_uint8(preprocess_cfg)
-    with written_whole(path) as sibling:
+    with whole_file(path, parents=True) as sibling:
         _decode(split, transform, sibling, shape, workers or os.cpu_count() or 1, on_progress)
     made = _kept(path, shape)
     if made is None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from clipmerge.checkpoint.cache import written_whole
+from clipmerge.checkpoint.output import whole_file
 from clipmerge.data.prompts import prompts
 from clipmerge.types import Progress
 from clipmerge.weights.names import tower_of
@@ -155,7 +155,7 @@ def zero_shot_head(
     features = encode_prompts(model, _tokens(tokenizer, names, texts), on_progress=on_progress).float()
     head = F.normalize(features.view(len(names), len(texts), -1).mean(dim=1), dim=-1)
     if path is not None:
-        with written_whole(path) as sibling, sibling.open("wb") as file:
+        with whole_file(path, parents=True) as sibling, sibling.open("wb") as file:
             np.save(file, head.cpu().numpy(), allow_pickle=False)
     return head
 

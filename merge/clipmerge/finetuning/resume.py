@@ -4,12 +4,11 @@ The sampler and the augmentations are functions of (seed, epoch, item), so the s
 rest is weights, optimiser, moving average, gradient scaler and the global random generators.
 """
 
-import os
 import random
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from clipmerge.errors import OutputError, TrainingError
+from clipmerge.checkpoint.output import whole_file
+from clipmerge.errors import TrainingError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,21 +43,8 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
     Raises:
         OutputError: it cannot be written; the last one is still there.
     """
-    sibling = path.with_name(f".{path.name}.tmp")  # one name: what a killed run left, the next save replaces
-    try:
-        with sibling.open("wb") as file:
-            torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        sibling.replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror or error}",
-            hint="the state before it is whole; make room",
-        ) from error
-    finally:
-        with suppress(OSError):
-            sibling.unlink(missing_ok=True)
+    with whole_file(path, fsync=True) as sibling, sibling.open("wb") as file:
+        torch.save(dict(state), file)
 
 
 def load_state(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipmerge.checkpoint.staged import check_folder, staged
+from clipmerge.checkpoint.output import check_folder, whole_folder
 from clipmerge.errors import ModelError, OutputError, RecipeError
 from clipmerge.report.card import model_card
 from clipmerge.weights.weights import Weights
@@ -45,7 +45,7 @@ def save_folder(
         weights, folder, model=model, metadata=metadata, force=force, shard_size=options.get("shard_size")
     )
     record = {**(metadata or {}), "model": spec.to_metadata()}
-    with staged(folder, (CONFIG, CARD, WEIGHTS)) as stage:
+    with whole_folder(folder, (CONFIG, CARD, WEIGHTS)) as stage:
         written = weights.save(stage / WEIGHTS, metadata=record, **options)
         config = {"model_cfg": dict(spec.config), "preprocess_cfg": dict(spec.preprocess)}
         (stage / CONFIG).write_text(json.dumps(config, indent=2) + "\n")

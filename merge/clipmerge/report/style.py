@@ -2,11 +2,10 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipmerge.report.tables import write_whole
+from clipmerge.checkpoint.output import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,9 +49,10 @@ def figure(path: str | Path, *, width: float = 6.4, height: float = 4.4) -> Iter
         yield drawn
         for target in targets(path):
             metadata = {"Date": None, "Creator": None} if target.suffix == ".svg" else {"Software": None}
-            content = BytesIO()
-            drawn.savefig(content, format=target.suffix[1:], dpi=150, facecolor="white", metadata=metadata)
-            write_whole(target, content.getvalue(), what="the figure ")
+            with whole_file(target) as sibling:
+                drawn.savefig(
+                    sibling, format=target.suffix[1:], dpi=150, facecolor="white", metadata=metadata
+                )
 
 
 def targets(path: str | Path) -> list[Path]:

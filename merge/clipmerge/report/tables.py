@@ -1,12 +1,11 @@
 """Results as text: Markdown tables and JSON files."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clipmerge.errors import OutputError
+from clipmerge.checkpoint.output import whole_file
 
 
 def markdown(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -34,26 +33,6 @@ def write_json(document: Mapping[str, Any], path: str | Path) -> Path:
     """Write a JSON document, whole or not at all; keys keep their order, NaN is refused."""
     target = Path(path)
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_whole(target, text.encode())
+    with whole_file(target) as sibling:
+        sibling.write_text(text, encoding="utf-8")
     return target
-
-
-def write_whole(target: Path, content: bytes, *, what: str = "") -> None:
-    """Write a small file, whole or not at all; one that is there is replaced.
-
-    Args:
-        what: how an error calls it, such as "the figure ".
-
-    Raises:
-        OutputError: its folder does not exist or cannot be written, or the disk is full.
-    """
-    sibling = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        sibling.write_bytes(content)
-        sibling.replace(target)
-    except OSError as error:
-        sibling.unlink(missing_ok=True)
-        raise OutputError(
-            f"{what}{target} cannot be written: {error.strerror or error}",
-            hint="the folder must exist and be writable",
-        ) from error

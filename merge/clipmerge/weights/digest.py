@@ -10,7 +10,8 @@ from threading import local
 import numpy as np
 from blake3 import blake3
 
-from clipmerge.checkpoint.cache import cache_dir, written_whole
+from clipmerge.checkpoint.cache import cache_dir
+from clipmerge.checkpoint.output import whole_file
 from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import Bytes, Checkpoint, Tensor, names_digest
 from clipmerge.errors import OutputError
@@ -97,5 +98,5 @@ def _known_path(checkpoint: Checkpoint) -> Path | None:
 
 def _remember(path: Path, digest: str) -> None:
     """A cache that cannot be written is no reason to stop."""
-    with suppress(OutputError), written_whole(path) as sibling:
+    with suppress(OutputError), whole_file(path, parents=True) as sibling:
         sibling.write_text(digest)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from clipmerge.checkpoint.output import check_target, new_files, write_at
 from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import Bytes, Checkpoint, storage_dtype
-from clipmerge.checkpoint.write import check_target, new_files, write_at
 from clipmerge.errors import MismatchError, NonFiniteError
 from clipmerge.ops.cast import narrow, scratch_for, to_float64
 from clipmerge.types import Progress

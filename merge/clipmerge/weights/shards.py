@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipmerge.checkpoint.index import weight_map
+from clipmerge.checkpoint.safetensors import header
 from clipmerge.checkpoint.tensors import Tensor
-from clipmerge.checkpoint.write import header
 from clipmerge.errors import CheckpointError
 
 

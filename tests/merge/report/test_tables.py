@@ -29,5 +29,5 @@ def test_a_number_that_json_lacks_is_refused_and_nothing_is_written(tmp_path: Pa
 
 
 def test_a_folder_that_is_not_there_is_an_error_of_ours(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError, match="does not exist"):
         write_json({}, tmp_path / "nowhere" / "r.json")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clipmerge.checkpoint import write
+from clipmerge.checkpoint.output import whole_file
 from clipmerge.errors import OutputError
 from clipmerge.weights.weights import Weights, load, mean
 
@@ -336,19 +336,14 @@ def test_leftovers_of_a_name_too_long_for_them_are_found_again(
 ) -> None:
     path = out.with_name("x" * 255)
     monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # as if the process were killed
-    monkeypatch.setattr(write, "write_at", _raise_interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        write.write_bytes(path, b"content")
+    with pytest.raises(KeyboardInterrupt), whole_file(path):
+        raise KeyboardInterrupt
     monkeypatch.undo()
     (left,) = _names(out.parent)
     assert left.startswith(".xxx")
     assert left.endswith(".clipmerge-tmp")
     weights.save(path)
     assert _names(out.parent) == [path.name]
-
-
-def _raise_interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def test_a_name_longer_than_the_file_system_allows_is_an_error_of_ours(weights: Weights, out: Path) -> None:

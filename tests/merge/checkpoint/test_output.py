@@ -10,11 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipmerge.checkpoint.safetensors import read_header
-from clipmerge.checkpoint.temporary import SUFFIX, clear_leftovers, reserve
+from clipmerge.checkpoint.output import SUFFIX, check_target, new_files, whole_file, whole_folder, write_at
+from clipmerge.checkpoint.safetensors import header, read_header
 from clipmerge.checkpoint.tensors import Tensor
-from clipmerge.checkpoint.write import check_target, header, new_files, write_at, write_bytes
 from clipmerge.errors import OutputError
+
+
+def write_bytes(path: Path, content: bytes, *, force: bool = False, fsync: bool = False) -> None:
+    with whole_file(path, force=force, fsync=fsync) as sibling:
+        sibling.write_bytes(content)
 
 
 def _names(folder: Path) -> list[str]:
@@ -146,7 +150,8 @@ def test_a_write_that_is_cut_short_by_the_system_goes_on(
 ) -> None:
     pwrite = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[:7], offset))
-    write_bytes(tmp_path / "a", bytes(range(100)))
+    with new_files([(tmp_path / "a", 100)], force=False) as (descriptor,):
+        write_at(descriptor, bytes(range(100)), 0, tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == bytes(range(100))
 
 
@@ -200,7 +205,8 @@ def test_only_this_target_s_abandoned_files_are_cleared(tmp_path: Path) -> None:
     ]
     for path in (dead, *kept):
         path.write_bytes(b"")
-    assert clear_leftovers(target) == [dead]
+    write_bytes(target, b"new")
+    target.unlink()
     assert _names(tmp_path) == sorted(path.name for path in kept)
 
 
@@ -216,12 +222,13 @@ def test_a_leftover_that_is_a_link_a_folder_or_a_pipe_is_left_alone(tmp_path: Pa
 
 
 def test_a_reserved_file_has_its_size_is_locked_and_looks_like_its_target(tmp_path: Path) -> None:
-    path, descriptor = reserve(tmp_path / "out.st", 12345)
-    assert path.stat().st_size == 12345
-    assert path.name.startswith(".out.st.")
-    assert clear_leftovers(tmp_path / "out.st") == []
-    os.close(descriptor)
-    assert clear_leftovers(tmp_path / "out.st") == [path]
+    with new_files([(tmp_path / "out.st", 12345)], force=True):
+        (sibling,) = tmp_path.iterdir()
+        assert sibling.stat().st_size == 12345
+        assert sibling.name.startswith(".out.st.")
+        write_bytes(tmp_path / "out.st", b"of another run")
+        assert sibling.exists(), "what another run is writing is left alone"
+    assert (tmp_path / "out.st").stat().st_size == 12345
 
 
 def test_a_file_that_is_cleared_before_it_is_locked_is_made_again(
@@ -233,7 +240,8 @@ def test_a_file_that_is_cleared_before_it_is_locked_is_made_again(
 
     def late(descriptor: int, how: int) -> None:
         if not cleared and not how & fcntl.LOCK_NB:
-            cleared.extend(clear_leftovers(tmp_path / "out"))
+            cleared.extend(tmp_path.iterdir())
+            cleared[0].unlink()
         flock(descriptor, how)
 
     monkeypatch.setattr(fcntl, "flock", late)
@@ -257,6 +265,23 @@ def test_threads_that_write_one_file_leave_one_whole_file(tmp_path: Path) -> Non
         worker.join()
     assert (tmp_path / "out").read_bytes() in contents
     assert _names(tmp_path) == ["out"]
+
+
+def test_a_folder_appears_whole_or_its_files_replace_older_ones(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    dead = tmp_path / f".model.0123abcd{SUFFIX}"
+    dead.mkdir()
+    (dead / "half").write_bytes(b"half")
+    with pytest.raises(ValueError, match="stop"), whole_folder(folder, ["a", "b"]) as stage:  # noqa: PT012
+        (stage / "a").write_bytes(b"a")
+        raise ValueError("stop")
+    assert _names(tmp_path) == []
+    for content in (b"old", b"new"):
+        with whole_folder(folder, ["a", "b"]) as stage:
+            (stage / "a").write_bytes(content)
+            (stage / "b").write_bytes(content)
+        assert (_names(tmp_path), _names(folder)) == (["model"], ["a", "b"])
+        assert (folder / "b").read_bytes() == content
 
 
 def test_an_index_comes_last_and_goes_first(tmp_path: Path) -> None:
