@@ -36,7 +36,7 @@ def main() -> None:
     classes = [names[i] for i in chosen]
 
     def ours() -> torch.Tensor:
-        heads._tokens.cache_clear()
+        heads._distinct_tokens.cache_clear()
         return heads.zero_shot_head(model, tokenizer, classes, templates)
 
     def theirs() -> torch.Tensor:

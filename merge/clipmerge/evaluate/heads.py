@@ -1,7 +1,11 @@
-"""Zero-shot heads: prompts through the text tower at the least exact cost, kept by what they are made of."""
+"""Build zero-shot heads, and logits from them.
+
+Each distinct prompt is encoded once, without its padding, which is exact (README.md says why); heads are cached on
+disk by a digest of everything that they are built from. Scoring, learned soups and finetuning all build theirs here.
+"""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -21,11 +25,26 @@ from clipmerge.weights.names import tower_of
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-__all__ = ["encode_prompts", "encode_text", "text_digest", "text_lengths", "zero_shot_head"]
+__all__ = [
+    "average_templates",
+    "class_logits",
+    "encode_prompts",
+    "encode_text",
+    "text_digest",
+    "text_lengths",
+    "zero_shot_head",
+]
+
+Encode = Callable[[Tensor, int], Tensor]
+"""(tokens on the device, length of the longest) -> unit features: how a caller runs a wrapped text tower."""
+
+_CPU_BATCH = 256
+_GPU_BATCH, _GPU_TOKENS = 4096, 40_960
+"""Prompts, and tokens with padding, that fill a GPU for long enough to hide the launches of a text tower."""
 
 
 class _TextSide(nn.Module):
-    """Lets `functional_call` reach `encode_text` of a model, whose `forward` is about images as well."""
+    """Let `functional_call` reach `encode_text` of a model, whose `forward` is about images as well."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -42,14 +61,14 @@ def encode_text(
     *,
     length: int | None = None,
 ) -> "Float[Tensor, 'prompts d']":
-    """What `model.encode_text` returns, with the context cut at the batch's last end-of-text token.
+    """Encode prompts as `model.encode_text` does, with the context cut at the batch's last end-of-text token.
 
     A causal tower that reads its feature at the end of the text never looks at what follows, so the cut
     changes nothing but the cost. Gradients are those of the plain call. Towers that look further (not causal,
     with a class token, pooled at the last position, Hugging Face's) are called plainly.
 
     Args:
-        length: the cut, where the caller knows it: then a GPU is not waited for.
+        length: the longest prompt's tokens, where the caller knows it: then a GPU is not waited for.
     """
     names = _cut_names(model)
     if names is None:
@@ -67,14 +86,14 @@ def encode_text(
 
 
 def text_lengths(model: nn.Module, tokens: "Int[Tensor, 'prompts context']") -> "Int[Tensor, ' prompts']":
-    """How many tokens of each prompt decide its feature: the whole context where it cannot be cut."""
+    """Count the tokens of each prompt that decide its feature: the whole context where it cannot be cut."""
     if _cut_names(model) is None:
         return torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
     return _ends(model, tokens) + 1
 
 
 def _cut_names(model: nn.Module) -> tuple[str, str] | None:
-    """Names of the positional embedding and the causal mask, or None where the context must stay whole."""
+    """Name the positional embedding and the causal mask; None where the context must stay whole."""
     from open_clip import CLIP
     from open_clip.transformer import TextTransformer
 
@@ -91,36 +110,30 @@ def _cut_names(model: nn.Module) -> tuple[str, str] | None:
 
 
 def _ends(model: nn.Module, tokens: "Int[Tensor, 'prompts context']") -> "Int[Tensor, ' prompts']":
-    """Where each prompt's feature is read: the same rule as open_clip's `text_global_pool`."""
+    """Find where each prompt's feature is read, by the rule of open_clip's `text_global_pool`."""
     text: Any = getattr(model, "text", None)
-    found: Any = model
-    pool, end = (found.text_pool_type, found.text_eos_id) if text is None else (text.pool_type, text.eos_id)
+    clip: Any = model
+    pool, end = (clip.text_pool_type, clip.text_eos_id) if text is None else (text.pool_type, text.eos_id)
     return tokens.argmax(dim=-1) if pool == "argmax" else (tokens == end).int().argmax(dim=-1)
 
 
-@torch.no_grad()
 def encode_prompts(
     model: nn.Module,
     tokens: "Int[Tensor, 'prompts context']",
     *,
-    batch_size: int = 256,
+    batch_size: int | None = None,
+    encode: Encode | None = None,
     on_progress: Progress | None = None,
 ) -> "Float[Tensor, 'prompts d']":
-    """Normalised features of prompts, in their order: distinct ones once, in groups of similar length."""
+    """Encode prompts to unit features, in their order: distinct ones once, in batches of similar length.
+
+    Args:
+        batch_size: prompts at a time, by default what suits the device.
+        encode: what runs a batch in place of `encode_text(model, …)`, for towers that are wrapped (DDP, FSDP).
+    """
     distinct, places = torch.unique(tokens, dim=0, return_inverse=True)
-    device = next(model.parameters()).device
-    lengths = text_lengths(model, distinct).cpu()
-    order = torch.argsort(lengths, stable=True)
-    found: list[Tensor] = []
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        longest = int(lengths[rows[-1]])
-        found.append(encode_text(model, distinct[rows].to(device), length=longest))
-        if on_progress:
-            on_progress("encoding prompts", min(start + batch_size, len(order)), len(order))
-    features = torch.empty_like(torch.cat(found))
-    features[order.to(device)] = torch.cat(found)
-    return features[places.to(device)]
+    features = _encode_distinct(model, distinct, batch_size, encode, on_progress)
+    return features[places.to(features.device)]
 
 
 def zero_shot_head(
@@ -133,9 +146,7 @@ def zero_shot_head(
     digest: str | None = None,
     on_progress: Progress | None = None,
 ) -> "Float[Tensor, 'classes d']":
-    """One normalised row for each class; logits are exp(logit_scale) · normalised image features · headᵀ.
-
-    Each prompt's feature is normalised, averaged over the templates, and normalised again.
+    """Build one unit row for each class; `class_logits` turns image features into logits with it.
 
     Args:
         cache: a folder that keeps heads by what they are made of; None keeps nothing.
@@ -149,54 +160,125 @@ def zero_shot_head(
     if cache is not None:
         key = _head_key(model, tokenizer, names, texts, digest or text_digest(model))
         path = cache / "heads" / f"{key}.npy"
-        kept = _kept(path, len(names))
-        if kept is not None:
-            return kept.to(device)
-    features = encode_prompts(model, _tokens(tokenizer, names, texts), on_progress=on_progress).float()
-    head = F.normalize(features.view(len(names), len(texts), -1).mean(dim=1), dim=-1)
+        cached = _cached_head(path, len(names))
+        if cached is not None:
+            return cached.to(device)
+    distinct, places = _distinct_tokens(tokenizer, names, texts)
+    features = _encode_distinct(model, distinct, None, None, on_progress)[places.to(device)]
+    head = average_templates(features, len(names))
     if path is not None:
         with whole_file(path, parents=True) as sibling, sibling.open("wb") as file:
             np.save(file, head.cpu().numpy(), allow_pickle=False)
     return head
 
 
+def average_templates(features: "Float[Tensor, 'prompts d']", classes: int) -> "Float[Tensor, 'classes d']":
+    """Average each class's unit prompt features over its templates, and make the mean a unit vector again.
+
+    Args:
+        features: class by class, each with all its templates.
+    """
+    return F.normalize(features.float().view(classes, -1, features.shape[-1]).mean(dim=1), dim=-1)
+
+
+def class_logits(
+    model: nn.Module, features: "Float[Tensor, 'batch d']", zero_shot: Tensor | None
+) -> "Float[Tensor, 'batch classes']":
+    """Compute logits of unit image features by the model's own trained head; where it has none, by a zero-shot head.
+
+    Zero-shot logits are exp(logit_scale) · features · headᵀ, plus SigLIP's logit_bias where the model has one.
+    """
+    clip: Any = model
+    trained = getattr(model, "classification_head", None)
+    if trained is not None:
+        return F.linear(features, trained.weight, trained.bias)
+    if zero_shot is None:
+        raise ValueError("a model without a trained head needs a zero-shot head")
+    logits: Tensor = F.linear(features, zero_shot) * clip.logit_scale.exp()
+    bias = getattr(model, "logit_bias", None)
+    return logits if bias is None else logits + bias
+
+
 def text_digest(model: nn.Module) -> str:
-    """A digest of the text tower's weights: equal towers, equal digests."""
+    """Digest the text tower's weights: equal towers, equal digests."""
+    tensors = {n: t.detach() for n, t in sorted(model.state_dict().items()) if tower_of(n) == "text"}
+    pieces: Iterable[Tensor] = (tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors.values())
+    if any(tensor.device.type != "cpu" for tensor in tensors.values()):
+        pieces = list(pieces)
+        whole = torch.cat(pieces).cpu()  # one copy from the device, not one for each tensor
+        pieces = torch.split(whole, [len(piece) for piece in pieces])
     hasher = blake3(b"clipmerge text tower 1", max_threads=blake3.AUTO)
-    for name, tensor in sorted(model.state_dict().items()):
-        if tower_of(name) == "text":
-            hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            hasher.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    for (name, tensor), piece in zip(tensors.items(), pieces, strict=True):
+        hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        hasher.update(piece.numpy().data)
     return hasher.hexdigest()
 
 
-@lru_cache(maxsize=8)
-def _tokens(
-    tokenizer: Callable[[list[str]], Tensor], classes: tuple[str, ...], templates: tuple[str, ...]
+@torch.no_grad()
+def _encode_distinct(
+    model: nn.Module,
+    tokens: Tensor,
+    batch_size: int | None,
+    encode: Encode | None,
+    on_progress: Progress | None,
 ) -> Tensor:
-    """Tokens of every class's prompts, class by class. Tokenizing 80,000 prompts costs seconds, so once."""
+    """Encode prompts to unit features in their order, shortest first, so that a batch holds little padding."""
+    device = next(model.parameters()).device
+    lengths = text_lengths(model, tokens).cpu()
+    order = torch.argsort(lengths, stable=True)
+    batches: list[Tensor] = []
+    start = 0
+    while start < len(order):
+        size = batch_size or _prompts_at_once(lengths[order[start:]], device)
+        rows = order[start : start + size]
+        batch, longest = tokens[rows.to(tokens.device)].to(device), int(lengths[rows[-1]])
+        features = encode_text(model, batch, length=longest) if encode is None else encode(batch, longest)
+        batches.append(features)
+        start += len(rows)
+        if on_progress:
+            on_progress("encoding prompts", start, len(order))
+    encoded = torch.cat(batches)
+    features = torch.empty_like(encoded)
+    features[order.to(device)] = encoded
+    return features
+
+
+def _prompts_at_once(lengths: Tensor, device: torch.device) -> int:
+    """How many of the prompts that are left, shortest first, make the next batch."""
+    if device.type == "cpu":
+        return _CPU_BATCH
+    longest = int(lengths[min(_GPU_BATCH, len(lengths)) - 1])
+    return max(_CPU_BATCH, min(_GPU_BATCH, _GPU_TOKENS // longest))
+
+
+@lru_cache(maxsize=8)
+def _distinct_tokens(
+    tokenizer: Callable[[list[str]], Tensor], classes: tuple[str, ...], templates: tuple[str, ...]
+) -> tuple[Tensor, Tensor]:
+    """Tokenize every class's prompts, class by class: the distinct rows, and where each prompt's row stands.
+
+    ImageNet's 80,000 prompts take seconds, and are the same for every model with this tokenizer.
+    """
     texts = [text for row in prompts(classes, templates) for text in row]
-    return tokenizer(texts).to(torch.int32)
+    distinct, places = torch.unique(tokenizer(texts).to(torch.int32), dim=0, return_inverse=True)
+    return distinct, places
 
 
 def _head_key(
     model: nn.Module, tokenizer: Any, classes: tuple[str, ...], templates: tuple[str, ...], digest: str
 ) -> str:
-    """What a head is made of: tower (weights, activation, attention heads), tokenizer, names, templates."""
+    """Digest what a head is made of: tower (weights, activation, attention heads), tokenizer, names, templates."""
     text: Any = getattr(model, "text", None) or cast("Any", model).transformer
     attention = [m.num_heads for m in text.modules() if isinstance(m, nn.MultiheadAttention)]
     inner = getattr(tokenizer, "tokenizer", None)
-    read_by = [type(tokenizer).__qualname__, getattr(inner, "name_or_path", None), _context(tokenizer)]
+    context = getattr(tokenizer, "context_length", None)
+    read_by = [type(tokenizer).__qualname__, getattr(inner, "name_or_path", None), context]
     parts = [digest, repr(text), attention, read_by, classes, templates]
     return blake3(json.dumps(parts).encode()).hexdigest()
 
 
-def _context(tokenizer: Any) -> int | None:
-    return getattr(tokenizer, "context_length", None)
-
-
-def _kept(path: Path, classes: int) -> Tensor | None:
-    """A head from the cache, None where there is none or it is damaged."""
+def _cached_head(path: Path, classes: int) -> Tensor | None:
+    """Read a head from the cache; None where there is none or it is damaged."""
     try:
         head = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError):
