@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
+from . import shape_checks
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+shape_checks.install()  # before any test module imports clipmerge
 
 TINY: dict[str, Any] = {
     "embed_dim": 16,
@@ -64,7 +67,7 @@ def _taught_digits(spec: Any) -> dict[str, Any]:
     import torch
 
     from clipmerge.data.open import open_split
-    from clipmerge.data.pixels import normalise, pixels
+    from clipmerge.data.pixels import mean_and_std, normalise, pixels
     from clipmerge.evaluate.heads import zero_shot_head
     from clipmerge.model import build_model, get_tokenizer
 
@@ -73,7 +76,7 @@ def _taught_digits(spec: Any) -> dict[str, Any]:
     with torch.no_grad():
         head = zero_shot_head(model, get_tokenizer(spec), train.classes, ['a photo of the number: "{}".'])
         images = normalise(
-            torch.from_numpy(pixels(train, spec.preprocess)), spec.preprocess["mean"], spec.preprocess["std"]
+            torch.from_numpy(pixels(train, spec.preprocess)), *mean_and_std(spec.preprocess, "cpu")
         )
         model.visual.proj.copy_(torch.eye(16))
         pooled = model.encode_image(images)

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,8 @@ from clipmerge.errors import DataError, OutputError
 from clipmerge.types import Progress
 
 if TYPE_CHECKING:
+    import torch
+    from jaxtyping import Float, Num, UInt8
     from PIL.Image import Image
     from torch import Tensor
 
@@ -36,7 +38,7 @@ def pixels(
     cache: Path | None = None,
     workers: int | None = None,
     on_progress: Progress | None = None,
-) -> Pixels:
+) -> "UInt8[Pixels, 'images 3 height width']":
     """(n, 3, H, W) uint8: open_clip's eval transform of every image, before ToTensor and Normalize.
 
     The array is a mapped file in the cache folder. It is copy-on-write: changing it changes no file.
@@ -66,16 +68,37 @@ def pixels(
     return made
 
 
-def normalise(images: "Tensor", mean: Sequence[float], std: Sequence[float]) -> "Tensor":
-    """float32 (…, 3, H, W), bit for bit what ToTensor and Normalize make of the same uint8."""
+def mean_and_std(
+    preprocess_cfg: Mapping[str, Any], device: "torch.device | str"
+) -> "tuple[Float[Tensor, '3 1 1'], Float[Tensor, '3 1 1']]":
+    """Return a model's mean and standard deviation on a device: make them once, not for every batch.
+
+    From a list of numbers, a GPU's constants are copied while the host waits.
+    """
     import torch
 
-    def numbers(values: Sequence[float]) -> "Tensor":
-        return torch.as_tensor(values, dtype=torch.float32, device=images.device)
+    mean, std = (
+        torch.tensor(list(preprocess_cfg[key]), dtype=torch.float32, device=device).view(3, 1, 1)
+        for key in ("mean", "std")
+    )
+    return mean, std
 
-    # A Python 255 would be multiplied by its rounded inverse on CUDA; a tensor is divided by.
-    scaled = images.to(torch.float32).div_(numbers([255.0]))
-    return scaled.sub_(numbers(mean).view(-1, 1, 1)).div_(numbers(std).view(-1, 1, 1))
+
+def normalise(
+    images: "Num[Tensor, '*batch 3 height width']",
+    mean: "Float[Tensor, '3 1 1']",
+    std: "Float[Tensor, '3 1 1']",
+) -> "Float[Tensor, '*batch 3 height width']":
+    """Return what ToTensor and Normalize make of pixels in 0 … 255, bit for bit, on the pixels' device.
+
+    Args:
+        mean, std: as `mean_and_std` makes them, on the same device.
+    """
+    import torch
+
+    # CUDA multiplies by the rounded inverse of a Python 255, but divides by a tensor, as ToTensor does on the CPU.
+    white = torch.full((1,), 255.0, device=images.device)
+    return images.to(torch.float32).div(white).sub_(mean).div_(std)
 
 
 def eval_transform_uint8(preprocess_cfg: Mapping[str, Any]) -> Callable[["Image"], "Image"]:

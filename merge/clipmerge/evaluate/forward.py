@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipmerge import distributed
-from clipmerge.data.pixels import normalise
+from clipmerge.data.pixels import mean_and_std, normalise
 from clipmerge.errors import NonFiniteError
 from clipmerge.evaluate.metrics import Predictions
 
@@ -128,10 +129,14 @@ class Forward:
             rows[torch.from_numpy(chunk)] = found.float()
         return rows
 
+    @cached_property
+    def _mean_and_std(self) -> tuple[Tensor, Tensor]:
+        return mean_and_std(self.preprocess, self.resident.device)
+
     # -- one batch ----------------------------------------------------------------------------------------
 
     def _features(self, indices: Order, images: Tensor) -> Tensor:
-        ready = normalise(images, self.preprocess["mean"], self.preprocess["std"])
+        ready = normalise(images, *self._mean_and_std)
         with self._autocast():
             features = cast("Any", self.resident.module).encode_image(ready, normalize=False)
         return F.normalize(features.float(), dim=-1)

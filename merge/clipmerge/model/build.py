@@ -26,7 +26,7 @@ def build_model(
     Args:
         seed: None skips every random initialisation, for weights that are loaded next (ViT-B-32: 0.02 s, not
             2.2 s; what is random holds whatever the memory held). A number gives open_clip's own
-            initialisation, the same for the same number, without touching torch's global generator.
+            initialisation, the same for the same number, without touching torch's global generators.
     """
     import torch
 
@@ -36,7 +36,7 @@ def build_model(
                 model = _construct(spec)
         else:
             with torch.random.fork_rng(devices=[]), _empty_is_zero():
-                torch.manual_seed(seed)
+                torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed every GPU as well
                 model = _construct(spec)
     except (TypeError, KeyError, ValueError, AssertionError) as error:
         raise ModelError(

@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from clipmerge import distributed
-from clipmerge.data.pixels import normalise
+from clipmerge.data.pixels import mean_and_std, normalise
 from clipmerge.data.prompts import prompts
 from clipmerge.errors import SelectionError
 from clipmerge.evaluate.heads import encode_text, zero_shot_head
@@ -51,7 +51,7 @@ class Mixture:
         self._pixels = evaluator.pixels(split)
         self._labels = torch.from_numpy(evaluator.labels(split))
         self._covered = evaluator.splits[split].covered
-        self._spec = evaluator.model
+        self._mean_and_std = mean_and_std(evaluator.model.preprocess, self._device)
         module = evaluator.resident.module
         with tensors_of(self.weights[0]) as found:
             floats = {name: tensor.shape for name, tensor in found if tensor.is_floating_point()}
@@ -96,7 +96,7 @@ class Mixture:
         leaves = {name: nn.Parameter(tensor) for name, tensor in self._mixed.items()}
         factor = torch.tensor(beta, device=self._device, requires_grad=True)
         images = torch.from_numpy(np.ascontiguousarray(self._pixels[mine.numpy()])).to(self._device)
-        ready = normalise(images, self._spec.preprocess["mean"], self._spec.preprocess["std"])
+        ready = normalise(images, *self._mean_and_std)
         named: dict[str, Tensor] = {f"model.{name}": leaf for name, leaf in leaves.items()}
         logits = functional_call(self._logits, named, (ready,))
         labels = self._labels[mine].to(self._device)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from clipmerge.checkpoint.cache import cache_dir
 from clipmerge.data.open import open_split
-from clipmerge.data.pixels import normalise, pixels
+from clipmerge.data.pixels import mean_and_std, normalise, pixels
 from clipmerge.data.split import Split
 from clipmerge.errors import DataError, OutputError
 
@@ -78,7 +78,7 @@ def test_pixels_and_normalise_are_the_plain_transform_bit_for_bit(
     assert kept.dtype == np.uint8
     expected = plain(every_mode, cfg)
     assert kept.shape == expected.shape
-    made = normalise(torch.from_numpy(kept), cfg["mean"], cfg["std"])
+    made = normalise(torch.from_numpy(kept), *mean_and_std(cfg, "cpu"))
     assert made.dtype == torch.float32
     assert torch.equal(made, expected)
 
@@ -89,14 +89,19 @@ def test_normalise_is_exact_for_every_value_of_a_pixel() -> None:
 
     image = Image.fromarray(np.stack([np.arange(256, dtype=np.uint8).reshape(16, 16)] * 3, -1))
     values = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-    assert torch.equal(normalise(values, MEAN, STD)[0], Normalize(MEAN, STD)(to_tensor(image)))
+    assert torch.equal(
+        normalise(values, *mean_and_std(CFG, "cpu"))[0], Normalize(MEAN, STD)(to_tensor(image))
+    )
     assert values.dtype == torch.uint8, "the input stays as it is"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_normalise_is_the_same_on_a_gpu() -> None:
     values = torch.arange(256, dtype=torch.uint8).repeat(3, 1).view(1, 3, 16, 16)
-    assert torch.equal(normalise(values.cuda(), MEAN, STD).cpu(), normalise(values, MEAN, STD))
+    assert torch.equal(
+        normalise(values.cuda(), *mean_and_std(CFG, "cuda")).cpu(),
+        normalise(values, *mean_and_std(CFG, "cpu")),
+    )
 
 
 def test_a_full_disk(folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,4 +236,4 @@ def test_real_images(name: str) -> None:
     stored = [split.read_bytes(i) or b"" for i in range(len(split))]
     expected = torch.stack([transform(Image.open(io.BytesIO(data)).convert("RGB")) for data in stored])
     kept = pixels(split, CFG | {"size": 224})
-    assert torch.equal(normalise(torch.from_numpy(kept), MEAN, STD), expected)
+    assert torch.equal(normalise(torch.from_numpy(kept), *mean_and_std(CFG, "cpu")), expected)

@@ -238,3 +238,12 @@ def test_importing_the_room_imports_no_model_library():
     code = "import clipmerge.model, sys; print([m for m in ('torch', 'open_clip', 'torchvision') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_building_a_model_leaves_every_generator_alone(tiny_spec, monkeypatch):
+    reseeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", reseeded.append)
+    state = torch.random.get_rng_state()
+    build_model(tiny_spec, seed=3)
+    assert reseeded == [], "a GPU's generator would start again from the model's seed"
+    assert torch.equal(torch.random.get_rng_state(), state)
