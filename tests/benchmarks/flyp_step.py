@@ -72,16 +72,15 @@ def tokens_of(setting: str, model: Any, spec: Any, device: torch.device) -> Any:
     """Every prompt of the setting, and labels for a balanced set of 100 images a class."""
     from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 
-    from clipmerge.data.images import Encoded
     from clipmerge.data.split import Split
+    from clipmerge.data.stored import InMemory
     from clipmerge.finetuning.setup import training_prompts
 
     classes, templates = SETTINGS[setting]
     labels = np.arange(classes * 100) % classes
     names = tuple(map(str, range(len(labels))))
-    split = Split(
-        setting, tuple(IMAGENET_CLASSNAMES[:classes]), labels, names, Encoded(len(labels), lambda i: b"")
-    )
+    none = InMemory(np.zeros((len(labels), 1, 1), np.uint8))
+    split = Split(setting, tuple(IMAGENET_CLASSNAMES[:classes]), labels, names, none, np.arange(len(labels)))
     texts = [template("{}") for template in OPENAI_IMAGENET_TEMPLATES[:templates]]
     return split, training_prompts(model, spec, split, texts, device)
 
@@ -350,8 +349,8 @@ def waiting(device: str, precision: str, cuda: bool) -> list[dict[str, Any]]:
 
     from PIL import Image
 
-    from clipmerge.data.images import Encoded
     from clipmerge.data.split import Split
+    from clipmerge.data.stored import InMemory
     from clipmerge.finetuning.methods import finetune
 
     count, side, size = (8192, 320, 512) if cuda else (64, 320, 16)
@@ -363,9 +362,8 @@ def waiting(device: str, precision: str, cuda: bool) -> list[dict[str, Any]]:
         Image.fromarray(coarse).resize((side, side)).save(buffer, "JPEG", quality=90)
         jpegs.append(buffer.getvalue())
     names = tuple(f"{i}.jpg" for i in range(count))
-    split = Split(
-        "jpegs", ("cat", "dog"), np.arange(count) % 2, names, Encoded(count, lambda i: jpegs[i % 64])
-    )
+    blob = InMemory(np.frombuffer(b"".join(jpegs), np.uint8), np.cumsum([0, *map(len, jpegs)]))
+    split = Split("jpegs", ("cat", "dog"), np.arange(count) % 2, names, blob, np.arange(count) % 64)
     found = []
     print(f"\nwaiting for data: {count} JPEGs of {side} x {side}, batch {size}, {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory() as folder:

@@ -1,17 +1,19 @@
 """Open a DATA text such as `digits#test@rotate:20` as a Split."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from clipmerge.data.adapters import find
-from clipmerge.data.check import Bad, distinct, refuse, unreadable
-from clipmerge.data.choose import fraction_of, held_out, limited
 from clipmerge.data.classes import Names, resolve
-from clipmerge.data.shifts import parse_shift, shifted
+from clipmerge.data.readers import read
+from clipmerge.data.sampling import fraction_of, held_out, limited
+from clipmerge.data.shifts import Shift, parse_shift
 from clipmerge.data.split import Split
+from clipmerge.data.survey import Unusable, refuse, survey
 from clipmerge.errors import DataError
 from clipmerge.types import Progress
 
@@ -29,7 +31,7 @@ def open_split(
     skip_bad: bool = False,
     on_progress: Progress | None = None,
 ) -> Split:
-    """The images that a DATA text names: `SOURCE[#part][@shift[:value]]…`, as in `digits#test@rotate:20`.
+    """Open the images that a DATA text names: `SOURCE[#part][@shift[:value]]…`, as in `digits#test@rotate:20`.
 
     SOURCE is a folder of class folders, a `.csv` or `.tsv`, an `.npz`, a folder of WebDataset shards in
     CLIP_benchmark's layout, Parquet as Hugging Face stores images, `torchvision:CIFAR10:ROOT` or `digits`.
@@ -49,54 +51,65 @@ def open_split(
     """
     text = str(source)
     place, part, shifts = parse_source(text)
-    wanted = role or ("train" if holdout is not None else "test")
-    found = find(place, part, wanted)
-    resolved = resolve(found, classnames)
+    raw = read(place, part, role or ("train" if holdout is not None else "test"))
+    resolved = resolve(raw, classnames)
     split = Split(
         source=text,
         classes=resolved.classes,
         labels=resolved.labels,
-        names=distinct(found.names),
-        images=found.images,
-        groups=None if found.groups is None else np.asarray(found.groups, np.int64),
-        group_names=found.group_names,
-        captions=None if found.captions is None else tuple(found.captions),
+        names=_unique(raw.names),
+        images=raw.images,
+        index=np.arange(len(raw.names)) if raw.index is None else raw.index,
+        groups=None if raw.groups is None else np.asarray(raw.groups, np.int64),
+        group_names=raw.group_names,
+        captions=None if raw.captions is None else tuple(raw.captions),
         class_subset=resolved.subset,
         counts_as=resolved.counts_as,
-        templates=found.templates,
+        templates=raw.templates,
     )
-    chosen = np.ones(len(split), bool) if holdout is None else held_out(found.names, fraction_of(holdout))
+    chosen = np.ones(len(split), bool) if holdout is None else held_out(raw.names, fraction_of(holdout))
     if keep == "rest" and holdout is not None:
         chosen = ~chosen
-    if found.labels is not None:
+    if raw.labels is not None:
         chosen &= resolved.labels >= 0
-    split = _usable(split.subset(np.flatnonzero(chosen)), resolved.bad, limit, skip_bad, on_progress)
-    for shift in shifts:
-        split = shifted(split, shift)
-    return split
+    split = _usable(split.subset(np.flatnonzero(chosen)), resolved.unusable, limit, skip_bad, on_progress)
+    return replace(split, shifts=tuple(shifts))
 
 
 def _usable(
-    split: Split, bad: list[Bad], limit: int | None, skip_bad: bool, on_progress: Progress | None
+    split: Split, unusable: list[Unusable], limit: int | None, skip_bad: bool, on_progress: Progress | None
 ) -> Split:
-    """The items that can be used, `limit` of them; one error for all that cannot, unless they are skipped."""
+    """Return the items that can be used, `limit` of them; refuse all that cannot, unless they are skipped."""
     if limit is not None and not skip_bad:
         split = limited(split, limit)
-    broken = unreadable(split.images, split.names, fully=skip_bad, on_progress=on_progress)
-    bad = [*bad, *broken.values()]
+    in_files = len(split) > 0 and split.images.stamp(int(split.index[0])) is not None
+    if skip_bad or in_files:
+        seen = survey(split.images, split.index, fully=skip_bad, on_progress=on_progress)
+        broken = sorted(seen.unreadable)
+        unusable = [*unusable, *(Unusable(split.names[i], seen.unreadable[i]) for i in broken)]
+        split = replace(split, stored_keys=seen.keys).subset(np.delete(np.arange(len(split)), broken))
     if not skip_bad:
-        refuse(split.source, bad)
-    split = split.subset([i for i in range(len(split)) if i not in broken]) if broken else split
-    split = replace(split, skipped=tuple(f"{b.item}: {b.reason}" for b in bad))
+        refuse(split.source, unusable)
     if not len(split):
         hint = "ask for a larger part, or look at the data"
         raise DataError(f"{split.source}: no image is left to use", hint=hint)
+    split = replace(split, skipped=tuple(map(str, unusable)))
     return split if limit is None else limited(split, limit)
 
 
-def parse_source(text: str) -> tuple[str, str | None, list[str]]:
-    """`SOURCE#part@shift@shift` → SOURCE, part or None, shifts; a path that exists is never cut."""
-    place, shifts = text, list[str]()
+def _unique(names: Sequence[str]) -> tuple[str, ...]:
+    """Return names of which none occurs twice: the second "a.jpg" is "a.jpg (2)"."""
+    seen: Counter[str] = Counter()
+    unique = []
+    for name in names:
+        seen[name] += 1
+        unique.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return tuple(unique)
+
+
+def parse_source(text: str) -> tuple[str, str | None, list[Shift]]:
+    """Cut `SOURCE#part@shift@shift` into SOURCE, part or None, and shifts; a path that exists is never cut."""
+    place, shifts = text, list[Shift]()
     while not Path(place).exists():
         cut = max(place.rfind("#"), place.rfind("@"))
         if cut < 0 or "/" in place[cut:]:
@@ -104,6 +117,5 @@ def parse_source(text: str) -> tuple[str, str | None, list[str]]:
         place, sign, word = place[:cut], place[cut], place[cut + 1 :]
         if sign == "#":
             return place, word, shifts
-        parse_shift(word)
-        shifts.insert(0, word)
+        shifts.insert(0, parse_shift(word))
     return place, None, shifts

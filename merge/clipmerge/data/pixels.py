@@ -1,21 +1,21 @@
-"""Images through a model's eval transform, once: uint8 on disk, keyed by content and transform."""
+"""Put images through a model's eval transform once: uint8 on disk, keyed by content and transform."""
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 from blake3 import blake3
 
 from clipmerge.checkpoint.cache import cache_dir
 from clipmerge.checkpoint.output import whole_file
-from clipmerge.data.check import Bad, refuse, why_unreadable
+from clipmerge.data.split import Split
+from clipmerge.data.survey import Unusable, refuse, why_unreadable
 from clipmerge.errors import DataError, OutputError
-from clipmerge.types import Progress
+from clipmerge.types import Pixels, Progress
 
 if TYPE_CHECKING:
     import torch
@@ -23,23 +23,21 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from clipmerge.data.split import Split
+__all__ = ["eval_transform_uint8", "mean_and_std", "normalise", "pixels"]
 
-Pixels = npt.NDArray[np.uint8]
 _FIELDS = ("size", "interpolation", "resize_mode", "fill_color")  # all that uint8 pixels depend on
 _TAIL = 32  # bytes of the digest that ends a file
-_AHEAD = 16  # images in flight for each worker
 
 
 def pixels(
-    split: "Split",
+    split: Split,
     preprocess_cfg: Mapping[str, Any],
     *,
     cache: Path | None = None,
     workers: int | None = None,
     on_progress: Progress | None = None,
 ) -> "UInt8[Pixels, 'images 3 height width']":
-    """(n, 3, H, W) uint8: open_clip's eval transform of every image, before ToTensor and Normalize.
+    """Return open_clip's eval transform of every image, before ToTensor and Normalize.
 
     The array is a mapped file in the cache folder. It is copy-on-write: changing it changes no file.
 
@@ -53,19 +51,22 @@ def pixels(
         DataError: images that cannot be decoded; all of them are counted, ten are named.
         OutputError: the cache cannot be written.
     """
-    height, width = _size(preprocess_cfg)
-    shape = (len(split), 3, height, width)
+    shape = (len(split), 3, *_size(preprocess_cfg))
     path = (cache or cache_dir()) / "pixels" / f"{_key(split, preprocess_cfg)}.u8"
-    kept = _kept(path, shape)
-    if kept is not None:
-        return kept
-    transform = eval_transform_uint8(preprocess_cfg)
-    with whole_file(path, parents=True) as sibling:
-        _decode(split, transform, sibling, shape, workers or os.cpu_count() or 1, on_progress)
-    made = _kept(path, shape)
-    if made is None:
+    cached = _open(path, shape)
+    if cached is None:
+        transform = eval_transform_uint8(preprocess_cfg)
+        try:
+            with whole_file(path, parents=True) as sibling:
+                _decode(split, transform, sibling, shape, workers or os.cpu_count() or 1, on_progress)
+        except OutputError as error:
+            raise OutputError(
+                error.message, hint="make room, or choose another folder for caches with CLIPMERGE_CACHE"
+            ) from error
+        cached = _open(path, shape)
+    if cached is None:
         raise OutputError(f"{path} does not hold what was written to it", hint="look at the cache's disk")
-    return made
+    return cached
 
 
 def mean_and_std(
@@ -102,7 +103,7 @@ def normalise(
 
 
 def eval_transform_uint8(preprocess_cfg: Mapping[str, Any]) -> Callable[["Image"], "Image"]:
-    """open_clip's eval transform without its last two steps."""
+    """Return open_clip's eval transform without its last two steps."""
     from open_clip.transform import MaybeToTensor, PreprocessCfg, image_transform_v2
     from torchvision.transforms import Compose, Normalize
 
@@ -122,19 +123,19 @@ def _size(preprocess_cfg: Mapping[str, Any]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[-1]))
 
 
-def _key(split: "Split", preprocess_cfg: Mapping[str, Any]) -> str:
-    """What the pixels depend on: the images' content, the transform, the library that runs it."""
+def _key(split: Split, preprocess_cfg: Mapping[str, Any]) -> str:
+    """Return a digest of what the pixels depend on: the images' content, the transform, the library that runs it."""
     import PIL
 
-    defaults = {"interpolation": "bicubic", "resize_mode": "shortest", "fill_color": 0}
-    given = {key: preprocess_cfg[key] for key in _FIELDS if preprocess_cfg.get(key) is not None}
-    given |= {"size": _size(preprocess_cfg), "pillow": PIL.__version__}
-    text = json.dumps(defaults | given, sort_keys=True)
+    fields = {"interpolation": "bicubic", "resize_mode": "shortest", "fill_color": 0}
+    fields |= {key: preprocess_cfg[key] for key in _FIELDS if preprocess_cfg.get(key) is not None}
+    fields |= {"size": _size(preprocess_cfg), "pillow": PIL.__version__}
+    text = json.dumps(fields, sort_keys=True)
     return blake3(b"clipmerge pixels 1\0" + text.encode() + split.keys.tobytes()).hexdigest()
 
 
-def _kept(path: Path, shape: tuple[int, ...]) -> Pixels | None:
-    """The file's pixels, None where it is absent, of another size, or not what its last bytes say."""
+def _open(path: Path, shape: tuple[int, ...]) -> Pixels | None:
+    """Map a file's pixels; None where it is absent, of another size, or not what its last bytes say."""
     count = int(np.prod(shape))
     try:
         if path.stat().st_size != count + _TAIL:
@@ -148,50 +149,33 @@ def _kept(path: Path, shape: tuple[int, ...]) -> Pixels | None:
 
 
 def _decode(
-    split: "Split",
+    split: Split,
     transform: Callable[["Image"], "Image"],
     path: Path,
     shape: tuple[int, ...],
     workers: int,
     on_progress: Progress | None,
 ) -> None:
-    """Fills `path` with transformed images and their digest."""
-    bad: dict[int, str] = {}
+    """Fill `path` with transformed images and their digest."""
+    size = int(np.prod(shape[1:]))
+    unreadable: dict[int, str] = {}
 
-    def one(i: int) -> bytes | None:
-        try:
-            image = transform(split.image(i))
-        except Exception as error:  # Pillow's decoders raise anything from SyntaxError to struct.error
-            bad[i] = why_unreadable(error)
-            return None
-        return np.asarray(image).transpose(2, 0, 1).tobytes()
+    with path.open("r+b") as file, ThreadPoolExecutor(workers) as pool:
+        if hasattr(os, "posix_fallocate"):  # a full disk is met before anything is decoded
+            os.posix_fallocate(file.fileno(), 0, size * len(split) + _TAIL)
 
-    hasher = blake3()
-    with path.open("wb") as file, ThreadPoolExecutor(workers) as pool:
-        _reserve(file.fileno(), int(np.prod(shape)) + _TAIL)
-        for done, encoded in enumerate(_in_order(pool, one, len(split), workers), start=1):
-            if not bad and encoded is not None:
-                hasher.update(encoded)
-                file.write(encoded)
+        def write(i: int) -> None:
+            try:
+                row = np.asarray(transform(split.image(i, verify=True))).transpose(2, 0, 1).tobytes()
+            except Exception as error:  # Pillow's decoders raise anything from SyntaxError to struct.error
+                unreadable[i] = why_unreadable(error)
+            else:
+                os.pwrite(file.fileno(), row, i * size)
+
+        for done, _ in enumerate(pool.map(write, range(len(split))), 1):
             if on_progress is not None and (done % 64 == 0 or done == len(split)):
                 on_progress("decoding images", done, len(split))
-        file.write(hasher.digest())
-    refuse(split.source, [Bad(split.names[i], bad[i]) for i in sorted(bad)])
-
-
-def _in_order(
-    pool: ThreadPoolExecutor, one: Callable[[int], bytes | None], count: int, workers: int
-) -> Iterator[bytes | None]:
-    """Results in order, with no more of them in flight than the workers need."""
-    ahead = _AHEAD * workers
-    waiting = [pool.submit(one, i) for i in range(min(ahead, count))]
-    for i in range(count):
-        yield waiting[i % ahead].result()
-        if i + ahead < count:
-            waiting[i % ahead] = pool.submit(one, i + ahead)
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    """Takes the room at once, so that a full disk is met before anything is decoded."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, size)
+        refuse(split.source, [Unusable(split.names[i], unreadable[i]) for i in sorted(unreadable)])
+        written = np.memmap(path, np.uint8, mode="r", shape=size * len(split))
+        digest = blake3(written.data, max_threads=blake3.AUTO).digest()
+        os.pwrite(file.fileno(), digest, size * len(split))

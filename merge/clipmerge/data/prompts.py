@@ -1,14 +1,14 @@
-"""Class names × templates → prompts."""
+"""Fill prompt templates with class names."""
 
-import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from clipmerge.data.split import Split
+from clipmerge.data.text_lists import read_list
 from clipmerge.errors import DataError
 
-if TYPE_CHECKING:
-    from clipmerge.data.split import Split
+__all__ = ["CONTEXTS", "check_templates", "context_templates", "prompts", "templates"]
 
 DEFAULT = ("a photo of a {}.",)
 
@@ -23,9 +23,9 @@ CONTEXTS = (
 
 
 def templates(
-    choice: str | Path | Sequence[str] | None = None, split: "Split | None" = None
+    choice: str | Path | Sequence[str] | None = None, split: Split | None = None
 ) -> tuple[str, ...]:
-    """Templates that each hold `{}` once or more.
+    """Return templates that each hold `{}` once or more.
 
     Args:
         choice: "openai" (ImageNet's 80), "simple" (7), a file (one a line, or a JSON list), a text with
@@ -36,19 +36,28 @@ def templates(
         DataError: no such file, or a template without `{}`.
     """
     if choice is None:
-        own = None if split is None else split.templates
-        source = "" if split is None else split.source.partition("@")[0].partition("#")[0]
-        return own or DEFAULTS.get(source, DEFAULT)
-    if isinstance(choice, str) and choice in ("openai", "simple"):
-        return _open_clips(choice)
+        if split is None:
+            return DEFAULT
+        return split.templates or DEFAULTS.get(re.split("[@#]", split.source)[0], DEFAULT)
+    if choice in ("openai", "simple"):
+        import open_clip
+
+        filled = (
+            open_clip.OPENAI_IMAGENET_TEMPLATES if choice == "openai" else open_clip.SIMPLE_IMAGENET_TEMPLATES
+        )
+        return tuple(template("{}") for template in filled)
     if isinstance(choice, str | Path):
-        texts = (str(choice),) if "{" in str(choice) else _from_file(Path(choice))
-        return checked(texts, str(choice))
-    return checked(tuple(choice), "templates")
+        texts = (
+            (str(choice),)
+            if "{" in str(choice)
+            else tuple(map(str, read_list(Path(choice), "templates", _HINT)))
+        )
+        return check_templates(texts, str(choice))
+    return check_templates(tuple(choice), "templates")
 
 
-def checked(texts: Sequence[str], source: str) -> tuple[str, ...]:
-    """The templates with CLIP_benchmark's `{c}` written as `{}`.
+def check_templates(texts: Sequence[str], source: str) -> tuple[str, ...]:
+    """Return templates with CLIP_benchmark's `{c}` written as `{}`.
 
     Raises:
         DataError: there are none, or one has no place for the class name.
@@ -65,38 +74,17 @@ _HINT = 'write templates as "a photo of a {}."; or openai, simple, or a file wit
 
 
 def prompts(classes: Sequence[str], templates: Sequence[str]) -> list[list[str]]:
-    """[class][template]: every template filled with every class name."""
+    """Return [class][template]: every template filled with every class name."""
     return [[template.replace("{}", name) for template in templates] for name in classes]
 
 
 def context_templates(contexts: Sequence[str] = CONTEXTS) -> tuple[str, ...]:
-    """ "sketch" → "a sketch of a {}."; a context that holds `{}` stays as it is.
+    """Turn "sketch" into "a sketch of a {}."; a context that holds `{}` stays as it is.
 
     Source: Mao et al. 2022, arXiv 2211.16175, "a [CONTEXT] of [CLASS]".
     """
     article = {True: "an", False: "a"}
-    return checked(
+    return check_templates(
         [c if "{" in c else f"{article[c[:1].lower() in tuple('aeiou')]} {c} of a {{}}." for c in contexts],
         "contexts",
     )
-
-
-def _open_clips(name: str) -> tuple[str, ...]:
-    import open_clip
-
-    found = open_clip.OPENAI_IMAGENET_TEMPLATES if name == "openai" else open_clip.SIMPLE_IMAGENET_TEMPLATES
-    return tuple(template("{}") for template in found)
-
-
-def _from_file(path: Path) -> tuple[str, ...]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise DataError(f"templates cannot be read from {path}: {reason}", hint=_HINT) from error
-    if text.lstrip().startswith("["):
-        try:
-            return tuple(map(str, json.loads(text)))
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path} is not JSON: {error}", hint=_HINT) from error
-    return tuple(line.strip() for line in text.splitlines() if line.strip())

@@ -2,22 +2,20 @@
 
 import io
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import numpy as np
+from blake3 import blake3
 from PIL import Image, ImageChops, ImageEnhance, ImageFilter
 
-from clipmerge.data.images import Changed
 from clipmerge.errors import DataError
-from clipmerge.text import nearest
+from clipmerge.text import did_you_mean
 
-if TYPE_CHECKING:
-    from clipmerge.data.split import Split
+__all__ = ["SHIFTS", "Kind", "Shift", "parse_shift"]
 
 
 @dataclass(frozen=True, slots=True)
-class Shift:
+class Kind:
     """A change of an RGB image by a value in [low, high], with a seed that only noise uses."""
 
     change: Callable[[Image.Image, float, int], Image.Image]
@@ -27,39 +25,15 @@ class Shift:
     meaning: str
 
 
-def _rotate(image: Image.Image, degrees: float, seed: int) -> Image.Image:
-    return image.rotate(degrees, Image.Resampling.BICUBIC)
-
-
-def _invert(image: Image.Image, value: float, seed: int) -> Image.Image:
-    return ImageChops.invert(image)
-
-
-def _blur(image: Image.Image, sigma: float, seed: int) -> Image.Image:
-    return image.filter(ImageFilter.GaussianBlur(sigma))
-
-
 def _noise(image: Image.Image, deviation: float, seed: int) -> Image.Image:
     pixels = np.asarray(image, np.float64)
     drawn = np.random.Generator(np.random.Philox(seed)).normal(0.0, 255 * deviation, pixels.shape)
     return Image.fromarray(np.clip(np.rint(pixels + drawn), 0, 255).astype(np.uint8))
 
 
-def _contrast(image: Image.Image, factor: float, seed: int) -> Image.Image:
-    return ImageEnhance.Contrast(image).enhance(factor)
-
-
-def _brightness(image: Image.Image, factor: float, seed: int) -> Image.Image:
-    return ImageEnhance.Brightness(image).enhance(factor)
-
-
-def _gray(image: Image.Image, value: float, seed: int) -> Image.Image:
-    return image.convert("L").convert("RGB")
-
-
 def _pixelate(image: Image.Image, factor: float, seed: int) -> Image.Image:
-    small = tuple(max(1, round(side / factor)) for side in image.size)
-    coarse = image.resize((small[0], small[1]), Image.Resampling.BOX)
+    width, height = (max(1, round(side / factor)) for side in image.size)
+    coarse = image.resize((width, height), Image.Resampling.BOX)
     return coarse.resize(image.size, Image.Resampling.NEAREST)
 
 
@@ -69,57 +43,72 @@ def _jpeg(image: Image.Image, quality: float, seed: int) -> Image.Image:
     return Image.open(encoded).convert("RGB")
 
 
-SHIFTS: Mapping[str, Shift] = {
-    "rotate": Shift(_rotate, 20, -45, 45, "degrees, counter-clockwise"),
-    "invert": Shift(_invert, 1, 1, 1, "no value"),
-    "blur": Shift(_blur, 1, 0, 100, "standard deviation in pixels of the stored image"),
-    "noise": Shift(_noise, 0.2, 0, 1, "standard deviation, white is 1"),
-    "contrast": Shift(_contrast, 0.4, 0.05, 20, "factor"),
-    "brightness": Shift(_brightness, 0.4, 0.05, 20, "factor"),
-    "gray": Shift(_gray, 1, 1, 1, "no value"),
-    "pixelate": Shift(_pixelate, 2, 1, 100, "how many times smaller"),
-    "jpeg": Shift(_jpeg, 10, 1, 95, "quality"),
-}
-"""Name → shift. Values are bounded so that labels stay meaningful: a 6 turned by 180° is a 9."""
+SHIFTS: Mapping[str, Kind] = {
+    "rotate": Kind(
+        lambda image, degrees, _: image.rotate(degrees, Image.Resampling.BICUBIC),
+        20, -45, 45, "degrees, counter-clockwise",
+    ),
+    "invert": Kind(lambda image, *_: ImageChops.invert(image), 1, 1, 1, "no value"),
+    "blur": Kind(
+        lambda image, sigma, _: image.filter(ImageFilter.GaussianBlur(sigma)),
+        1, 0, 100, "standard deviation in pixels of the stored image",
+    ),
+    "noise": Kind(_noise, 0.2, 0, 1, "standard deviation, white is 1"),
+    "contrast": Kind(
+        lambda image, factor, _: ImageEnhance.Contrast(image).enhance(factor), 0.4, 0.05, 20, "factor"
+    ),
+    "brightness": Kind(
+        lambda image, factor, _: ImageEnhance.Brightness(image).enhance(factor), 0.4, 0.05, 20, "factor"
+    ),
+    "gray": Kind(lambda image, *_: image.convert("L").convert("RGB"), 1, 1, 1, "no value"),
+    "pixelate": Kind(_pixelate, 2, 1, 100, "how many times smaller"),
+    "jpeg": Kind(_jpeg, 10, 1, 95, "quality"),
+}  # fmt: skip
+"""Name → kind. Values are bounded so that labels stay meaningful: a 6 turned by 180° is a 9."""
 
 
-def parse_shift(text: str) -> tuple[Shift, float]:
-    """ "rotate:20" → the shift and its value.
+@dataclass(frozen=True, slots=True)
+class Shift:
+    """One of `SHIFTS` with its value."""
+
+    name: str
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.value:g}"
+
+    def apply(self, image: Image.Image, item: str) -> Image.Image:
+        """Return the changed image; what is random in it follows from the item's name."""
+        return SHIFTS[self.name].change(image, self.value, self._seed(item)).convert("RGB")
+
+    def key(self, key: bytes, item: str) -> bytes:
+        """Return the content key of the changed image, from the key of the image that it is made of."""
+        return blake3(f"{self}\0{self._seed(item)}\0".encode() + key).digest()
+
+    def _seed(self, item: str) -> int:
+        return int.from_bytes(blake3(f"{self}\0{item}".encode()).digest(8), "little")
+
+
+def parse_shift(text: str) -> Shift:
+    """Parse "rotate:20", or "rotate" for its default value.
 
     Raises:
         DataError: no such shift, or a value out of bounds.
     """
     name, _, raw = text.partition(":")
     if name not in SHIFTS:
-        close = nearest(name, SHIFTS)
-        guess = f"; did you mean {close}?" if close else ""
-        raise DataError(f"there is no shift {name!r}", hint=f"shifts: {', '.join(SHIFTS)}{guess}")
-    shift = SHIFTS[name]
+        guess = did_you_mean(name, SHIFTS)
+        listed = f"shifts: {', '.join(SHIFTS)}"
+        raise DataError(f"there is no shift {name!r}", hint=f"{listed}; {guess}" if guess else listed)
+    kind = SHIFTS[name]
     try:
-        value = float(raw) if raw else shift.default
+        value = float(raw) if raw else kind.default
     except ValueError:
         value = float("nan")
-    if not shift.low <= value <= shift.high:
+    if not kind.low <= value <= kind.high:
         raise DataError(
             f"{raw!r} is not a value for the shift {name!r}",
-            hint=f"{name} takes {shift.low:g} … {shift.high:g} ({shift.meaning}); "
-            f"{shift.default:g} where none is given",
+            hint=f"{name} takes {kind.low:g} … {kind.high:g} ({kind.meaning}); "
+            f"{kind.default:g} where none is given",
         )
-    return shift, value
-
-
-def shifted(split: "Split", text: str) -> "Split":
-    """The split with every image changed: `shifted(split, "rotate:20")`.
-
-    Raises:
-        DataError: no such shift, or a value out of bounds.
-    """
-    shift, value = parse_shift(text)
-    name = text.partition(":")[0]
-
-    def change(image: Image.Image, seed: int) -> Image.Image:
-        return shift.change(image, value, seed)
-
-    images = Changed(split.images, split.names, change, f"{name}:{value:g}")
-    source = split.source if f"@{text}" in split.source else f"{split.source}@{text}"
-    return replace(split, images=images, source=source)
+    return Shift(name, value)

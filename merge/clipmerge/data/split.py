@@ -3,32 +3,36 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from clipmerge.data.check import content_keys
-from clipmerge.data.images import Images, Picked
+from clipmerge.data.shifts import Shift
+from clipmerge.data.stored import Source, content_key, decode
+from clipmerge.data.survey import Unusable, refuse, survey
+from clipmerge.types import Bytes, Ints
 
 if TYPE_CHECKING:
+    from jaxtyping import Float, UInt8
     from PIL.Image import Image
     from torch import Tensor
 
-Labels = npt.NDArray[np.int64]
+__all__ = ["Split"]
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Labelled images, read one at a time.
+    """Labelled images, read one at a time, by several threads or in worker processes.
 
     Attributes:
         source: the DATA text that it came from.
         classes: every name of the head (ImageNet's 1000 for ImageNet-R); () where images have captions only.
         labels: (n,) indices into `classes`, also where `class_subset` is set; -1 where there is no label.
         names: unique item names that hold no absolute path.
-        images: where the images lie.
+        images, index: where the images lie, and (n,) which of them these are.
+        shifts: what happens to each image after it was decoded, in order.
         groups: (n,) indices into `group_names`, None where the data has no groups.
         captions: one text per image, None where the data has none.
         class_subset: sorted indices into `classes` that the data covers; None means all. `covered` hides the
@@ -37,20 +41,24 @@ class Split:
             "analog clock" and "digital clock" of ImageNet. None where each counts as itself.
         templates: the data's own prompt templates with `{}`, None where it has none.
         skipped: what `skip_bad` left out, "item: reason" each.
+        stored_keys: (n, 32) digests of the images as they are stored, where they are known already.
     """
 
     source: str
     classes: tuple[str, ...]
-    labels: Labels
+    labels: Ints
     names: tuple[str, ...]
-    images: Images
-    groups: Labels | None = None
+    images: Source
+    index: Ints
+    shifts: tuple[Shift, ...] = ()
+    groups: Ints | None = None
     group_names: tuple[str, ...] | None = None
     captions: tuple[str, ...] | None = None
-    class_subset: Labels | None = None
-    counts_as: Labels | None = None
+    class_subset: Ints | None = None
+    counts_as: Ints | None = None
     templates: tuple[str, ...] | None = None
     skipped: tuple[str, ...] = ()
+    stored_keys: Bytes | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -58,28 +66,40 @@ class Split:
     def __repr__(self) -> str:
         return f"Split({self.source!r}, {len(self)} images, {len(self.classes)} classes)"
 
-    def image(self, i: int) -> "Image":
-        """Image `i` in RGB. Several threads may ask at once."""
-        return self.images.image(i)
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave tensors behind when a worker process gets a copy: they may lie on a GPU."""
+        return {name: value for name, value in self.__dict__.items() if name != "_columns"}
+
+    def image(self, i: int, *, verify: bool = False) -> "Image":
+        """Return image `i` in RGB; `verify` that it is still the one that `stored_keys` were made of."""
+        stored = self.images.fetch(int(self.index[i]))
+        if verify and self.stored_keys is not None and content_key(stored) != self.stored_keys[i].tobytes():
+            raise ValueError("changed since it was opened")
+        image = decode(stored)
+        for shift in self.shifts:
+            image = shift.apply(image, self.names[i])
+        return image
 
     def read_bytes(self, i: int) -> bytes | None:
-        """Image `i` as it is stored (JPEG, PNG …), None where it is not stored encoded or is shifted."""
-        return self.images.read_bytes(i)
+        """Return image `i` as it is stored (JPEG, PNG …), None where it is not stored encoded or is shifted."""
+        stored = None if self.shifts else self.images.fetch(int(self.index[i]))
+        return stored if isinstance(stored, bytes) else None
 
     def subset(self, indices: "Sequence[int] | npt.NDArray[np.integer]") -> "Split":
-        """The images at `indices`, in that order; classes stay as they are."""
+        """Return the images at `indices`, in that order; classes stay as they are."""
         index = np.asarray(indices, dtype=np.int64)
         return replace(
             self,
             labels=self.labels[index],
             names=tuple(self.names[i] for i in index),
-            images=Picked(self.images, index),
+            index=self.index[index],
             groups=None if self.groups is None else self.groups[index],
             captions=None if self.captions is None else tuple(self.captions[i] for i in index),
+            stored_keys=None if self.stored_keys is None else self.stored_keys[index],
         )
 
-    def covered(self, logits: "Tensor") -> "Tensor":
-        """Logits (batch, classes) with -inf for classes that the data does not cover.
+    def covered(self, logits: "Float[Tensor, 'batch classes']") -> "Float[Tensor, 'batch classes']":
+        """Return logits with -inf for classes that the data does not cover.
 
         A class that counts as another gives it its own logit where that is higher.
         """
@@ -87,16 +107,34 @@ class Split:
             return logits
         import torch
 
-        target = self.class_subset if self.counts_as is None else self.counts_as
-        shown = torch.from_numpy(self.class_subset).to(logits.device)
-        index = torch.from_numpy(target).to(logits.device).expand(len(logits), -1)
+        if logits.device not in self._columns:  # copied once: a copy for each batch would make the host wait
+            target = self.class_subset if self.counts_as is None else self.counts_as
+            columns = torch.from_numpy(np.stack([self.class_subset, target])).to(logits.device)
+            self._columns[logits.device] = columns
+        shown, target_columns = self._columns[logits.device]
         hidden = torch.full_like(logits, -torch.inf)
-        return hidden.scatter_reduce_(1, index, logits[:, shown], "amax")
+        return hidden.scatter_reduce_(1, target_columns.expand(len(logits), -1), logits[:, shown], "amax")
 
     @cached_property
-    def keys(self) -> npt.NDArray[np.uint8]:
-        """(n, 32): a digest of each image's content."""
-        return content_keys(self.images)
+    def _columns(self) -> dict[Any, "Tensor"]:
+        return {}
+
+    @cached_property
+    def keys(self) -> "UInt8[Bytes, 'images 32']":
+        """A digest of each image's content."""
+        stored = self.stored_keys
+        if stored is None:
+            seen = survey(self.images, self.index)
+            refuse(
+                self.source, [Unusable(self.names[i], seen.unreadable[i]) for i in sorted(seen.unreadable)]
+            )
+            stored = seen.keys
+        if not self.shifts:
+            return stored
+        shifted = [key.tobytes() for key in stored]
+        for shift in self.shifts:
+            shifted = [shift.key(key, name) for key, name in zip(shifted, self.names, strict=True)]
+        return np.frombuffer(b"".join(shifted), np.uint8).reshape(-1, 32)
 
     @cached_property
     def digest(self) -> str:

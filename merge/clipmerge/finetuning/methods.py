@@ -163,7 +163,7 @@ def finetune(
     import torch
 
     from clipmerge import distributed
-    from clipmerge.data.choose import few_shot
+    from clipmerge.data.sampling import few_shot
     from clipmerge.device import resolve_device
     from clipmerge.finetuning import setup
     from clipmerge.finetuning.augment import augmenter

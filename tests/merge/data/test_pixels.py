@@ -54,7 +54,7 @@ def plain(split: Split, cfg: dict[str, Any]) -> torch.Tensor:
     from torchvision.datasets.folder import default_loader
 
     transform = image_transform_v2(PreprocessCfg(**cfg), is_train=False)
-    paths = [split.images.images.paths[i] for i in split.images.indices]  # type: ignore[attr-defined]
+    paths = [split.images.paths[i] for i in split.index]  # type: ignore[attr-defined]
     return torch.stack([transform(default_loader(str(path))) for path in paths])
 
 
@@ -120,7 +120,7 @@ def test_later_runs_decode_nothing(
 ) -> None:
     root = folder(cat=3, dog=2)
     first = pixels(open_split(root), CFG, cache=tmp_path / "c")
-    monkeypatch.setattr("clipmerge.data.images.decode", None)
+    monkeypatch.setattr("clipmerge.data.split.decode", None)
     again = pixels(open_split(root), CFG | {"mean": (0.0,) * 3}, cache=tmp_path / "c")
     assert np.array_equal(first, again), "mean and std do not matter to uint8"
     assert len(list((tmp_path / "c" / "pixels").iterdir())) == 1
@@ -214,11 +214,13 @@ def test_a_cache_that_cannot_be_written(folder: MakeFolder, tmp_path: Path) -> N
     assert caught.value.hint == "make room, or choose another folder for caches with CLIPMERGE_CACHE"
 
 
-def test_an_image_that_goes_away(folder: MakeFolder) -> None:
+def test_images_that_go_away_or_change_after_they_were_opened(folder: MakeFolder, tmp_path: Path) -> None:
     split = open_split(folder(cat=2, dog=1))
     (Path(split.source) / "cat" / "0.jpg").unlink()
-    with pytest.raises(DataError, match="an image cannot be read any more"):
-        pixels(split, CFG)
+    picture(77).save(Path(split.source) / "cat" / "1.jpg")
+    with pytest.raises(DataError, match=r"cat/0\.jpg: no such file") as caught:
+        pixels(split, CFG, cache=tmp_path / "c")
+    assert "cat/1.jpg: changed since it was opened" in caught.value.message
 
 
 def test_where_caches_live(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

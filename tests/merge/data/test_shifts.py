@@ -1,15 +1,21 @@
 """Shifts change images in a known way, the same one for the same name."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
 from clipmerge.data.open import open_split
-from clipmerge.data.shifts import SHIFTS, shifted
+from clipmerge.data.shifts import SHIFTS, parse_shift
 from clipmerge.data.split import Split
 from clipmerge.errors import DataError
 
 from .conftest import MakeFolder
+
+
+def shifted(split: Split, text: str) -> Split:
+    return replace(split, shifts=(*split.shifts, parse_shift(text)))
 
 
 def array(split: Split, i: int = 0) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:

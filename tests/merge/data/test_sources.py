@@ -1,6 +1,7 @@
 """Every kind of source gives the same kind of Split."""
 
 import io
+import pickle
 import struct
 import sys
 import tarfile
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from clipmerge.data.open import open_split
@@ -386,3 +388,57 @@ def test_a_tall_image_in_a_mode_of_its_own(tmp_path: Path) -> None:
     split = open_split(tmp_path / "x")
     assert split.image(0).size == (3, 9)
     assert split.image(0).getpixel((1, 1)) == (77, 77, 77)
+
+
+# --- worker processes
+
+
+@pytest.mark.parametrize(
+    "kind", ["folder", "csv", "npz", "encoded npz", "tar", "parquet", "torchvision", "digits"]
+)
+def test_a_split_of_every_source_pickles_without_its_images(
+    kind: str, folder: MakeFolder, shards: Path, parquet: Path, tmp_path: Path
+) -> None:
+    files = [encoded(picture(i)) for i in range(2)]
+    blob, offsets = np.frombuffer(b"".join(files), np.uint8), np.cumsum([0, *map(len, files)])
+    big = np.random.default_rng(0).integers(0, 256, (2, 300, 300), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", images=big, labels=[0, 1])
+    np.savez(
+        tmp_path / "b.npz", blob=np.append(blob, np.zeros(50000, np.uint8)), offsets=offsets, labels=[0, 1]
+    )
+    root = folder(cat=2, dog=1)
+    write(root / "a.csv", "dog/0.jpg,1\ncat/0.jpg,0\n")
+    source = {
+        "folder": root,
+        "csv": root / "a.csv",
+        "npz": tmp_path / "a.npz",
+        "encoded npz": tmp_path / "b.npz",
+        "tar": shards,
+        "parquet": parquet,
+        "torchvision": f"torchvision:ImageFolder:{root}",
+        "digits": "digits",
+    }[kind]
+    split = open_split(f"{source}@invert", limit=2)
+    split.covered(torch.zeros(1, len(split.classes)))
+    raw = pickle.dumps(split)
+    assert len(raw) < 150_000
+    copy = pickle.loads(raw)
+    assert copy.digest == split.digest
+    for i in range(len(split)):
+        assert np.array_equal(np.asarray(copy.image(i)), np.asarray(split.image(i)))
+
+
+def test_each_file_is_read_once_to_open_it_and_once_to_decode_it(
+    folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from clipmerge.data.pixels import pixels
+    from clipmerge.data.stored import Files
+
+    reads: list[int] = []
+    plain = Files.fetch
+    monkeypatch.setattr(Files, "fetch", lambda self, i: (reads.append(i), plain(self, i))[1])
+    split = open_split(folder(cat=2, dog=1))
+    assert sorted(reads) == [0, 1, 2]
+    assert len(split.digest) == 64
+    pixels(split, {"size": 8}, cache=tmp_path / "c")
+    assert sorted(reads) == [0, 0, 1, 1, 2, 2]

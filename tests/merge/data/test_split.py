@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipmerge.data.images import decode
 from clipmerge.data.open import open_split, parse_source
+from clipmerge.data.shifts import Shift
+from clipmerge.data.stored import decode
 from clipmerge.errors import DataError
 
 from .conftest import MakeFolder, encoded, picture
@@ -100,11 +101,19 @@ def test_a_part_of_a_source_without_parts_is_refused(folder: MakeFolder) -> None
 
 
 def test_sources_are_cut_only_where_no_such_path_exists(tmp_path: Path) -> None:
-    assert parse_source("digits#test@rotate:20@invert") == ("digits", "test", ["rotate:20", "invert"])
+    assert parse_source("digits#test@rotate:20@invert") == (
+        "digits",
+        "test",
+        [Shift("rotate", 20), Shift("invert", 1)],
+    )
     assert parse_source("a@b/c#val") == ("a@b/c", "val", [])
     (tmp_path / "odd#name@x").mkdir()
     assert parse_source(f"{tmp_path}/odd#name@x") == (f"{tmp_path}/odd#name@x", None, [])
-    assert parse_source(f"{tmp_path}/odd#name@x#val@invert") == (f"{tmp_path}/odd#name@x", "val", ["invert"])
+    assert parse_source(f"{tmp_path}/odd#name@x#val@invert") == (
+        f"{tmp_path}/odd#name@x",
+        "val",
+        [Shift("invert", 1)],
+    )
 
 
 def test_a_source_that_is_not_there() -> None:
@@ -162,7 +171,7 @@ def test_what_does_not_decode_is_remembered(folder: MakeFolder, monkeypatch: pyt
     whole = (root / "cat" / "1.jpg").read_bytes()
     (root / "cat" / "1.jpg").write_bytes(whole[: len(whole) * 9 // 10])
     names = open_split(root, skip_bad=True).names
-    monkeypatch.setattr("clipmerge.data.images.decode", None)
+    monkeypatch.setattr("clipmerge.data.survey.decode", None)
     assert open_split(root, skip_bad=True).names == names
     assert "cat/1.jpg" not in names
     (root / "cat" / "1.jpg").write_bytes(whole)
@@ -194,7 +203,7 @@ def test_the_digest_of_unchanged_files_is_remembered(
 ) -> None:
     root = folder(cat=2, dog=2)
     digest = open_split(root).digest
-    monkeypatch.setattr("clipmerge.data.images.InFiles.key", None)
+    monkeypatch.setattr("clipmerge.data.stored.Files.fetch", None)
     assert open_split(root).digest == digest
 
 

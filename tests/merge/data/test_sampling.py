@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from blake3 import blake3
 
-from clipmerge.data.choose import few_shot, fraction_of, held_out
 from clipmerge.data.open import open_split
+from clipmerge.data.sampling import few_shot, fraction_of, held_out
 from clipmerge.errors import DataError
 
 from .conftest import MakeFolder

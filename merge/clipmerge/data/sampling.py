@@ -1,25 +1,25 @@
-"""Which items: held out by a hash of names, a balanced few, k of each class. The same everywhere."""
+"""Choose items by hashes of their names: held out, a balanced few, k of each class. The same on every machine."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 from blake3 import blake3
 
+from clipmerge.data.split import Split
 from clipmerge.errors import DataError
+from clipmerge.text import and_more
+from clipmerge.types import Bools
 
-if TYPE_CHECKING:
-    from clipmerge.data.split import Split
+__all__ = ["few_shot", "fraction_of", "held_out", "limited", "name_hash"]
 
 
 def name_hash(name: str, salt: str = "") -> int:
-    """64 bits that depend on nothing but the name and the salt."""
+    """Return 64 bits that depend on nothing but the name and the salt."""
     return int.from_bytes(blake3(f"{salt}\0{name}".encode()).digest(8), "big")
 
 
 def fraction_of(text: str | float) -> float:
-    """ "2%" or 0.02 → 0.02.
+    """Parse "2%", or 0.02, as 0.02.
 
     Raises:
         DataError: not a number, or not between 0 and 1.
@@ -34,14 +34,14 @@ def fraction_of(text: str | float) -> float:
     return value
 
 
-def held_out(names: Sequence[str], fraction: float) -> npt.NDArray[np.bool_]:
-    """(n,) which items are held out: those whose name's hash falls below `fraction` of its range."""
+def held_out(names: Sequence[str], fraction: float) -> Bools:
+    """Return (n,) whether each item is held out: its name's hash falls below `fraction` of the range."""
     border = int(fraction * 2**64)
     return np.fromiter((name_hash(name, "holdout") < border for name in names), np.bool_, len(names))
 
 
-def limited(split: "Split", n: int) -> "Split":
-    """At most `n` items, in their own order.
+def limited(split: Split, n: int) -> Split:
+    """Return at most `n` items, in their own order.
 
     Classes take turns, so that each gives as many as the others while it has any; inside a class the hash of
     the name decides.
@@ -57,8 +57,8 @@ def limited(split: "Split", n: int) -> "Split":
     return split.subset(np.sort(np.array([i for _, _, i in turns[:n]], dtype=np.int64)))
 
 
-def few_shot(split: "Split", k: int, seed: int = 0) -> "Split":
-    """`k` images of each class, drawn by a hash of name and seed, in their own order.
+def few_shot(split: Split, k: int, seed: int = 0) -> Split:
+    """Return `k` images of each class, drawn by a hash of name and seed, in their own order.
 
     Raises:
         DataError: a class has fewer than `k`.
@@ -67,17 +67,15 @@ def few_shot(split: "Split", k: int, seed: int = 0) -> "Split":
     covered = range(len(split.classes)) if split.class_subset is None else split.class_subset.tolist()
     short = [f"{split.classes[c]} ({counts[c]})" for c in covered if counts[c] < k]
     if k < 1 or short or not len(split.classes):
-        named = ", ".join(short[:10]) + (f" … and {len(short) - 10} more" if len(short) > 10 else "")
         raise DataError(
-            f"{split.source}: {k} images of each class are not there: {named or 'no classes'}",
+            f"{split.source}: {k} images of each class are not there: {and_more(short, 10) or 'no classes'}",
             hint="ask for fewer shots, at least 1",
         )
-    ranks = _ranks(split, f"shot {seed}")
-    return split.subset([i for i, (rank, _) in enumerate(ranks) if rank < k])
+    return split.subset([i for i, (rank, _) in enumerate(_ranks(split, f"shot {seed}")) if rank < k])
 
 
-def _ranks(split: "Split", salt: str) -> list[tuple[int, int]]:
-    """For each item: its place in its class by hash of the name, and that hash."""
+def _ranks(split: Split, salt: str) -> list[tuple[int, int]]:
+    """Return for each item its place in its class by hash of the name, and that hash."""
     hashes = [name_hash(name, salt) for name in split.names]
     taken: dict[int, int] = {}
     ranks = [(0, 0)] * len(split)

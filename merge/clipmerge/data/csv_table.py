@@ -1,4 +1,4 @@
-"""CSV and TSV of paths with labels, captions or both."""
+"""Read CSV and TSV files of paths with labels, captions or both."""
 
 import csv
 import os
@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from clipmerge.data.check import Bad
-from clipmerge.data.found import Found, Pick
-from clipmerge.data.images import InFiles
+from clipmerge.data.source import Pick, RawSplit
+from clipmerge.data.stored import Files
+from clipmerge.data.survey import Unusable
 from clipmerge.errors import DataError
+from clipmerge.types import Ints
+
+__all__ = ["table"]
 
 _COLUMNS: Mapping[str, tuple[str, ...]] = {
     "path": ("path", "filepath", "file", "filename", "file_name", "image", "image_path", "img", "img_path"),
@@ -28,40 +31,42 @@ _HINT = (
 Row = dict[str, str]
 
 
-def table(place: str, pick: Pick) -> Found:
-    """A .csv or .tsv with a path (relative to its folder) and a label, a caption or both, per line."""
-    rows, columns = _rows(place)
+def table(place: str, pick: Pick) -> RawSplit:
+    """Read a .csv or .tsv with a path (relative to its folder) and a label, a caption or both, per line."""
+    all_rows, columns = _rows(place)
     if "path" not in columns or not columns & {"label", "class", "caption"}:
         raise DataError(f"{place} has no column of paths with one of labels or captions", hint=_HINT)
-    labelled = sorted(columns & {"label", "class"}, reverse=True)
-    needed = ["path", labelled[0] if labelled else "caption"]
-    bad = [Bad(f"line {row['line']}", f"no {key}") for row in rows for key in needed if not row[key]]
-    rows = [row for row in rows if all(row[key] for key in needed)]
-    everywhere = rows
+    label_columns = sorted(columns & {"label", "class"}, reverse=True)
+    needed = ["path", label_columns[0] if label_columns else "caption"]
+    unusable = [
+        Unusable(f"line {row['line']}", f"no {key}") for row in all_rows for key in needed if not row[key]
+    ]
+    all_rows = [row for row in all_rows if all(row[key] for key in needed)]
     if "split" in columns:
-        part = pick(list(dict.fromkeys(row["split"] for row in rows)))
-        rows = [row for row in rows if row["split"] == part]
+        part = pick(list(dict.fromkeys(row["split"] for row in all_rows)))
+        rows = [row for row in all_rows if row["split"] == part]
     else:
         pick([""])
-    if not rows and not bad:
+        rows = all_rows
+    if not rows and not unusable:
         raise DataError(f"{place} lists no images", hint=_HINT)
-    groups = [row["group"] for row in rows] if "group" in columns else None
-    group_names = None if groups is None else _in_order({row["group"] for row in everywhere})
-    root = Path(place).parent
-    return Found(
-        InFiles([root / row["path"] for row in rows]),
-        _names([row["path"] for row in rows], [row["path"] for row in everywhere]),
-        *_labels(rows, everywhere, labelled),
-        elsewhere=[row[labelled[0]] for row in everywhere] if labelled else (),
-        bad=tuple(bad),
-        groups=None if groups is None or group_names is None else [group_names.index(g) for g in groups],
-        group_names=group_names,
+    group_names = _in_order({row["group"] for row in all_rows}) if "group" in columns else ()
+    labels, classes = _labels(rows, all_rows, label_columns)
+    return RawSplit(
+        Files([str(Path(place).parent / row["path"]) for row in rows]),
+        _names([row["path"] for row in rows], [row["path"] for row in all_rows]),
+        labels,
+        classes,
+        all_labels=[row[label_columns[0]] for row in all_rows] if label_columns else (),
+        unusable=tuple(unusable),
+        groups=[group_names.index(row["group"]) for row in rows] if group_names else None,
+        group_names=group_names or None,
         captions=[row["caption"] for row in rows] if "caption" in columns else None,
     )
 
 
 def _rows(place: str) -> tuple[list[Row], set[str]]:
-    """The lines as dictionaries by our own names of columns, and which of those there are."""
+    """Return the lines as dictionaries by our own names of columns, and which of those there are."""
     try:
         with Path(place).open(encoding="utf-8-sig", newline="") as file:
             first = file.readline()
@@ -86,28 +91,28 @@ def _rows(place: str) -> tuple[list[Row], set[str]]:
 
 
 def _labels(
-    rows: Sequence[Row], everywhere: Sequence[Row], labelled: Sequence[str]
-) -> tuple[Sequence[str] | np.ndarray[tuple[int], np.dtype[np.int64]] | None, tuple[str, ...] | None]:
-    """Labels and classes: words; or numbers, with names where a column gives them."""
-    if not labelled:
+    rows: Sequence[Row], all_rows: Sequence[Row], columns: Sequence[str]
+) -> tuple[Sequence[str] | Ints | None, tuple[str, ...] | None]:
+    """Return labels and classes: words; or numbers, with names where a column gives them."""
+    if not columns:
         return None, None
-    key = labelled[0]
-    if key == "label" and all(row["label"].lstrip("-").isdecimal() for row in everywhere):
+    key = columns[0]
+    if key == "label" and all(row["label"].lstrip("-").isdecimal() for row in all_rows):
         numbers = np.array([int(row["label"]) for row in rows], np.int64)
-        if len(labelled) == 1:
+        if len(columns) == 1:
             return numbers, None
-        named = {int(row["label"]): row["class"] for row in everywhere}
-        return numbers, tuple(named.get(i, str(i)) for i in range(max(named) + 1))
-    return [row[key] for row in rows], _in_order({row[key] for row in everywhere})
+        names = {int(row["label"]): row["class"] for row in all_rows}
+        return numbers, tuple(names.get(i, str(i)) for i in range(max(names) + 1))
+    return [row[key] for row in rows], _in_order({row[key] for row in all_rows})
 
 
 def _in_order(words: set[str]) -> tuple[str, ...]:
-    """Sorted; as numbers where all of them are."""
+    """Return words sorted; as numbers where all of them are."""
     return tuple(sorted(words, key=int if all(w.isdecimal() for w in words) else None))
 
 
-def _names(paths: Sequence[str], everywhere: Sequence[str]) -> list[str]:
-    """Paths as written; what absolute ones have in common is cut off, so that they are the same elsewhere."""
-    absolute = [Path(path).parent for path in everywhere if Path(path).is_absolute()]
+def _names(paths: Sequence[str], all_paths: Sequence[str]) -> list[str]:
+    """Return paths as written; what absolute ones have in common is cut off, so that they are the same elsewhere."""
+    absolute = [Path(path).parent for path in all_paths if Path(path).is_absolute()]
     common = Path(os.path.commonpath(absolute)) if absolute else Path()
     return [(p.relative_to(common) if p.is_absolute() else p).as_posix() for p in map(Path, paths)]

@@ -1,0 +1,131 @@
+"""Read Parquet as Hugging Face stores images."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+
+from clipmerge.data.source import Pick, RawSplit, part_files
+from clipmerge.data.stored import file_stamp
+from clipmerge.errors import DataError, MissingExtraError
+from clipmerge.types import Ints
+
+__all__ = ["parquet"]
+
+_HINT = "a column image (bytes, or bytes with a path) and a column label (numbers or words) or text"
+
+
+@dataclass(frozen=True, slots=True)
+class RowImages:
+    """Encoded images in one column, each in a row of a row group of a file. Files are opened where they are read."""
+
+    column: str
+    paths: Sequence[str]
+    stamps: Sequence[str]
+    rows: Sequence[tuple[int, int, int]]
+    """For each image: number of the file, row group, row in it."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def fetch(self, i: int) -> bytes:
+        file, group, row = self.rows[i]
+        with _reading:
+            value = _row_group(self.paths[file], self.stamps[file], group, self.column)[row].as_py()
+        stored = value.get("bytes") if isinstance(value, dict) else value
+        if not isinstance(stored, bytes):
+            raise ValueError("no bytes in this row")
+        return stored
+
+    def stamp(self, i: int) -> str:
+        file, group, row = self.rows[i]
+        return f"{file_stamp(self.paths[file])}\0{group}\0{row}"
+
+
+_reading = Lock()
+"""Threads that ask for neighbouring rows wait for one of them to read the row group."""
+
+
+@lru_cache(maxsize=4)
+def _row_group(path: str, stamp: str, group: int, column: str) -> Any:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        return file.read_row_group(group, columns=[column]).column(column)
+
+
+def parquet(place: str, pick: Pick) -> RawSplit:
+    """Read a .parquet, or a folder of them, with a column of images, as Hugging Face's data sets store them.
+
+    Class names come from the features in the file's metadata.
+    """
+    try:
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise MissingExtraError("pyarrow", extra="parquet", what=f"reading {place}") from error
+    paths = list(map(str, part_files(Path(place), "parquet", pick)))
+    where, values = list[tuple[int, int, int]](), list[dict[str, Any]]()
+    try:
+        columns = _columns(place, pq.read_schema(paths[0]))
+        wanted = [name for name in (columns.path, columns.label, columns.caption) if name]
+        for number, path in enumerate(paths):
+            with pq.ParquetFile(path) as file:
+                for group in range(file.num_row_groups):
+                    rows = file.read_row_group(group, columns=wanted).to_pylist()
+                    where += [(number, group, row) for row in range(len(rows))]
+                    values += rows
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{place} cannot be read as Parquet: {error}", hint=_HINT) from error
+    names = [(row.get(columns.image) or {}).get("path") if columns.path else None for row in values]
+    return RawSplit(
+        RowImages(columns.image, paths, list(map(file_stamp, paths)), where),
+        [name or f"row {i:06d}" for i, name in enumerate(names)],
+        _labels([row[columns.label] for row in values]) if columns.label else None,
+        columns.classes,
+        captions=[str(row[columns.caption]) for row in values] if columns.caption else None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    image: str
+    path: str | None
+    label: str | None
+    caption: str | None
+    classes: tuple[str, ...] | None
+
+
+def _columns(place: str, schema: Any) -> _Columns:
+    """Return which columns are which, by the features that Hugging Face writes, else by name."""
+    stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = stored.get("info", {}).get("features", {})
+    kinds = {name: f.get("_type") for name, f in features.items() if isinstance(f, dict)}
+
+    def first(kind: str, names: Sequence[str]) -> str | None:
+        typed = [name for name in schema.names if kinds.get(name) == kind]
+        listed = [name for name in names if name in schema.names]
+        return next((n for n in listed if n in typed), None) or (typed + listed + [None])[0]
+
+    image = first("Image", ("image", "img", "jpg", "png", "webp"))
+    label = first("ClassLabel", ("label", "labels", "fine_label", "cls", "target"))
+    caption = first("Caption", ("caption", "text"))
+    if image is None or not (label or caption):
+        listed = ", ".join(schema.names)
+        raise DataError(f"{place} has no images with labels or captions, its columns: {listed}", hint=_HINT)
+    kind = schema.field(image).type
+    has_path = hasattr(kind, "get_field_index") and kind.get_field_index("path") >= 0
+    names = features.get(label, {}).get("names") if label else None
+    return _Columns(
+        image, f"{image}.path" if has_path else None, label, caption, None if names is None else tuple(names)
+    )
+
+
+def _labels(values: Sequence[Any]) -> Ints | list[str]:
+    if any(isinstance(value, str) for value in values):
+        return [str(value) for value in values]
+    return np.array([-1 if value is None else value for value in values], np.int64)

@@ -1,0 +1,181 @@
+"""Read a source by what it is: folders and torchvision's data sets here, files of one format in files of their own."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipmerge.data.csv_table import table
+from clipmerge.data.npz import npz
+from clipmerge.data.parquet import parquet
+from clipmerge.data.sampling import name_hash
+from clipmerge.data.source import Pick, RawSplit, is_part, pick_part
+from clipmerge.data.stored import Dataset, Files, InMemory
+from clipmerge.data.webdataset import webdataset
+from clipmerge.errors import DataError
+from clipmerge.text import did_you_mean
+from clipmerge.types import Ints
+
+__all__ = ["read"]
+
+Reader = Callable[[str, Pick], RawSplit]
+
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif"}
+)
+"""Files in class folders that count as images."""
+
+BY_SUFFIX: Mapping[str, Reader] = {
+    ".csv": table,
+    ".tsv": table,
+    ".npz": npz,
+    ".parquet": parquet,
+    ".tar": webdataset,
+}
+
+
+def read(place: str, part: str | None, role: str) -> RawSplit:
+    """Read what a source says of its part `part`, or of the one for the role; images themselves are not read.
+
+    Raises:
+        DataError: there is nothing that we know how to read.
+    """
+
+    def pick(parts: Sequence[str]) -> str:
+        return pick_part(place, parts, part, role)
+
+    return _reader_of(place)(place, pick)
+
+
+def _reader_of(place: str) -> Reader:
+    path = Path(place)
+    if place.startswith("torchvision:"):
+        return torchvision
+    if place == "digits" and not path.exists():
+        return digits
+    if not path.exists():
+        raise DataError(
+            f"there are no images at {place}",
+            hint="DATA is a folder of class folders, a .csv, .tsv, .npz or .parquet file, "
+            "a folder of WebDataset shards, torchvision:NAME:ROOT, or digits",
+        )
+    if path.is_dir():
+        suffixes = {
+            entry.suffix for pattern in ("*", "*/*") for entry in path.glob(pattern) if entry.is_file()
+        }
+        return webdataset if ".tar" in suffixes else parquet if ".parquet" in suffixes else folder
+    if path.suffix.lower() not in BY_SUFFIX:
+        raise DataError(
+            f"{place} is not a file of images that can be read",
+            hint=f"such files end in {', '.join(BY_SUFFIX)}; images go in a folder of class folders",
+        )
+    return BY_SUFFIX[path.suffix.lower()]
+
+
+def digits(place: str, pick: Pick) -> RawSplit:
+    """Read scikit-learn's 1797 handwritten digits, 8 × 8, white on black.
+
+    In each class a hash of the item's number decides: 60 % train, 20 % val, 20 % test.
+    """
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    labels = np.asarray(bunch.target, np.int64)
+    parts = np.empty(len(labels), dtype="<U5")
+    for label in range(10):
+        members = sorted(np.flatnonzero(labels == label), key=lambda i: name_hash(str(i), "digits"))
+        train, val = round(0.6 * len(members)), round(0.2 * len(members))
+        parts[members] = np.repeat(["train", "val", "test"], [train, val, len(members) - train - val])
+    index = np.flatnonzero(parts == pick(["train", "val", "test"]))
+    pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
+    names = [f"digits/{i:04d}" for i in index]
+    return RawSplit(InMemory(pixels), names, labels[index], tuple("0123456789"), index)
+
+
+def folder(place: str, pick: Pick) -> RawSplit:
+    """Read a folder of class folders, or of parts (`train`, `val`, `test`) that hold class folders."""
+    root = Path(place)
+    parts = [name for name in _subfolders(root) if is_part(name) and _subfolders(root / name)]
+    part = pick(parts or [""])
+    root = root / part
+    classes = _subfolders(root)
+    files = {
+        name: sorted(
+            path.relative_to(root).as_posix()
+            for path in (root / name).rglob("*")
+            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+        )
+        for name in classes
+    }
+    names = [path for name in classes for path in files[name]]
+    if not names:
+        raise DataError(
+            f"{root} holds no images in class folders", hint=f"put them where {root}/CLASS/image.jpg would be"
+        )
+    return RawSplit(
+        Files([str(root / name) for name in names]),
+        names,
+        [name for name in classes for _ in files[name]],
+        tuple(classes),
+        empty=tuple(name for name in classes if not files[name]),
+    )
+
+
+def _subfolders(root: Path) -> list[str]:
+    return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def torchvision(place: str, pick: Pick) -> RawSplit:
+    """Read `torchvision:NAME:ROOT`, a data set of torchvision's that was downloaded to ROOT."""
+    import torchvision.datasets as known
+
+    name, _, root = place.removeprefix("torchvision:").partition(":")
+    kind = getattr(known, name, None)
+    if not isinstance(kind, type) or not root:
+        guess = None if isinstance(kind, type) else did_you_mean(name, known.__all__)
+        usage = "write torchvision:CIFAR10:ROOT"
+        raise DataError(
+            f"{place} names no data set of torchvision's", hint=f"{usage}; {guess}" if guess else usage
+        )
+    try:
+        data = kind(root, **_part_argument(kind, root, pick))
+        labels = _labels(data)
+    except (RuntimeError, OSError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{place} cannot be opened: {error}",
+            hint=f"download it first: torchvision.datasets.{name}({root!r}, download=True)",
+        ) from error
+    classes = getattr(data, "classes", None) or getattr(data, "categories", None)
+    return RawSplit(
+        Dataset(data),
+        [f"{i:06d}" for i in range(len(labels))],
+        labels,
+        None if classes is None else tuple(n if isinstance(n, str) else str(n[0]) for n in classes),
+    )
+
+
+def _part_argument(kind: type, root: str, pick: Pick) -> dict[str, Any]:
+    """Return the argument by which a data set of torchvision's takes its part."""
+    arguments = signature(kind).parameters
+    if "train" in arguments:
+        return {"train": pick(["train", "test"]) == "train"}
+    if "split" not in arguments:
+        pick([""])
+        return {}
+    parts = ["train", "val", "test"]
+    try:
+        kind(root, split="?")
+    except ValueError as error:  # "Unknown value '?' for argument split. Valid values are {'train', 'test'}."
+        parts = re.findall(r"'(\w+)'", str(error))
+    return {"split": pick(parts)}
+
+
+def _labels(data: Any) -> Ints:
+    for attribute in ("targets", "labels", "_labels", "y"):
+        if hasattr(data, attribute):
+            return np.asarray(getattr(data, attribute), np.int64)
+    pairs = getattr(data, "_samples", None) or [data[i] for i in range(len(data))]
+    return np.asarray([label for _, label in pairs], np.int64)

@@ -1,0 +1,104 @@
+"""What the reader of a source returns, and which part of the source is meant."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from clipmerge.data.stored import Source
+from clipmerge.data.survey import Unusable
+from clipmerge.errors import DataError
+from clipmerge.text import did_you_mean
+from clipmerge.types import Ints
+
+__all__ = ["Pick", "RawSplit", "is_part", "part_files", "pick_part"]
+
+_SYNONYMS: tuple[tuple[str, ...], ...] = (
+    ("train", "training"),
+    ("val", "valid", "validation", "dev", "holdout"),
+    ("test", "testing", "eval"),
+)
+_PARTS = re.compile(rf"({'|'.join(name for names in _SYNONYMS for name in names)})([-_].*)?")
+
+Pick = Callable[[Sequence[str]], str]
+"""From the names of the parts that a source has to the one to take; raises where that is not among them."""
+
+
+@dataclass(frozen=True, slots=True)
+class RawSplit:
+    """One part of a source as it describes itself, before class names are settled and images are looked at.
+
+    Attributes:
+        index: which of the stored images, in order; None means all.
+        labels: indices (an array), words, or None where there are only captions.
+        classes: names by index, or the words in their order; None where the source does not say.
+        all_labels: the labels of every part: a class that only another part has is not empty.
+        empty: classes that the source has a place for but no image.
+        unusable: items that the source names but does not describe well enough to use.
+    """
+
+    images: Source
+    names: Sequence[str]
+    labels: Ints | Sequence[str] | None
+    classes: tuple[str, ...] | None = None
+    index: Ints | None = None
+    all_labels: Iterable[Any] = ()
+    empty: tuple[str, ...] = ()
+    unusable: tuple[Unusable, ...] = ()
+    groups: Sequence[int] | npt.NDArray[np.int64] | None = None
+    group_names: tuple[str, ...] | None = None
+    captions: Sequence[str] | None = None
+    templates: tuple[str, ...] | None = None
+
+
+def is_part(name: str) -> bool:
+    """Return whether a folder of this name is a part of a source: "train", "val", "test_blurred" …"""
+    return _PARTS.fullmatch(name) is not None
+
+
+def pick_part(place: str, parts: Sequence[str], part: str | None, role: str) -> str:
+    """Return the one of `parts` that `part` names, or, where it is None, the one for the role.
+
+    A source without parts is `[""]`. A single part suits every role. Validation images stand in for test
+    images where there are none, never the other way round.
+
+    Raises:
+        DataError: there is none; the hint lists those there are.
+    """
+    if part is None and len(parts) == 1:
+        return parts[0]
+    wanted = part or role
+    synonyms = next((names for names in _SYNONYMS if wanted in names), ())
+    stand_ins = _SYNONYMS[1] if part is None and wanted == "test" else ()
+    for name in (wanted, *synonyms, *stand_ins):
+        if name in parts:
+            return name
+    listed = ", ".join(f"#{name}" for name in parts if name)
+    if not listed:
+        raise DataError(f"{place} has no splits, so there is no #{part}", hint=f"leave #{part} out")
+    if part is not None:
+        suggestion = did_you_mean(f"#{part}", [f"#{name}" for name in parts])
+        guess = f"; {suggestion}" if suggestion else ""
+        raise DataError(f"{place} has no split {part!r}", hint=f"its splits: {listed}{guess}")
+    hold_out = f"{place}#train with --holdout 2%"
+    instead = f", or hold some out: {hold_out}" if role == "val" and "train" in parts else ""
+    raise DataError(f"{place} has no {role} split", hint=f"name one of its splits: {listed}{instead}")
+
+
+def part_files(root: Path, suffix: str, pick: Pick) -> list[Path]:
+    """Return the files of one part: those in a folder `test`, or whose names begin with `test`; else all."""
+    if root.is_file():
+        pick([""])
+        return [root]
+    files = sorted(p for pattern in ("*", "*/*") for p in root.glob(f"{pattern}.{suffix}") if p.is_file())
+    parts: dict[str, list[Path]] = {}
+    for path in files:
+        word = path.name.replace("_", "-").replace(".", "-").partition("-")[0]
+        below = path.parent.name if path.parent != root else ""
+        name = below if is_part(below) else word if is_part(word) else ""
+        parts.setdefault(name, []).append(path)
+    return parts[pick(sorted(parts))]
