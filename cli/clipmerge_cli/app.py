@@ -12,6 +12,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from clipmerge.errors import ClipmergeError
+from clipmerge_cli.groups import flatten
 from clipmerge_cli.show import plain
 
 
@@ -95,20 +96,20 @@ def _run(args: list[str], wanted: str | None) -> int:
         return _refuse(error.message, error.hint)
     except Exception as error:
         traceback.print_exc()
-        said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        return _refuse(f"clipmerge broke: {said}", "this is a bug; please report it with the traceback above")
+        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        return _refuse(f"clipmerge broke: {what}", "this is a bug; please report it with the traceback above")
     return 0
 
 
 def _refuse(message: str, hint: str | None) -> int:
-    said = f"error: {message}" + (f"\n\nhint: {hint}" if hint else "")
-    print(plain(said), file=sys.stderr)  # names in a message may come from a file
+    text = f"error: {message}" + (f"\n\nhint: {hint}" if hint else "")
+    print(plain(text), file=sys.stderr)  # names in a message may come from a file
     return 1
 
 
 def _function(name: str, command: Command) -> Callable[..., Any]:
     module = import_module(f"clipmerge_cli.{command.module}")
-    function: Callable[..., Any] = getattr(module, name.replace("-", "_"))
+    function = flatten(getattr(module, name.replace("-", "_")))
 
     @wraps(function)
     def interruptible(*args: Any, **options: Any) -> None:

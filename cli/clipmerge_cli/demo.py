@@ -12,22 +12,21 @@ import typer
 
 from clipmerge.errors import OutputError
 from clipmerge_cli.demo_setting import MODEL, MODEL_FILE, SPLITS
-from clipmerge_cli.options import Json, Quiet
+from clipmerge_cli.options import Talk
 
 if TYPE_CHECKING:
+    from clipmerge.types import Progress
     from clipmerge_cli.demo_study import Row, Study
-    from clipmerge_cli.progress import OnProgress
 
 RESULTS = "results.json"
 
 
 def demo(
+    talk: Talk,
     out: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="The folder that keeps everything.")
     ] = Path("clipmerge-demo"),
     force: Annotated[bool, typer.Option("--force", help="Start a finished demo anew.")] = False,
-    json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Finetune, merge, choose and compare: two minutes on two cores, no network.
 
@@ -38,8 +37,8 @@ def demo(
 
         clipmerge demo --out clipmerge-demo/
     """
-    study = run(out, force=force, quiet=quiet or json)
-    if json:
+    study = run(out, force=force, quiet=talk.quiet or talk.json)
+    if talk.json:
         print((out / RESULTS).read_text(encoding="utf-8"), end="")
     else:
         _show(study, out)
@@ -56,7 +55,7 @@ def run(out: Path, *, force: bool = False, quiet: bool = False, pace: float = 1.
     say(f"1,797 real images of digits, a CLIP of 2 million parameters; all of it goes to {out}/", quiet=quiet)
 
     @contextmanager
-    def watched(step: str) -> Iterator["OnProgress | None"]:
+    def watched(step: str) -> Iterator["Progress | None"]:
         start = perf_counter()
         with progress(quiet=quiet, title=step) as on_progress:
             yield on_progress

@@ -27,10 +27,10 @@ from clipmerge_cli.options import numbers
 
 if TYPE_CHECKING:
     from clipmerge.evaluate.evaluator import Evaluator
+    from clipmerge.types import Progress
     from clipmerge.weights.weights import Weights
-    from clipmerge_cli.progress import OnProgress
 
-Watched = Callable[[str], AbstractContextManager["OnProgress | None"]]
+Watched = Callable[[str], AbstractContextManager["Progress | None"]]
 """Name of a step → a context that yields `on_progress` for it."""
 
 

@@ -5,7 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clipmerge_cli.options import Json, Quiet
+from clipmerge.text import and_more
+from clipmerge_cli import show
+from clipmerge_cli.groups import opt
+from clipmerge_cli.options import Talk
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -16,12 +19,9 @@ if TYPE_CHECKING:
 
 def inspect(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A checkpoint: file, folder, hf-hub:ORG/NAME.")],
-    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
-    headers: Annotated[
-        bool, typer.Option("--headers", help="Read headers only: no digest, no count of NaN.")
-    ] = False,
-    json: Json = False,
-    quiet: Quiet = False,
+    talk: Talk,
+    tensors: Annotated[bool, opt("List every tensor.")] = False,
+    headers: Annotated[bool, opt("Read headers only: no digest, no count of NaN.")] = False,
 ) -> None:
     """What a checkpoint holds and how it was made.
 
@@ -32,81 +32,61 @@ def inspect(
     """
     from clipmerge.weights.summary import summarise
     from clipmerge.weights.weights import load
-    from clipmerge_cli.progress import progress
-    from clipmerge_cli.show import document
 
     weights = load(file)
     (checkpoint,) = weights.checkpoints
-    with progress(quiet=quiet or json) as on_progress:
+    with talk.progress() as on_progress:
         summary = summarise(checkpoint, headers=headers, on_progress=on_progress)
-    listed = [
-        {
-            "name": n,
-            "dtype": t.dtype,
-            "shape": list(t.shape),
-            "nonfinite": (summary.nonfinite or {}).get(n, 0),
-        }
-        for n, t in checkpoint.tensors.items()
+    nonfinite = summary.nonfinite or {}
+    listing: list[dict[str, Any]] = [
+        {"name": name, "dtype": t.dtype, "shape": list(t.shape), "nonfinite": nonfinite.get(name, 0)}
+        for name, t in checkpoint.tensors.items()
     ]
-    if json:
-        listing = {"all_tensors": listed} if tensors else {}
-        document({**summary.to_json(), "model": weights.model, **listing})
+    if talk.json:
+        more = {"all_tensors": listing} if tensors else {}
+        show.document({**summary.to_json(), "model": weights.model, **more})
         return
     _show(summary, weights.model)
     if tensors:
-        _show_tensors(listed)
+        rows = [
+            (t["name"], t["dtype"], "×".join(map(str, t["shape"])) or "scalar", t["nonfinite"])
+            for t in listing
+        ]
+        show.table(("tensor", "dtype", "shape", "not finite"), rows)
 
 
-def _show(summary: "Summary", model: dict[str, Any] | None) -> None:
+def _show(summary: "Summary", model: Mapping[str, Any] | None) -> None:
     from rich.console import Console
-
-    from clipmerge_cli.show import plain, table
-    from clipmerge_cli.writing import counted, size_text
 
     facts = [
         ("file", summary.path or summary.name),
         ("holds", f"{summary.kind}, {summary.tensors} tensors, {summary.parameters:,} parameters"),
         ("layout", summary.layout),
-        ("dtypes", counted(summary.dtypes)),
-        ("size", size_text(summary.nbytes)),
+        ("dtypes", show.counts(summary.dtypes)),
+        ("size", show.size(summary.nbytes)),
         ("model", str(model.get("name")) if model else "not recorded"),
         ("digest", summary.digest or "not computed"),
         ("not finite", _nonfinite(summary.nonfinite)),
     ]
-    print(plain("\n".join(f"{label:<11} {value}" for label, value in facts)))
+    print(show.plain("\n".join(f"{label:<11} {value}" for label, value in facts)))
     print()
     whole_lines = Console(width=10_000, soft_wrap=True, highlight=False, markup=False)
     whole_lines.print(tree(summary))
     rows = [
-        (
-            part.tower if part.block is None else f"{part.tower}.block[{part.block}]",
-            part.tensors,
-            f"{part.parameters:,}",
-            counted(part.dtypes),
-            size_text(part.nbytes),
-            part.nonfinite,
-        )
-        for part in summary.parts
-    ]
-    table(("part", "tensors", "parameters", "dtypes", "size", "not finite"), rows, title="Tensors")
+        (show.part(p.tower, p.block), p.tensors, f"{p.parameters:,}", show.counts(p.dtypes), show.size(p.nbytes),
+         p.nonfinite)
+        for p in summary.parts
+    ]  # fmt: skip
+    show.table(("part", "tensors", "parameters", "dtypes", "size", "not finite"), rows, title="Tensors")
 
 
-def _show_tensors(listed: list[dict[str, Any]]) -> None:
-    from clipmerge_cli.show import table
-
-    rows = [
-        (t["name"], t["dtype"], "×".join(map(str, t["shape"])) or "scalar", t["nonfinite"]) for t in listed
-    ]
-    table(("tensor", "dtype", "shape", "not finite"), rows)
-
-
-def _nonfinite(found: Mapping[str, int] | None) -> str:
-    if found is None:
+def _nonfinite(counts: Mapping[str, int] | None) -> str:
+    if counts is None:
         return "not counted"
-    if not found:
+    if not counts:
         return "none"
-    names = ", ".join(f"{name} ({count})" for name, count in list(found.items())[:5])
-    return f"{sum(found.values())} values in {len(found)} tensors: {names}{' …' if len(found) > 5 else ''}"
+    names = and_more([f"{name} ({count})" for name, count in counts.items()], 5)
+    return f"{sum(counts.values())} values in {len(counts)} tensors: {names}"
 
 
 def tree(summary: "Summary") -> "Tree":
@@ -114,9 +94,7 @@ def tree(summary: "Summary") -> "Tree":
     from rich.text import Text
     from rich.tree import Tree
 
-    from clipmerge_cli.show import plain
-
-    root = Tree(Text(plain(_made(summary.name, summary.record))))
+    root = Tree(Text(show.plain(_made(summary.name, summary.record))))
     _grow(root, summary.record)
     return root
 
@@ -125,13 +103,12 @@ def _grow(branch: "Tree", record: Mapping[str, Any]) -> None:
     from rich.text import Text
 
     from clipmerge.weights.provenance import bases_of, is_original, parents_of
-    from clipmerge_cli.show import plain
 
     for parent in () if is_original(record) else parents_of(record):
         what = _made(f"{parent.name}: {_file(parent)}", parent.made)
-        _grow(branch.add(Text(plain(what))), parent.made)
+        _grow(branch.add(Text(show.plain(what))), parent.made)
     for base in bases_of(record):
-        branch.add(Text(plain(f"trained from: {_file(base)}")))
+        branch.add(Text(show.plain(f"trained from: {_file(base)}")))
 
 
 def _file(parent: "Parent") -> str:

@@ -1,98 +1,43 @@
 """`clipmerge interpolate`: between two checkpoints, at one place or along a curve."""
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from clipmerge_cli import show
-from clipmerge_cli.options import (
-    AllowNonfinite,
-    BatchSize,
-    Classnames,
-    Device,
-    DryRun,
-    Dtype,
-    Force,
-    Fsync,
-    Json,
-    Limit,
-    MaybeOutput,
-    Metric,
-    Model,
-    NoDigests,
-    Precision,
-    PushToHub,
-    Quiet,
-    ShardSize,
-    SkipBad,
-    Templates,
-    Threads,
-    numbers,
-)
-from clipmerge_cli.scoring import (
-    Fresh,
-    Holdout,
-    JournalFile,
-    Plot,
-    Refine,
-    Scoring,
-    choose,
-    splits_of,
-)
-from clipmerge_cli.writing import Writing, load_models, merge_or_plan
+from clipmerge_cli.groups import opt
+from clipmerge_cli.options import INPUT, SEARCH, Base, Refine, named, numbers
+from clipmerge_cli.scoring import Choosing, choose
+from clipmerge_cli.writing import Output, load_models
 
-_INPUT, _SEARCH = "Model and images", "Search"
+if TYPE_CHECKING:
+    from clipmerge.search.rules import Rule
+    from clipmerge.weights.weights import Weights
+
+RuleName = Literal["best-mean", "best-id"]
 
 
 def interpolate(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="The model before finetuning.")],
+    base: Base,
     finetuned: Annotated[str, typer.Argument(metavar="FINETUNED", help="The model after finetuning.")],
-    output: MaybeOutput = None,
-    alpha: Annotated[
-        float | None, typer.Option("--alpha", help="0 is BASE, 1 is FINETUNED; default 0.5 without --eval.")
-    ] = None,
+    out: Output,
+    choosing: Choosing,
+    alpha: Annotated[float | None, opt("0 is BASE, 1 is FINETUNED; default 0.5 without --eval.")] = None,
     alphas: Annotated[
         str | None,
-        typer.Option("--alphas", metavar="GRID", help="START:STOP:STEP or a list.", rich_help_panel=_SEARCH),
+        opt("Alphas to try, as START:STOP:STEP or a list; default 0:1:0.1.", SEARCH, metavar="GRID"),
     ] = None,
     eval: Annotated[
         list[str] | None,
-        typer.Option(
-            "--eval",
+        opt(
+            "Images to score on; `id` (or the first) is in-distribution, the others are shifts.",
+            INPUT,
             metavar="NAME=DATA",
-            help="Images to score on; `id` (or the first) is in-distribution, the others are shifts.",
-            rich_help_panel=_INPUT,
         ),
     ] = None,
     rule: Annotated[
-        str | None,
-        typer.Option("--rule", help="best-mean (of id and shifts) or best-id.", rich_help_panel=_SEARCH),
+        RuleName | None, opt("What chooses: the best mean of id and shifts, or the best id.", SEARCH)
     ] = None,
-    model: Model = None,
-    templates: Templates = None,
-    classnames: Classnames = None,
-    holdout: Holdout = None,
-    limit: Limit = None,
-    skip_bad: SkipBad = False,
     refine: Refine = False,
-    journal: JournalFile = None,
-    fresh: Fresh = False,
-    metric: Metric = "top1",
-    precision: Precision = "fp32",
-    device: Device = "cpu",
-    batch_size: BatchSize = 256,
-    plot: Plot = None,
-    force: Force = False,
-    dtype: Dtype = None,
-    shard_size: ShardSize = None,
-    allow_nonfinite: AllowNonfinite = False,
-    threads: Threads = None,
-    no_digests: NoDigests = False,
-    fsync: Fsync = False,
-    push_to_hub: PushToHub = None,
-    dry_run: DryRun = False,
-    json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Interpolate between a base and a finetuned checkpoint (WiSE-FT): (1 - alpha) base + alpha finetuned.
 
@@ -112,56 +57,26 @@ def interpolate(
         raise typer.BadParameter("give --alpha, or --alphas with --eval", param_hint="--alpha")
     if alphas and not eval:
         raise typer.BadParameter("a choice needs images: --eval NAME=DATA", param_hint="--eval")
+    if rule == "best-mean" and len(eval or []) == 1:
+        raise typer.BadParameter("best-mean needs a shift: a second --eval NAME=DATA", param_hint="--rule")
+    splits = named(eval or [], "--eval", ["id", *(f"shift{i}" for i in range(1, len(eval or [])))])
     grid = numbers(alphas or "0:1:0.1", "--alphas")
+    value = None if eval else 0.5 if alpha is None else alpha
     start, end = load_models(base, finetuned)
-    writing = Writing(
-        output, force, dtype, shard_size, allow_nonfinite, threads,
-        digests=not no_digests, fsync=fsync, model=model, push_to_hub=push_to_hub,
-    )  # fmt: skip
-    writing.check(start, end)
-    if not eval:
-        merge_or_plan(between(start, end, 0.5 if alpha is None else alpha), writing, dry_run, json, quiet)
-        if alpha is not None and not 0 <= alpha <= 1:
-            show.say(f"alpha {alpha:g} lies beyond the two models: this extrapolates", quiet=quiet)
-        return
-    data = splits_of(eval, ["id", *(f"shift{i}" for i in range(1, len(eval)))])
-    if dry_run:
-        merge_or_plan(between(start, end, 0.5), writing, True, json, quiet)
-        show.say(f"alpha is one of {len(grid)}; the plan shows 0.5", quiet=quiet)
-        return
-    scoring = Scoring(
-        model, templates, classnames, holdout, limit, skip_bad,
-        metric, precision, device, batch_size, journal, fresh, quiet,
-    )  # fmt: skip
 
-    def search(evaluator: Any, on_progress: Any) -> Any:
-        from clipmerge.search.sweep import sweep
+    def at(alpha: float) -> "Weights":
+        return between(start, end, alpha)
 
-        return sweep(
-            lambda at: between(start, end, at),
-            grid,
-            evaluator,
-            rule=_rule(rule, list(data)),
-            refine=refine,
-            name="interpolate",
-            journal=scoring.open_journal(),
-            on_progress=on_progress,
-        )
-
-    _rule(rule, list(data))
-    choose(search, data, [start, end], scoring, writing, plot, json=json, quiet=quiet)
+    chosen_by = _rule(rule, list(splits)) if eval else None
+    beyond = alpha is not None and not 0 <= alpha <= 1
+    remark = f"alpha {alpha:g} lies beyond the two models: this extrapolates" if beyond else None
+    options: dict[str, Any] = {"rule": chosen_by, "refine": refine, "remark": remark}
+    choose("interpolate", [start, end], at, value, grid, splits, choosing, out, **options)
 
 
-def _rule(wanted: str | None, splits: list[str]) -> Any:
+def _rule(name: RuleName | None, splits: list[str]) -> "Rule":
     from clipmerge.search.rules import best_id, best_mean
 
     id = "id" if "id" in splits else splits[0]
-    shifts = [name for name in splits if name != id]
-    name = wanted or ("best-mean" if shifts else "best-id")
-    if name == "best-id":
-        return best_id(id)
-    if name != "best-mean":
-        raise typer.BadParameter(f"{name!r} is not best-mean or best-id", param_hint="--rule")
-    if not shifts:
-        raise typer.BadParameter("best-mean needs a shift: a second --eval NAME=DATA", param_hint="--rule")
-    return best_mean(id, shifts)
+    shifts = [split for split in splits if split != id]
+    return best_id(id) if name == "best-id" or not shifts else best_mean(id, shifts)

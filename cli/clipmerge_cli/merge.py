@@ -1,49 +1,26 @@
 """`clipmerge merge`: any expression over checkpoints, or a recipe file."""
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
 
-from clipmerge_cli.options import (
-    AllowNonfinite,
-    DryRun,
-    Dtype,
-    Force,
-    Fsync,
-    Json,
-    MaybeOutput,
-    Model,
-    NoDigests,
-    PushToHub,
-    Quiet,
-    ShardSize,
-    Threads,
-    named,
-)
+from clipmerge_cli.options import Model, named
+from clipmerge_cli.writing import Output
 
 
 def merge(
     expression: Annotated[
-        str, typer.Argument(metavar="EXPRESSION|RECIPE.toml", help="What to compute, or a recipe that says it.")
+        str,
+        typer.Argument(metavar="EXPRESSION|RECIPE.toml", help="What to compute, or a recipe that says it."),
     ],
+    out: Output,
     files: Annotated[
         list[str] | None,
         typer.Argument(metavar="[NAME=FILE]...", help="The checkpoint behind each name.", show_default=False),
     ] = None,
-    output: MaybeOutput = None,
-    dtype: Dtype = None,
-    shard_size: ShardSize = None,
-    force: Force = False,
-    dry_run: DryRun = False,
-    allow_nonfinite: AllowNonfinite = False,
-    threads: Threads = None,
-    no_digests: NoDigests = False,
-    fsync: Fsync = False,
     model: Model = None,
-    push_to_hub: PushToHub = None,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:  # fmt: skip
+) -> None:
     """Any expression over checkpoints, computed in one pass.
 
     The sum of the coefficients must be 1 (a model) or 0 (a task vector).
@@ -60,14 +37,14 @@ def merge(
     and, where wanted, output, dtype and shard_size. What the command line says wins.
     """
     from clipmerge.weights.recipe import Recipe, read_recipe
-    from clipmerge_cli.writing import Writing, merge_or_plan
 
-    given = named(files or [], "NAME=FILE")
+    named_files = named(files or [], "NAME=FILE")
     recipe = read_recipe(expression) if expression.endswith(".toml") else Recipe(expression, {})
-    weights = Recipe(recipe.expression, {**recipe.checkpoints, **given}).weights()
-    target = output or recipe.output
-    writing = Writing(
-        target, force, dtype or recipe.dtype, shard_size or recipe.shard_size, allow_nonfinite, threads,
-        digests=not no_digests, fsync=fsync, model=model, push_to_hub=push_to_hub,
-    )  # fmt: skip
-    merge_or_plan(weights, writing, dry_run, json, quiet)
+    weights = replace(recipe, checkpoints={**recipe.checkpoints, **named_files}).weights()
+    out = replace(
+        out,
+        output=out.output or recipe.output,
+        dtype=out.dtype or recipe.dtype,
+        shard_size=out.shard_size or recipe.shard_size,
+    )
+    out.merge(weights, model)

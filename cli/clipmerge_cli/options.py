@@ -1,140 +1,158 @@
 """Options that several commands share, and the small forms they take: NAME=DATA, START:STOP:STEP."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-_INPUT, _SCORING = "Model and images", "Scoring"
-_OUTPUT = "Output"
+from clipmerge_cli import show
+from clipmerge_cli.groups import opt
+from clipmerge_cli.progress import progress
+
+if TYPE_CHECKING:
+    from clipmerge.data.split import Split
+    from clipmerge.types import Progress
+
+INPUT, SCORING, SEARCH, OUTPUT = "Model and images", "Scoring", "Search", "Output"
 
 HUB_FILE = "open_clip_model.safetensors"
 """What a folder's weights are called where open_clip and the Hub look for them."""
 
 
-def _output(text: str) -> Path:
-    """`DIR/`, or a folder that exists, is the weights file of a Hub-ready folder."""
+def output_path(text: str) -> Path:
+    """Return the file to write: for `DIR/`, or a folder that exists, the weights file of a Hub-ready folder."""
     path = Path(text).expanduser()
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
-        raise typer.BadParameter(f"what is written is safetensors: -o {path.with_suffix('.safetensors')}")
+        raise typer.BadParameter(f"the output is safetensors: -o {path.with_suffix('.safetensors')}")
     return path / HUB_FILE if text.endswith(("/", "\\")) or path.is_dir() else path
 
 
+_out = opt("Where to write; DIR/ makes a Hub-ready folder.", OUTPUT, "--output", "-o", metavar="FILE",
+           parser=output_path, show_default=False)  # fmt: skip
+
+Base = Annotated[str, typer.Argument(metavar="BASE", help="The model before finetuning.")]
 Checkpoints = Annotated[
     list[str],
     typer.Argument(
         help="Checkpoints: files, folders, hf-hub:ORG/NAME.", metavar="CKPT...", show_default=False
     ),
 ]
-Output = Annotated[
-    Path,
-    typer.Option("--output", "-o", metavar="FILE", parser=_output, show_default=False,
-                 help="Where to write; DIR/ makes a Hub-ready folder.", rich_help_panel=_OUTPUT),
-]  # fmt: skip
-MaybeOutput = Annotated[
+OutputFile = Annotated[Path, _out]
+MaybeOutput = Annotated[Path | None, _out]
+Force = Annotated[bool, opt("Overwrite an output that exists.", OUTPUT)]
+Plot = Annotated[
     Path | None,
-    typer.Option("--output", "-o", metavar="FILE", parser=_output, show_default=False,
-                 help="Where to write; DIR/ makes a Hub-ready folder.", rich_help_panel=_OUTPUT),
-]  # fmt: skip
-Force = Annotated[
-    bool, typer.Option("--force", help="Overwrite an output that exists.", rich_help_panel=_OUTPUT)
+    opt("Draw it: FILE as PNG, and as SVG beside it.", OUTPUT, metavar="FILE", show_default=False),
 ]
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON document on stdout.", rich_help_panel=_OUTPUT)
-]
-Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="No progress, no remarks.", rich_help_panel=_OUTPUT)
-]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Check and show the plan; write nothing.", rich_help_panel=_OUTPUT)
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option("--dtype", metavar="DTYPE", help="fp32, fp16 or bf16; default: the first input's.",
-                 rich_help_panel=_OUTPUT),
-]  # fmt: skip
-ShardSize = Annotated[
-    str | None,
-    typer.Option("--shard-size", metavar="SIZE", help="Write shards of at most this, e.g. 5GB.",
-                 rich_help_panel=_OUTPUT),
-]  # fmt: skip
-AllowNonfinite = Annotated[
-    bool, typer.Option("--allow-nonfinite", help="Let NaN and infinity through.", rich_help_panel=_OUTPUT)
-]
-Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, help="Threads of the merge.", rich_help_panel=_OUTPUT)
-]
-NoDigests = Annotated[
-    bool,
-    typer.Option("--no-digests", help="Do not digest the parents; `verify` will not find them.",
-                 rich_help_panel=_OUTPUT),
-]  # fmt: skip
-Fsync = Annotated[
-    bool,
-    typer.Option("--fsync", help="Return when the output is on the disk, not in its cache.",
-                 rich_help_panel=_OUTPUT),
-]  # fmt: skip
-PushToHub = Annotated[
-    str | None,
-    typer.Option("--push-to-hub", metavar="ORG/NAME", help="Upload the folder written with -o DIR/.",
-                 show_default=False, rich_help_panel=_OUTPUT),
-]  # fmt: skip
-
 Model = Annotated[
     str | None,
-    typer.Option("--model", metavar="M", rich_help_panel=_INPUT, show_default=False,
-                 help="An open_clip model name or JSON config; default: what the checkpoint says."),
+    opt("An open_clip model name or JSON config; default: what the checkpoint says.", INPUT, metavar="M",
+        show_default=False),
 ]  # fmt: skip
-Templates = Annotated[
-    str | None,
-    typer.Option("--templates", metavar="T", rich_help_panel=_INPUT,
-                 help="Prompts: openai, simple, a file, or text such as 'a photo of a {}.'"),
-]  # fmt: skip
-Classnames = Annotated[
-    Path | None,
-    typer.Option("--classnames", metavar="FILE", help="Class names, one a line, in the order of the labels.",
-                 rich_help_panel=_INPUT),
-]  # fmt: skip
-SkipBad = Annotated[
-    bool, typer.Option("--skip-bad", help="Leave out images that cannot be used.", rich_help_panel=_INPUT)
+Refine = Annotated[bool, opt("Narrow the choice down between the points of the grid.", SEARCH)]
+Scale = Annotated[str, opt("Multiplies the task vector (or their sum); auto: chosen on images.", metavar="X")]
+Scales = Annotated[
+    str, opt("With auto: scales to try, as START:STOP:STEP or a list.", SEARCH, metavar="GRID")
 ]
-Limit = Annotated[
-    int | None, typer.Option("--limit", min=1, help="Use at most this many images.", rich_help_panel=_INPUT)
+Alphas = Annotated[
+    str, opt("Alphas to try, as START:STOP:STEP or a list such as 0,0.5.", SEARCH, metavar="GRID")
 ]
-
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps.", rich_help_panel=_SCORING)]
-Precision = Annotated[
-    Literal["fp32", "bf16", "fp16"],
-    typer.Option("--precision", metavar="P", help="fp32, or bf16 / fp16 autocast.", rich_help_panel=_SCORING),
-]
-BatchSize = Annotated[
-    int, typer.Option("--batch-size", min=1, help="Images at once.", rich_help_panel=_SCORING)
-]
-Metric = Annotated[
-    Literal["top1", "top5", "mean_per_class", "macro_f1", "worst_group", "ece"],
-    typer.Option("--metric", metavar="M", rich_help_panel=_SCORING,
-                 help="What decides: top1, top5, mean_per_class, macro_f1, worst_group or ece."),
-]  # fmt: skip
+Seed = Annotated[int, opt("Seed of anything random.", SEARCH)]
 
 
-def named(values: Sequence[str], option: str) -> dict[str, str]:
-    """`["id=digits#val", "shift=x.npz"]` → `{"id": "digits#val", "shift": "x.npz"}`; wrong form: exit 2."""
-    form = f"{option}, such as a=a.pt" if option == "NAME=FILE" else "NAME=DATA, such as shift=images/"
-    found: dict[str, str] = {}
-    for value in values:
+@dataclass(frozen=True, kw_only=True)
+class Talk:
+    """How a command speaks: its result on stdout, remarks and progress on stderr."""
+
+    json: Annotated[bool, opt("Print one JSON document on stdout.", OUTPUT)] = False
+    quiet: Annotated[bool, opt("No progress, no remarks.", OUTPUT, "--quiet", "-q")] = False
+
+    def say(self, text: str) -> None:
+        """Print a remark on stderr, in torchrun's first process only; a JSON document says it all by itself."""
+        show.say(text, quiet=self.quiet or self.json or not show.is_first())
+
+    def progress(self, title: str | None = None) -> "AbstractContextManager[Progress | None]":
+        """Show bars for long work while the block runs, in torchrun's first process only."""
+        return progress(quiet=self.quiet or self.json or not show.is_first(), title=title)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """Labelled images, and the model and prompts for them."""
+
+    model: Model = None
+    templates: Annotated[
+        str | None,
+        opt("Prompts: openai, simple, a file, or text such as 'a photo of a {}.'", INPUT, metavar="T"),
+    ] = None
+    classnames: Annotated[
+        Path | None, opt("Class names, one per line, in the order of the labels.", INPUT, metavar="FILE")
+    ] = None
+    limit: Annotated[int | None, opt("Use at most this many images.", INPUT, min=1)] = None
+    skip_bad: Annotated[bool, opt("Leave out images that cannot be used.", INPUT)] = False
+
+    def open(self, data: str, role: str | None, talk: Talk, **changes: Any) -> "Split":
+        """Open labelled images with these options and `changes` to them, and say what --skip-bad left out."""
+        from clipmerge.data.open import open_split
+
+        options = {"classnames": self.classnames, "limit": self.limit, "skip_bad": self.skip_bad, **changes}
+        split = open_split(data, role=role, **options)
+        if split.skipped:
+            text = show.left_out(split.source, split.skipped, len(split))
+            show.say(text, quiet=talk.quiet or not show.is_first())
+        return split
+
+
+@dataclass(frozen=True, kw_only=True)
+class Several:
+    """How several coefficients are searched together."""
+
+    method: Annotated[
+        Literal["coordinate", "random", "cmaes"],
+        opt("How several coefficients are searched.", SEARCH, "--search"),
+    ] = "coordinate"
+    budget: Annotated[int, opt("Models that a search may score.", SEARCH, min=1)] = 60
+    seed: Seed = 0
+
+
+def named(values: Sequence[str], option: str, unnamed: Sequence[str] | None = None) -> dict[str, str]:
+    """Return `["id=digits#val", "shift=x.npz"]` as `{"id": "digits#val", "shift": "x.npz"}`.
+
+    Args:
+        unnamed: a name for each value that is plain DATA; None: every value needs its own name.
+
+    Raises:
+        BadParameter: a value of another form, or a name that is given twice.
+    """
+    form = "NAME=FILE, such as a=a.pt" if option == "NAME=FILE" else "NAME=DATA, such as shift=images/"
+    pairs: dict[str, str] = {}
+    for i, value in enumerate(values):
         name, equals, data = value.partition("=")
-        if not equals or not name.isidentifier() or not data:
+        if unnamed is not None and not (equals and name.isidentifier()):
+            name, equals, data = unnamed[i], "=", value
+        elif not equals or not name.isidentifier():
+            data = ""
+        if not data:
             raise typer.BadParameter(f"{value!r} is not {form}", param_hint=option)
-        if name in found:
+        if name in pairs:
             raise typer.BadParameter(f"{name!r} is given twice", param_hint=option)
-        found[name] = data
-    return found
+        pairs[name] = data
+    return pairs
 
 
-def scale_of(text: str) -> float:
-    """`"0.4"` → `0.4`; anything but one finite number: exit 2."""
+def numbered(name: str, count: int) -> list[str]:
+    """Return `name` for one, `name1`, `name2` … for several."""
+    return [name] if count == 1 else [f"{name}{i}" for i in range(1, count + 1)]
+
+
+def scale_of(text: str) -> float | None:
+    """Return `"0.4"` as `0.4` and `"auto"` as None; anything else is wrong usage."""
+    if text == "auto":
+        return None
     try:
         value = Decimal(text)
     except InvalidOperation:
@@ -145,7 +163,7 @@ def scale_of(text: str) -> float:
 
 
 def numbers(text: str, option: str) -> tuple[float, ...]:
-    """`"0:1:0.25"` → `(0.0, 0.25, 0.5, 0.75, 1.0)`, exact decimals; `"0.1,0.5"` → `(0.1, 0.5)`."""
+    """Return `"0:1:0.25"` as `(0.0, 0.25, 0.5, 0.75, 1.0)`, exact decimals; `"0.1,0.5"` as `(0.1, 0.5)`."""
     try:
         parts = [Decimal(part) for part in text.split(":" if ":" in text else ",")]
     except InvalidOperation:

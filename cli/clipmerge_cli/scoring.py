@@ -1,220 +1,234 @@
-"""What the commands that choose on held-out images share: options, an evaluator, a journal, and how results show."""
+"""What commands that score on images share: their options, an evaluator, and how results show."""
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from clipmerge_cli import show
-from clipmerge_cli.progress import OnProgress, progress
-from clipmerge_cli.writing import Writing
+from clipmerge_cli.groups import opt
+from clipmerge_cli.options import INPUT, SCORING, SEARCH, Images, Plot, Talk
+from clipmerge_cli.writing import Output
 
 if TYPE_CHECKING:
-    from clipmerge.data.split import Split
     from clipmerge.evaluate.evaluator import Evaluator
+    from clipmerge.evaluate.score import Score
     from clipmerge.search.journal import Journal
+    from clipmerge.search.rules import Rule
+    from clipmerge.types import Progress
     from clipmerge.weights.weights import Weights
 
-_INPUT, _SEARCH, _OUTPUT = "Model and images", "Search", "Output"
-
-Holdout = Annotated[
-    str | None,
-    typer.Option("--holdout", metavar="SHARE", rich_help_panel=_INPUT,
-                 help="Use only this share of the images, e.g. 2%; a hash of the name decides which."),
-]  # fmt: skip
-JournalFile = Annotated[
-    Path | None,
-    typer.Option("--journal", metavar="FILE", rich_help_panel=_SEARCH, show_default=False,
-                 help="Where scores are remembered; default: one file in the cache folder."),
-]  # fmt: skip
-Fresh = Annotated[
-    bool, typer.Option("--fresh", rich_help_panel=_SEARCH, help="Ignore scores that are remembered.")
-]
-Refine = Annotated[
-    bool,
-    typer.Option("--refine", rich_help_panel=_SEARCH, help="Narrow the choice down between grid points."),
-]
-Grid = Annotated[
-    str,
-    typer.Option(metavar="GRID", rich_help_panel=_SEARCH, help="START:STOP:STEP or a list such as 0,0.5."),
-]
-Budget = Annotated[
-    int, typer.Option("--budget", min=1, rich_help_panel=_SEARCH, help="Models that a search may score.")
-]
-Seed = Annotated[int, typer.Option("--seed", rich_help_panel=_SEARCH, help="Of anything random.")]
-Plot = Annotated[
-    Path | None,
-    typer.Option("--plot", metavar="FILE", rich_help_panel=_OUTPUT, show_default=False,
-                 help="Draw it: FILE as PNG, and as SVG beside it."),
-]  # fmt: skip
+Metric = Literal["top1", "top5", "mean_per_class", "macro_f1", "worst_group", "ece"]
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
+Search = Callable[["Evaluator", "Progress | None"], Any]
+"""Chooses weights by an evaluator; returns a result."""
 
 
-@dataclass(frozen=True)
-class Scoring:
-    """How candidates are scored: the options of that name."""
+@dataclass(frozen=True, kw_only=True)
+class Scoring(Images):
+    """How weights are scored."""
 
-    model: str | None
-    templates: str | None
-    classnames: Path | None
-    holdout: str | None
-    limit: int | None
-    skip_bad: bool
-    metric: str
-    precision: str
-    device: str
-    batch_size: int
-    journal: Path | None
-    fresh: bool
-    quiet: bool = False
+    holdout: Annotated[
+        str | None,
+        opt(
+            "Use only this share of the images, e.g. 2%; a hash of the name decides which.",
+            INPUT,
+            metavar="SHARE",
+        ),
+    ] = None
+    metric: Annotated[
+        Metric,
+        opt("What decides: top1, top5, mean_per_class, macro_f1, worst_group or ece.", SCORING, metavar="M"),
+    ] = "top1"
+    precision: Annotated[
+        Precision,
+        opt("fp32, tf32, or bf16 / fp16 autocast; auto: bf16 on a GPU, else fp32.", SCORING, metavar="P"),
+    ] = "auto"
+    device: Annotated[str, opt("cpu, cuda, cuda:1, mps; auto: the GPU where there is one.", SCORING)] = "auto"
+    batch_size: Annotated[int, opt("Images at once.", SCORING, min=1)] = 256
 
+    @contextmanager
     def evaluator(
-        self, data: Mapping[str, str], weights: "Sequence[Weights]", on_progress: OnProgress | None
-    ) -> "Evaluator":
-        """An evaluator over the named splits, for the model that the options or the weights name."""
-        from clipmerge.data.open import open_split
+        self,
+        data: Mapping[str, str],
+        talk: Talk,
+        *,
+        role: str,
+        models: "Sequence[Weights]" = (),
+    ) -> "Iterator[tuple[Evaluator, Progress | None]]":
+        """Make an evaluator over the named data, together with torchrun's other processes where there are any.
+
+        Args:
+            role: the part of each data set to use where DATA names none.
+            models: the model is what all of these agree on; without them, what the first weights scored record.
+        """
+        from clipmerge import distributed
+        from clipmerge.device import describe, resolve_device, resolve_precision
         from clipmerge.evaluate.evaluator import Evaluator
         from clipmerge.model import resolve_model
 
-        spec = resolve_model(self.model, *weights)
-        splits = {
-            name: open_split(
-                source,
-                classnames=self.classnames,
-                role=None if self.holdout else "val",
-                holdout=self.holdout,
-                limit=self.limit,
-                skip_bad=self.skip_bad,
-                on_progress=on_progress,
-            )
-            for name, source in data.items()
-        }
-        say_left_out(splits, quiet=self.quiet)
-        return Evaluator(
-            spec,
-            splits,
-            device=self.device,
-            precision=self.precision,
-            batch_size=self.batch_size,
-            templates=self.templates,
-            metric=self.metric,
-            on_progress=on_progress,
-        )
+        part = None if self.holdout else role
+        device = resolve_device(self.device)
+        precision = resolve_precision(self.precision, device)
+        distributed.start(device)
+        try:
+            with talk.progress() as on_progress:
+                changes = {"holdout": self.holdout, "on_progress": on_progress}
+                evaluator = Evaluator(
+                    resolve_model(self.model, *models) if models else self.model,
+                    {name: self.open(source, part, talk, **changes) for name, source in data.items()},
+                    device=str(device),
+                    precision=precision,
+                    batch_size=self.batch_size,
+                    templates=self.templates,
+                    metric=self.metric,
+                    on_progress=on_progress,
+                )
+                talk.say(f"scoring on {describe(device, precision)}")
+                yield evaluator, on_progress
+        finally:
+            distributed.finish()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choosing(Scoring):
+    """How a search on held-out images scores, remembers and draws."""
+
+    journal: Annotated[
+        Path | None,
+        opt("Where scores are remembered; default: one file in the cache folder.", SEARCH, metavar="FILE"),
+    ] = None
+    fresh: Annotated[bool, opt("Ignore scores that are remembered.", SEARCH)] = False
+    plot: Plot = None
 
     def open_journal(self) -> "Journal":
-        """The journal that `--journal` names, or the one in the cache folder."""
+        """Open the journal that --journal names, or the one in the cache folder."""
         from clipmerge.checkpoint.cache import cache_dir
         from clipmerge.search.journal import Journal
 
         return Journal(self.journal or cache_dir() / "scores.jsonl", fresh=self.fresh)
 
 
-def is_first() -> bool:
-    """Whether this process writes and speaks: the only one, or torchrun's first. Imports nothing."""
-    return os.environ.get("RANK", "0") == "0"
+def choose(
+    name: str,
+    models: "Sequence[Weights]",
+    at: "Callable[[float], Weights]",
+    value: float | None,
+    grid: Sequence[float],
+    data: Mapping[str, str],
+    choosing: Choosing,
+    out: Output,
+    *,
+    rule: "Rule | None" = None,
+    refine: bool = False,
+    search: Search | None = None,
+    remark: str | None = None,
+) -> None:
+    """Write the model at one coefficient: at `value`, or at the one that is chosen on images.
 
-
-@contextmanager
-def searching(device: str, *, quiet: bool) -> Iterator[OnProgress | None]:
-    """Joined with torchrun's other processes, where there are any; progress shows in the first one only."""
-    together = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if together:
-        from clipmerge.device import resolve_device
-        from clipmerge.distributed import finish, start
-
-        start(resolve_device(device))
-    try:
-        with progress(quiet=quiet or not is_first()) as on_progress:
-            yield on_progress
-    finally:
-        if together:
-            finish()
-
-
-def splits_of(values: Sequence[str], names: Sequence[str]) -> dict[str, str]:
-    """`NAME=DATA` or plain `DATA`, which takes the name in its place: split → data text."""
-    found: dict[str, str] = {}
-    for value, default in zip(values, names, strict=True):
-        name, equals, data = value.partition("=")
-        name, data = (name, data) if equals and name.isidentifier() else (default, value)
-        if name in found or not data:
-            raise typer.BadParameter(f"{value!r}: each split needs its own name, as in {default}=DATA")
-        found[name] = data
-    return found
-
-
-def counted(name: str, count: int) -> list[str]:
-    """`name` for one, `name1`, `name2` … for several."""
-    return [name] if count == 1 else [f"{name}{i}" for i in range(1, count + 1)]
-
-
-def say_left_out(splits: "Mapping[str, Split]", *, quiet: bool) -> None:
-    """What --skip-bad left out of each split, on stderr; in the first process."""
-    for split in splits.values():
-        show.left_out(split.source, split.skipped, len(split), quiet=quiet or not is_first())
-
-
-def say_score(score: Any, *, quiet: bool) -> None:
-    """The held-out score on stderr, with its interval."""
-    from clipmerge.evaluate.metrics import METRICS
-
-    low, high = score.interval
-    right = f"{score.correct} of {score.n} right" if score.metric == "top1" else f"{score.n} images"
-    show.say(
-        f"held out: {METRICS[score.metric].title} {100 * score.value:.2f} "
-        f"(95 %: {100 * low:.2f}–{100 * high:.2f}, {right})",
-        quiet=quiet,
-    )
-
-
-def show_result(result: Any, output: Path | None, plot: Path | None, *, json: bool, quiet: bool) -> None:
-    """A search's table or document on stdout, its figure where one was asked for; in the first process."""
-    if not is_first():
+    Args:
+        name: the command, which is also what results call the family of models.
+        models: the base, then the others.
+        at: coefficient → model.
+        value: the coefficient; None: it is chosen.
+        grid: what is tried; a dry run shows the last.
+        data: split → DATA.
+        search: what chooses, where that is not a sweep over the grid by `rule`.
+        remark: said where `value` is written.
+    """
+    coefficient = "alpha" if name in ("interpolate", "patch") else "scale"
+    if value is not None or out.dry_run:
+        if value is None:
+            value = grid[-1]
+            remark = f"{coefficient} is chosen among {len(grid)}; the plan shows {value:g}"
+        out.merge(at(value), choosing.model, remark=remark)
         return
+
+    def sweep_grid(evaluator: "Evaluator", on_progress: "Progress | None") -> Any:
+        from clipmerge.search.sweep import sweep
+
+        assert rule is not None
+        options: dict[str, Any] = {"journal": choosing.open_journal(), "on_progress": on_progress}
+        return sweep(at, grid, evaluator, rule=rule, refine=refine, name=name, **options)
+
+    run_search(search or sweep_grid, data, models, choosing, out, coefficient)
+
+
+def run_search(
+    search: Search,
+    data: Mapping[str, str],
+    models: "Sequence[Weights]",
+    choosing: Choosing,
+    out: Output,
+    coefficient: str | None = None,
+) -> None:
+    """Search on the named splits, write what was chosen, and show it.
+
+    Args:
+        coefficient: what is chosen, "alpha" or "scale"; None: ingredients are, and there is no base.
+    """
+    out.check_usage()
+    out.check_search(models, choosing.model, based=coefficient is not None)
+    with choosing.evaluator(data, out, role="val", models=models) as (evaluator, on_progress):
+        result = search(evaluator, on_progress)
+        written = None
+        if show.is_first() and out.output is not None:
+            record = {
+                "model": evaluator.model.to_metadata(),
+                "selection": _selection(result, evaluator, data),
+            }
+            written = out.write(result.weights, record, on_progress)
+    if show.is_first():
+        _show(result, written, choosing.plot, out)
+        for remark in _remarks(result, coefficient):
+            out.say(remark)
+        out.finish(written)
+
+
+def _selection(result: Any, evaluator: "Evaluator", data: Mapping[str, str]) -> dict[str, Any]:
+    """Return what the written file records about how it was chosen; absolute paths stay private."""
+    score = getattr(result, "score", None)
+    facts = {} if score is None else {"metric": score.metric, "value": score.value, "n": score.n}
+    names = [Path(text).name if Path(text).is_absolute() else text for text in data.values()]
+    if hasattr(result, "ingredients"):
+        facts["ingredients"] = list(result.ingredients)
+    digests = {name: evaluator.data_key(name) for name in data}
+    return {"by": result.to_json()["kind"], "data": ", ".join(names), **facts, "digests": digests}
+
+
+def _show(result: Any, output: Path | None, plot: Path | None, talk: Talk) -> None:
+    """Print a search's table or document, and draw its figure where one was asked for."""
     drawn = [str(path) for path in result.plot(plot)] if plot else []
-    if json:
-        extra = {"output": output, "figures": drawn} if drawn else {"output": output}
-        show.document(result.to_json() | extra)
+    if talk.json:
+        show.document(result.to_json() | {"output": output} | ({"figures": drawn} if drawn else {}))
     else:
         table = result.table()
         show.table(table.headers, table.rows, title=table.title or None)
     for path in drawn:
-        show.say(f"drew {path}", quiet=quiet)
+        talk.say(f"drew {path}")
 
 
-def choose(
-    search: "Callable[[Evaluator, OnProgress | None], Any]",
-    data: Mapping[str, str],
-    weights: "Sequence[Weights]",
-    scoring: Scoring,
-    writing: Writing,
-    plot: Path | None,
-    *,
-    json: bool,
-    quiet: bool,
-) -> None:
-    """Run a search over coefficients on the named splits, show it, and write what it chose."""
-    with searching(scoring.device, quiet=quiet or json) as on_progress:
-        evaluator = scoring.evaluator(data, weights, on_progress)
-        result = search(evaluator, on_progress)
-        written = None
-        if is_first():
-            chosen = {"by": result.to_json()["kind"], "data": {n: evaluator.data_key(n) for n in data}}
-            record = {"model": evaluator.model.to_metadata(), "selection": chosen}
-            written = writing.write(result.weights, record, on_progress)
-    show_result(result, written, plot, json=json, quiet=quiet)
-    if is_first():
-        show.say(f"chose {chosen_text(result)}", quiet=quiet)
-        writing.finish(written, quiet=quiet)
+def _remarks(result: Any, coefficient: str | None) -> Iterator[str]:
+    if coefficient is None:
+        yield f"kept {len(result.ingredients)} of {len(result.names)} checkpoints"
+        yield held_out(result.score)
+        images = getattr(result, "images", None)
+        if images and images["saved"]:
+            yield f"scored {images['scored']} images; stopping early spared {images['saved']}"
+    elif (numbers := getattr(result, "coefficients", None)) is not None:
+        yield "chose " + ", ".join(f"{name} {number:g}" for name, number in numbers.items())
+    elif isinstance(result.alpha, tuple):
+        yield f"chose {coefficient} = {', '.join(f'{x:g}' for x in result.alpha)}"
+    else:
+        ends = {0: " (the base)", 1: " (the finetuned model)" if coefficient == "alpha" else ""}
+        yield f"chose {coefficient} = {result.alpha:g}{ends.get(result.alpha, '')}"
 
 
-def chosen_text(result: Any) -> str:
-    """What a search over coefficients chose, in words."""
-    numbers = getattr(result, "coefficients", None)
-    if numbers is not None:
-        return ", ".join(f"{name} {number:g}" for name, number in numbers.items())
-    alpha = result.alpha
-    return ", ".join(f"{x:g}" for x in alpha) if isinstance(alpha, tuple) else f"{alpha:g}"
+def held_out(score: "Score") -> str:
+    """Return the held-out score with its interval, as a sentence."""
+    from clipmerge.evaluate.metrics import METRICS
+
+    right = f"{score.correct} of {score.n} right" if score.metric == "top1" else f"{score.n} images"
+    value, bounds = show.percent(score.value), show.interval(score.interval, 2)
+    return f"held out: {METRICS[score.metric].title} {value} (95 %: {bounds}, {right})"

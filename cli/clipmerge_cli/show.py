@@ -1,39 +1,48 @@
 """How commands speak: data on stdout, talk on stderr, nothing by colour alone."""
 
 import json
+import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from clipmerge.text import and_more
+
+
+def is_first() -> bool:
+    """Return whether this process writes and speaks: the only one, or torchrun's first.
+
+    Reads torchrun's own variable, because `clipmerge.distributed` imports torch, which most commands never need.
+    """
+    return os.environ.get("RANK", "0") == "0"
+
 
 def say(text: str, *, quiet: bool = False) -> None:
-    """A remark for the person at the terminal, on stderr."""
+    """Print a remark on stderr. Text from a file is made harmless."""
     if not quiet:
-        print(text, file=sys.stderr)
+        print(plain(text), file=sys.stderr)
 
 
-def wrote(path: Path, *, quiet: bool = False) -> None:
-    """The remark that ends a command that wrote a file; inside the working folder its path is short."""
+def short(path: Path) -> str:
+    """Return the path as seen from the working folder where it lies inside it."""
     here = Path.cwd()
-    say(f"wrote {path.relative_to(here) if path.is_relative_to(here) else path}", quiet=quiet)
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
-def left_out(source: str, items: Sequence[str], used: int, *, quiet: bool = False) -> None:
-    """The remark about what --skip-bad left out: how much, the first of it, and what is used."""
-    if items:
-        more = f", … and {len(items) - 1} more" if len(items) > 1 else ""
-        say(plain(f"{source}: left out {len(items)} ({items[0]}{more}); {used} images are used"), quiet=quiet)
+def left_out(source: str, items: Sequence[str], used: int) -> str:
+    """Return the remark about what --skip-bad left out: how much, the first of it, and what is used."""
+    return f"{source}: left out {len(items)} ({and_more(items, 1)}); {used} images are used"
 
 
 def document(data: Any) -> None:
-    """One JSON document on stdout; numbers that are not finite, which JSON does not know, are null."""
+    """Print one JSON document on stdout; numbers that are not finite, which JSON does not know, are null."""
     plain_data = json.loads(json.dumps(data, default=_plain), parse_constant=lambda _: None)
     print(json.dumps(plain_data, indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None) -> None:
-    """A table on stdout: first column to the left, the others to the right; None shows as a dash.
+    """Print a table on stdout: first column to the left, the others to the right; None shows as a dash.
 
     Headers wrap between words where the terminal is narrow; cells never do.
     """
@@ -64,8 +73,42 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str |
 
 
 def plain(text: str) -> str:
-    """Text from a file as a terminal may show it: no escape sequence, no control character but line ends."""
+    """Return text from a file as a terminal may show it: no control character but line ends."""
     return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
+
+
+def percent(value: float, digits: int = 2) -> str:
+    """Return a share in percent, without the sign: `81.25`."""
+    return f"{100 * value:.{digits}f}"
+
+
+def interval(bounds: Sequence[float], digits: int = 1) -> str:
+    """Return an interval of shares in percent: `78.1–84.0`."""
+    low, high = bounds
+    return f"{percent(low, digits)}–{percent(high, digits)}"
+
+
+def counts(numbers: Mapping[str, int]) -> str:
+    """Return `{"F32": 302}` as `F32`; several with their counts: `F32 300, I64 2`."""
+    if len(numbers) == 1:
+        return next(iter(numbers))
+    return ", ".join(f"{key} {count}" for key, count in numbers.items())
+
+
+def size(nbytes: float) -> str:
+    """Return bytes for people, in thousands: `605.2 MB`."""
+    if nbytes < 1000:
+        return f"{nbytes:.0f} B"
+    for unit in ("kB", "MB", "GB"):
+        nbytes /= 1000
+        if nbytes < 1000:
+            return f"{nbytes:.1f} {unit}"
+    return f"{nbytes / 1000:.1f} TB"
+
+
+def part(tower: str, block: int | None) -> str:
+    """Return the name of a tower, or of a block in it: `visual.block[3]`."""
+    return tower if block is None else f"{tower}.block[{block}]"
 
 
 def _cell(value: Any) -> str:
@@ -75,7 +118,7 @@ def _cell(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Paths as text, numpy and torch scalars as numbers, tuples of both."""
+    """Return paths as text, and numpy and torch values as numbers and lists of them."""
     if isinstance(value, Path):
         return str(value)
     if hasattr(value, "tolist"):

@@ -1,45 +1,49 @@
 """`clipmerge sweep`."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
+from clipmerge.finetuning.settings import Settings
+from clipmerge.finetuning.table import MethodName
+from clipmerge_cli import show
+from clipmerge_cli.groups import opt, setting
+from clipmerge_cli.options import INPUT, SEARCH, Images, Talk
+from clipmerge_cli.scoring import Precision
 
-from clipmerge_cli.options import Classnames, Json, Limit, Model, Quiet, SkipBad, Templates
+if TYPE_CHECKING:
+    from clipmerge.finetuning.trials import Trial
 
-_DATA, _SEARCH, _TRAIN = "Model and images", "Search", "Every trial"
-
-
-def _option(*names: str, panel: str, help: str, **more: Any) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+_TRAIN = "Every trial"
 
 
 def sweep(
-    train: Annotated[str, _option("--train", panel=_DATA, metavar="DATA", help="Training images.")],
-    val: Annotated[str, _option("--val", panel=_DATA, metavar="DATA", help="Held-out images.")],
-    output: Annotated[Path, _option("--output", "-o", panel=_SEARCH, metavar="DIR", help="One checkpoint a trial.")],
-    base: Annotated[str, _option("--base", panel=_DATA, metavar="CKPT", help="Where every trial starts.")],
-    model: Model = None,
-    templates: Templates = None,
-    classnames: Classnames = None,
-    limit: Limit = None,
-    skip_bad: SkipBad = False,
-    trials: Annotated[int, _option("--trials", panel=_SEARCH, min=1, help="How many in all.")] = 72,
-    space: Annotated[str, _option("--space", panel=_SEARCH,
-        help="soups (the model-soups paper's), or a TOML file.")] = "soups",
-    storage: Annotated[str | None, _option("--storage", panel=_SEARCH, metavar="URL",
-        help="Optuna's database, shared by workers; by default SQLite in DIR.")] = None,
-    sampler: Annotated[str, _option("--sampler", panel=_SEARCH, help="random or tpe.")] = "random",
-    retries: Annotated[int, _option("--retries", panel=_SEARCH, min=0, help="Of a trial that dies.")] = 2,
-    seed: Annotated[int, _option("--seed", panel=_SEARCH, help="Of the draws.")] = 0,
-    method: Annotated[str | None, _option("--method", panel=_TRAIN,
-        help="As in clipmerge finetune; soups: lp-ft.")] = None,
-    batch_size: Annotated[int, _option("--batch-size", panel=_TRAIN, min=1, help="Images of a step.")] = 512,
-    device: Annotated[str | None, _option("--device", panel=_TRAIN, help="By default the GPU if there is one.")] = None,
-    precision: Annotated[str, _option("--precision", panel=_TRAIN, help="fp32, bf16 or fp16.")] = "fp32",
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:  # fmt: skip
+    train: Annotated[str, opt("Training images.", INPUT, metavar="DATA")],
+    val: Annotated[str, opt("Held-out images.", INPUT, metavar="DATA")],
+    output: Annotated[
+        Path, opt("The folder for the checkpoints, one per trial.", SEARCH, "--output", "-o", metavar="DIR")
+    ],
+    base: Annotated[str, opt("Where every trial starts.", INPUT, metavar="CKPT")],
+    images: Images,
+    talk: Talk,
+    trials: Annotated[int, opt("How many in all.", SEARCH, min=1)] = 72,
+    space: Annotated[str, opt("soups (the model-soups paper's), or a TOML file.", SEARCH)] = "soups",
+    storage: Annotated[
+        str | None,
+        opt("Optuna's database, shared by workers; by default SQLite in DIR.", SEARCH, metavar="URL"),
+    ] = None,
+    sampler: Annotated[
+        Literal["random", "tpe"], opt("How trials are drawn; tpe learns from finished ones.", SEARCH)
+    ] = "random",
+    retries: Annotated[int, opt("How often a trial that dies is tried again.", SEARCH, min=0)] = 2,
+    seed: Annotated[int, opt("Seed of the draws.", SEARCH)] = 0,
+    method: Annotated[
+        MethodName | None, opt("As in clipmerge finetune; default: the space's (soups: lp-ft).", _TRAIN)
+    ] = None,
+    batch_size: Annotated[int, setting(Settings, "batch_size", _TRAIN)] = Settings.batch_size,
+    device: Annotated[str, setting(Settings, "device", _TRAIN)] = "auto",
+    precision: Annotated[Precision, setting(Settings, "precision", _TRAIN)] = "auto",
+) -> None:
     """Finetune many times over a search space; what is left is ready for a soup.
 
     \b
@@ -51,49 +55,42 @@ def sweep(
     Start it as often as you like, on one machine or with a shared --storage on many: each worker takes trials until
     none is left. Killed workers' trials are taken over; called again, a sweep goes on.
     """
-    from dataclasses import replace
-
-    from clipmerge.data.open import open_split
+    from clipmerge.device import describe, resolve_device, resolve_precision
     from clipmerge.finetuning.space import load_space
-    from clipmerge.finetuning.trials import Trial, finetune_sweep, table
+    from clipmerge.finetuning.trials import finetune_sweep, table
     from clipmerge.weights.weights import load
-    from clipmerge_cli import show
 
-    found = load_space(space)
+    trial_space = load_space(space)
     if method is not None:
-        found = replace(found, fixed={**found.fixed, "method": method})
+        trial_space = replace(trial_space, fixed={**trial_space.fixed, "method": method})
+    resolved = resolve_device(device)
+    resolved_precision = resolve_precision(precision, resolved)
+    talk.say(f"training on {describe(resolved, resolved_precision)}")
 
-    def told(trial: Trial, done: int) -> None:
-        show.say(
-            f"{done}/{trials}  {trial.file.name}  held-out {100 * trial.score:.2f} %", quiet=quiet or json
-        )
-
-    def opened(text: str, role: str, limit: int | None = None) -> Any:
-        split = open_split(text, role=role, classnames=classnames, limit=limit, skip_bad=skip_bad)
-        show.left_out(split.source, split.skipped, len(split), quiet=quiet)
-        return split
+    def say_trial(trial: "Trial", done: int) -> None:
+        talk.say(f"{done}/{trials}  {trial.file.name}  held-out {show.percent(trial.score)} %")
 
     rows = table(
         finetune_sweep(
             None if base == "none" else load(base),
-            opened(train, "train", limit),
-            opened(val, "val"),
+            images.open(train, "train", talk, limit=images.limit),
+            images.open(val, "val", talk),
             output,
             trials=trials,
-            space=found,
+            space=trial_space,
             storage=storage,
             sampler=sampler,
             seed=seed,
             retries=retries,
-            on_trial=told,
-            model=model,
-            templates=templates,
+            on_trial=say_trial,
+            model=images.model,
+            templates=images.templates,
             batch_size=batch_size,
-            device=device,
-            precision=precision,
+            device=str(resolved),
+            precision=resolved_precision,
         )
     )
-    if json:
+    if talk.json:
         show.document(rows)
     else:
         columns = list(rows[0])

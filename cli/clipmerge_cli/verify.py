@@ -4,7 +4,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clipmerge_cli.options import Json, Quiet
+from clipmerge_cli import show
+from clipmerge_cli.groups import opt
+from clipmerge_cli.options import Talk
 
 if TYPE_CHECKING:
     from clipmerge.weights.verify import Verdict
@@ -12,14 +14,10 @@ if TYPE_CHECKING:
 
 def verify(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A file that clipmerge wrote.")],
+    talk: Talk,
     parents: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--parents", metavar="DIR", help="Where to look for the parents, besides FILE's folder."
-        ),
+        list[str] | None, opt("Where to look for the parents, besides FILE's folder.", metavar="DIR")
     ] = None,
-    json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Recompute a merged file from its parents and compare every bit.
 
@@ -29,14 +27,14 @@ def verify(
     Example: [bold]clipmerge verify soup.safetensors --parents checkpoints/[/bold]
     """
     from clipmerge.errors import CheckpointError
-    from clipmerge.weights.verify import verify as check
-    from clipmerge_cli.progress import progress
-    from clipmerge_cli.show import document, plain, say
+    from clipmerge.weights.verify import verify as verify_file
 
-    with progress(quiet=quiet or json) as on_progress:
-        verdict = check(file, parents or [], on_progress=on_progress)
-    if json:
-        document(_plain(file, verdict))
+    with talk.progress() as on_progress:
+        verdict = verify_file(file, parents or [], on_progress=on_progress)
+    if talk.json:
+        missing = [{"name": p.name, "file": p.file, "digest": p.digest} for p in verdict.missing]
+        facts = {name: getattr(verdict, name) for name in ("status", "reason", "notation", "tensor")}
+        show.document({"file": file, **facts, "parents": dict(verdict.parents), "missing": missing})
         if verdict.status != "verified":
             raise typer.Exit(1)
         return
@@ -44,26 +42,16 @@ def verify(
         raise CheckpointError(f"{file} is not verified: {verdict.reason}", hint=_hint(verdict))
     print(f"verified: {file}")
     for name, path in verdict.parents.items():
-        say(f"  {name} is {path}", quiet=quiet)
-    say(plain(f"{verdict.notation}: {verdict.reason}"), quiet=quiet)
+        talk.say(f"  {name} is {path}")
+    talk.say(f"{verdict.notation}: {verdict.reason}")
 
 
 def _hint(verdict: "Verdict") -> str:
     if verdict.status == "missing":
-        lost = [f"{p.name}: {p.file or 'was in memory'}, content digest {p.digest}" for p in verdict.missing]
-        return "\n  ".join(["name the folders that hold them with --parents:", *lost])
+        missing = [
+            f"{p.name}: {p.file or 'was in memory'}, content digest {p.digest}" for p in verdict.missing
+        ]
+        return "\n  ".join(["name the folders that hold them with --parents:", *missing])
     if verdict.status == "differs":
         return "the file or its record was changed after it was written; merge again"
     return "only files that clipmerge wrote, with digests, can be verified"
-
-
-def _plain(file: str, verdict: "Verdict") -> dict[str, object]:
-    return {
-        "file": file,
-        "status": verdict.status,
-        "reason": verdict.reason,
-        "notation": verdict.notation,
-        "tensor": verdict.tensor,
-        "parents": dict(verdict.parents),
-        "missing": [{"name": p.name, "file": p.file, "digest": p.digest} for p in verdict.missing],
-    }

@@ -1,202 +1,206 @@
 """How commands that merge write their output, or show what they would write."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from clipmerge_cli import show
-from clipmerge_cli.options import HUB_FILE
-from clipmerge_cli.progress import OnProgress, progress
+from clipmerge_cli.groups import opt
+from clipmerge_cli.options import HUB_FILE, OUTPUT, Force, MaybeOutput, Talk
 
 if TYPE_CHECKING:
+    from clipmerge.types import Progress
     from clipmerge.weights.weights import Weights
 
 
-@dataclass(frozen=True)
-class Writing:
-    """How the output is written: the options of that name.
-
-    Attributes:
-        output: a file; one called open_clip_model.safetensors (what `-o DIR/` becomes) gets its folder's
-            open_clip_config.json and model card.
-        digests: whether the parents' content digests are recorded, which `verify` needs.
-        fsync: whether to wait until the output is on the disk.
-        model: what --model said, recorded in the file; None keeps what the checkpoints record.
-        push_to_hub: ORG/NAME to upload the folder to that is written.
-    """
-
-    output: Path | None
-    force: bool = False
-    dtype: str | None = None
-    shard_size: str | int | None = None
-    allow_nonfinite: bool = False
-    threads: int | None = None
-    digests: bool = True
-    fsync: bool = False
-    model: str | None = None
-    push_to_hub: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.push_to_hub and (self.output is None or self.output.name != HUB_FILE):
-            raise typer.BadParameter("goes with a folder: -o DIR/", param_hint="--push-to-hub")
-
-    def check(self, *weights: "Weights", based: bool = True, output: bool = True) -> None:
-        """Refuse what would be refused at the end, before any work is done.
-
-        Args:
-            based: the first weights are a base, whose float dtypes the output takes; else all must agree.
-            output: look at the output too; where it is written next, writing does that.
-
-        Raises:
-            RecipeError: task vectors stand among models.
-        """
-        from clipmerge.errors import RecipeError
-        from clipmerge.weights.check import check
-        from clipmerge.weights.plan import float_dtype
-        from clipmerge.weights.weights import mean
-
-        bytes_of(self.shard_size)
-        vectors = [w for w in weights if w.kind() == 0]
-        if vectors and len(vectors) < len(weights):
-            raise RecipeError(
-                f"{vectors[0].checkpoints[0].path} is a task vector, not a model",
-                hint='add it to its base: clipmerge merge "base + 0.4*vector" base=FILE vector=FILE -o FILE',
-            )
-        dtype = float_dtype(self.dtype) or ("F32" if based else None)
-        check(mean(weights), dtype=dtype)
-        if output:
-            self.check_output(mean(weights), dtype)
-
-    def check_output(self, weights: "Weights", dtype: str | None) -> None:
-        """Refuse an output that could not be written, from headers alone: it exists, is an input, does not fit."""
-        if self.output is None:
-            return
-        shard_size = bytes_of(self.shard_size)
-        if self.output.name == HUB_FILE:
-            from clipmerge.report import hub
-
-            folder = self.output.parent
-            hub.check_save(weights, folder, model=self.model, force=self.force, shard_size=shard_size)
-            return
-        from clipmerge.weights import run
-
-        run.check_save(weights, self.output, force=self.force, dtype=dtype, shard_size=shard_size)
-
-    def write(
-        self,
-        weights: "Weights",
-        metadata: Mapping[str, Any] | None = None,
-        on_progress: OnProgress | None = None,
-    ) -> Path | None:
-        """Write the weights where an output was named; the file or folder that was written.
-
-        Args:
-            metadata: further keys of the file's record: "selection", "scores" …
-        """
-        if self.output is None:
-            return None
-        extra = dict(metadata or {})
-        options: dict[str, Any] = {
-            "force": self.force, "dtype": self.dtype, "shard_size": bytes_of(self.shard_size),
-            "allow_nonfinite": self.allow_nonfinite, "threads": self.threads, "digests": self.digests,
-            "fsync": self.fsync, "on_progress": on_progress,
-        }  # fmt: skip
-        if self.model is not None and "model" not in extra:
-            from clipmerge.model import resolve_model
-
-            extra["model"] = resolve_model(self.model, weights).to_metadata()
-        if self.output.name != HUB_FILE:
-            return weights.save(self.output, metadata=extra, **options)
-        from clipmerge.report.hub import save_folder
-
-        return save_folder(weights, self.output.parent, metadata=extra, **options)
-
-    def finish(self, written: Path | None, *, quiet: bool) -> None:
-        """What is left once the results are shown: say what was written, and upload it if that was asked for."""
-        if written is None:
-            return
-        show.wrote(written, quiet=quiet)
-        if self.push_to_hub:
-            from clipmerge.report.hub import push
-
-            show.say(f"uploaded to {push(written, self.push_to_hub)}", quiet=quiet)
-
-
-def load_models(base: str, *others: str) -> "list[Weights]":
-    """The base and the models beside it; a task-vector file stands for the base plus that vector."""
-    from clipmerge.weights.weights import load_all
-
-    start, *rest = load_all([base, *others])
-    return [start, *(start + w if start.kind() == 1 and w.kind() == 0 else w for w in rest)]
-
-
-def merge_or_plan(weights: "Weights", writing: Writing, dry_run: bool, json: bool, quiet: bool) -> None:
-    """Write weights that nobody has to choose, or with `--dry-run` show what would be written."""
-    if dry_run:
-        plan(weights, writing, json=json)
-        return
-    if writing.output is None:
-        raise typer.BadParameter("say where to write: -o FILE", param_hint="--output")
-    with progress(quiet=quiet or json) as on_progress:
-        written = writing.write(weights, None, on_progress)
-    if json:
-        show.document({"kind": "merge", "notation": repr(weights), "output": written})
-    writing.finish(written, quiet=quiet or json)
-
-
-def plan(weights: "Weights", writing: Writing, *, json: bool) -> None:
-    """The plan on stdout, after every check that headers and the output's folder allow."""
-    from clipmerge.weights.describe import describe
-
-    made = describe(weights, dtype=writing.dtype, threads=writing.threads)
-    writing.check_output(weights, writing.dtype)
-    bytes_of(writing.shard_size)
-    if json:
-        show.document({"kind": "plan", **made.to_json(), "output": writing.output})
-        return
-    inputs = [
-        (i.name, i.path or "in memory", i.layout, i.tensors, counted(i.dtypes), size_text(i.nbytes))
-        for i in made.inputs
-    ]
-    show.table(("input", "path", "layout", "tensors", "dtypes", "size"), inputs, title="Inputs")
-    groups = [
-        (g.formula, g.tensors, counted(g.towers), g.dtype, size_text(g.nbytes), g.example)
-        for g in made.groups
-    ]
-    show.table(("what each gets", "tensors", "where", "dtype", "size", "such as"), groups, title="Tensors")
-    read, written, memory = (size_text(n) for n in (made.read_bytes, made.written_bytes, made.memory_bytes))
-    print(f"{made.notation} gives {made.gives}: reads {read}, writes {written}, works in {memory} at most")
-    show.say("dry run: nothing was written")
-
-
-def bytes_of(size: str | int | None) -> int | None:
-    """`5GB` or `512MiB` as a number of bytes; wrong form: exit 2."""
-    if size is None or isinstance(size, int):
-        return size
+def _size(text: str) -> int:
+    """Return `5GB` or `512MiB` in bytes."""
     from clipmerge.errors import RecipeError
     from clipmerge.weights.recipe import parse_size
 
     try:
-        return parse_size(size)
+        return parse_size(text)
     except RecipeError as error:
         raise typer.BadParameter(f"{error.message}: {error.hint}", param_hint="--shard-size") from error
 
 
-def counted(counts: Mapping[str, int]) -> str:
-    """`{"F32": 302}` → `F32`; several with their counts: `F32 300, I64 2`."""
-    if len(counts) == 1:
-        return next(iter(counts))
-    return ", ".join(f"{key} {count}" for key, count in counts.items())
+@dataclass(frozen=True, kw_only=True)
+class Output(Talk):
+    """Where and how a merge is written.
+
+    A file called open_clip_model.safetensors (what `-o DIR/` becomes) gets open_clip's configuration and a model
+    card beside it.
+    """
+
+    output: MaybeOutput = None
+    force: Force = False
+    dtype: Annotated[
+        str | None, opt("fp32, fp16 or bf16; default: the first input's.", OUTPUT, metavar="DTYPE")
+    ] = None
+    shard_size: Annotated[
+        int | None, opt("Write shards of at most this, e.g. 5GB.", OUTPUT, metavar="SIZE", parser=_size)
+    ] = None
+    allow_nonfinite: Annotated[bool, opt("Let NaN and infinity through.", OUTPUT)] = False
+    threads: Annotated[int | None, opt("Threads of the merge.", OUTPUT, min=1)] = None
+    digests: Annotated[
+        bool,
+        opt(
+            "Do not hash the inputs; `verify` will not find them.",
+            OUTPUT,
+            " /--no-digests",
+            show_default=False,
+        ),
+    ] = True
+    fsync: Annotated[bool, opt("Return when the output is on the disk, not in its cache.", OUTPUT)] = False
+    push_to_hub: Annotated[
+        str | None,
+        opt("Upload the folder written with -o DIR/.", OUTPUT, metavar="ORG/NAME", show_default=False),
+    ] = None
+    dry_run: Annotated[bool, opt("Check and show the plan; write nothing.", OUTPUT)] = False
+
+    def check_usage(self, *, needed: bool = False) -> None:
+        """Refuse wrong usage: no output where one is `needed`, or an upload of no folder."""
+        if needed and self.output is None and not self.dry_run:
+            raise typer.BadParameter("say where to write: -o FILE", param_hint="--output")
+        if self.push_to_hub and (self.output is None or self.output.name != HUB_FILE):
+            raise typer.BadParameter("goes with a folder: -o DIR/", param_hint="--push-to-hub")
+
+    def check(self, weights: "Weights", model: str | None, dtype: str | None) -> None:
+        """Refuse an output that could not be written, from headers alone: it exists, is an input, does not fit."""
+        from clipmerge.report import hub
+        from clipmerge.weights import run
+
+        if self.output is None:
+            return
+        options: dict[str, Any] = {"force": self.force, "shard_size": self.shard_size}
+        if self.output.name == HUB_FILE:
+            hub.check_save(weights, self.output.parent, model=model, **options)
+        else:
+            run.check_save(weights, self.output, dtype=dtype, **options)
+
+    def check_search(self, models: "Sequence[Weights]", model: str | None, *, based: bool) -> None:
+        """Refuse before a search what would be refused after it.
+
+        Args:
+            based: the first of the models is a base, whose float dtypes the output takes; else all must agree.
+        """
+        from clipmerge.weights.check import check
+        from clipmerge.weights.plan import float_dtype
+        from clipmerge.weights.weights import mean
+
+        dtype = float_dtype(self.dtype) or ("F32" if based else None)
+        check(mean(models), dtype=dtype)
+        self.check(mean(models), model, dtype)
+
+    def write(
+        self, weights: "Weights", record: Mapping[str, Any], on_progress: "Progress | None" = None
+    ) -> Path | None:
+        """Write the weights where an output was named; return the file or folder.
+
+        Args:
+            record: further keys of the file's record: "model", "selection" …
+        """
+        if self.output is None:
+            return None
+        shared = ("force", "dtype", "shard_size", "allow_nonfinite", "threads", "digests", "fsync")
+        options: dict[str, Any] = {name: getattr(self, name) for name in shared}
+        if self.output.name != HUB_FILE:
+            return weights.save(self.output, metadata=record, on_progress=on_progress, **options)
+        from clipmerge.report.hub import save_folder
+
+        return save_folder(weights, self.output.parent, metadata=record, on_progress=on_progress, **options)
+
+    def finish(self, written: Path | None, remark: str | None = None) -> None:
+        """Say what was written once the results are shown, and upload it if that was asked for."""
+        if remark:
+            self.say(remark)
+        if written is None:
+            return
+        self.say(f"wrote {show.short(written)}")
+        if self.push_to_hub:
+            from clipmerge.report.hub import push
+
+            self.say(f"uploaded to {push(written, self.push_to_hub)}")
+
+    def merge(
+        self,
+        weights: "Weights",
+        model: str | None = None,
+        document: Mapping[str, Any] | None = None,
+        remark: str | None = None,
+    ) -> None:
+        """Write weights that nobody has to choose, or with --dry-run show what would be written.
+
+        Args:
+            model: what --model names, recorded in the file; None keeps what the checkpoints record.
+            document: what --json prints beside the output.
+            remark: said in the end.
+        """
+        self.check_usage(needed=True)
+        if self.dry_run:
+            self.plan(weights, model, remark)
+            return
+        record = {}
+        if model is not None:
+            from clipmerge.model import resolve_model
+
+            record = {"model": resolve_model(model, weights).to_metadata()}
+        with self.progress() as on_progress:
+            written = self.write(weights, record, on_progress)
+        if self.json:
+            show.document({**(document or {"kind": "merge", "notation": repr(weights)}), "output": written})
+        self.finish(written, remark)
+
+    def plan(self, weights: "Weights", model: str | None, remark: str | None) -> None:
+        """Show the plan on stdout, after every check that headers and the output's folder allow."""
+        from clipmerge.weights.describe import describe
+
+        plan = describe(weights, dtype=self.dtype, threads=self.threads)
+        self.check(weights, model, self.dtype)
+        if self.json:
+            show.document({"kind": "plan", **plan.to_json(), "output": self.output})
+            return
+        inputs = [
+            (i.name, i.path or "in memory", i.layout, i.tensors, show.counts(i.dtypes), show.size(i.nbytes))
+            for i in plan.inputs
+        ]
+        show.table(("input", "path", "layout", "tensors", "dtypes", "size"), inputs, title="Inputs")
+        groups = [
+            (g.formula, g.tensors, show.counts(g.towers), g.dtype, show.size(g.nbytes), g.example)
+            for g in plan.groups
+        ]
+        show.table(("formula", "tensors", "where", "dtype", "size", "example"), groups, title="Tensors")
+        read, written, memory = map(show.size, (plan.read_bytes, plan.written_bytes, plan.memory_bytes))
+        print(
+            f"{plan.notation} gives {plan.gives}: reads {read}, writes {written}, works in {memory} at most"
+        )
+        self.say(f"{remark}\ndry run: nothing was written" if remark else "dry run: nothing was written")
 
 
-def size_text(nbytes: int) -> str:
-    """Bytes for people, in thousands: `605.2 MB`."""
-    size = float(nbytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
+def load_models(*files: str) -> "list[Weights]":
+    """Load a base and the models beside it; a task-vector file stands for the base plus that vector."""
+    from clipmerge.weights.weights import load_all
+
+    base, *others = load_all(list(files))
+    models = [base, *(base + w if base.kind() == 1 and w.kind() == 0 else w for w in others)]
+    refuse_mixture(models)
+    return models
+
+
+def refuse_mixture(weights: "Sequence[Weights]") -> None:
+    """Refuse task vectors that stand among models.
+
+    Raises:
+        RecipeError: there is one.
+    """
+    from clipmerge.errors import RecipeError
+
+    vectors = [w for w in weights if w.kind() == 0]
+    if vectors and len(vectors) < len(weights):
+        raise RecipeError(
+            f"{vectors[0].checkpoints[0].path} is a task vector, not a model",
+            hint='add it to its base: clipmerge merge "base + 0.4*vector" base=FILE vector=FILE -o FILE',
+        )

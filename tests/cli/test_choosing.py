@@ -294,7 +294,10 @@ def test_two_processes_learn_the_soup_of_one(
         (["soup", "CKPT", "--greedy"], "held-out images: --val"),
         (["soup", "CKPT"], "where to write"),
         (["soup", "CKPT", "--greedy", "--learned", "--val", "digits"], "choose one of"),
-        (["soup", "CKPT", "--greedy", "--val", "digits", "--order", "best"], "not score, given or random"),
+        (
+            ["soup", "CKPT", "--greedy", "--val", "digits", "--order", "best"],
+            "is not one of 'score', 'given', 'random'",
+        ),
         (["soup", "CKPT", "--ensemble", "--val", "digits", "-o", "x"], "many models, not a file"),
         (
             ["add", "CKPT", "CKPT", "--scale", "auto", "--val", "digits", "--per", "task", "--refine"],

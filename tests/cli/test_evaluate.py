@@ -8,7 +8,7 @@ from PIL import Image
 
 from clipmerge.evaluate.metrics import METRICS
 from clipmerge_cli.app import main
-from clipmerge_cli.options import Metric
+from clipmerge_cli.scoring import Metric
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_mistakes_are_told(files, tiny_model_file, capsys):
 
 
 def test_metrics_on_offer_are_those_there_are():
-    assert get_args(get_args(Metric)[0]) == tuple(METRICS)
+    assert get_args(Metric) == tuple(METRICS)
 
 
 def test_what_is_left_out_is_said(files, tiny_model_file, tmp_path, capsys):
@@ -77,7 +77,7 @@ def test_what_is_left_out_is_said(files, tiny_model_file, tmp_path, capsys):
     (tmp_path / "set" / "c").mkdir()
     given = ["evaluate", files[0], "--model", str(tiny_model_file), "--data", str(tmp_path / "set")]
     assert main([*given, "--skip-bad"]) == 0
-    said = "left out 2 (class 'c': no images, … and 1 more); 2 images are used"
+    said = "left out 2 (class 'c': no images … and 1 more); 2 images are used"
     assert said in capsys.readouterr().err
     assert main([*given, "--skip-bad", "--quiet"]) == 0
     assert capsys.readouterr().err == ""

@@ -217,7 +217,7 @@ def test_a_scale_is_one_number(run: Run, scale: str) -> None:
 def test_an_output_named_as_torchs_is_refused(run: Run) -> None:
     code, _, err = run("soup", "a.safetensors", "b.safetensors", "-o", "soup.pt")
     assert code == 2
-    assert "what is written is safetensors: -o soup.safetensors" in " ".join(err.replace("│", " ").split())
+    assert "the output is safetensors: -o soup.safetensors" in " ".join(err.replace("│", " ").split())
     assert not Path("soup.pt").exists()
 
 

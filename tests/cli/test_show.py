@@ -56,17 +56,13 @@ def test_json_has_null_for_what_is_not_finite(capsys: pytest.CaptureFixture[str]
     assert json.loads(capsys.readouterr().out) == {"a": [None, None], "b": {"c": None, "d": "NaN"}}
 
 
-def test_the_written_file_is_named_from_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_written_file_is_named_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for path in (tmp_path / "a" / "b.pt", Path("b.pt"), Path("/elsewhere/b.pt")):
-        show.wrote(path)
-    assert capsys.readouterr().err.split("\n") == ["wrote a/b.pt", "wrote b.pt", "wrote /elsewhere/b.pt", ""]
+    paths = (tmp_path / "a" / "b.pt", Path("b.pt"), Path("/elsewhere/b.pt"))
+    assert [show.short(path) for path in paths] == ["a/b.pt", "b.pt", "/elsewhere/b.pt"]
 
 
 def test_talk_goes_to_stderr_or_nowhere(capsys: pytest.CaptureFixture[str]) -> None:
     show.say("one")
     show.say("two", quiet=True)
-    show.wrote(Path("a.safetensors"))
-    assert capsys.readouterr() == ("", "one\nwrote a.safetensors\n")
+    assert capsys.readouterr() == ("", "one\n")
