@@ -9,7 +9,7 @@ from clipmerge_cli.groups import opt
 from clipmerge_cli.options import Talk
 
 if TYPE_CHECKING:
-    from clipmerge.weights.compare import Distance
+    from clipmerge.weights.look import Distance
 
 
 def compare(
@@ -28,7 +28,7 @@ def compare(
     \b
     clipmerge compare cars.safetensors dtd.safetensors --base zs.safetensors
     """
-    from clipmerge.weights.compare import compare as compare_weights
+    from clipmerge.weights.look import compare as compare_weights
     from clipmerge.weights.weights import load
 
     with talk.progress() as on_progress:

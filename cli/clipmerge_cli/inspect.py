@@ -13,8 +13,8 @@ from clipmerge_cli.options import Talk
 if TYPE_CHECKING:
     from rich.tree import Tree
 
+    from clipmerge.weights.look import Summary
     from clipmerge.weights.provenance import Parent
-    from clipmerge.weights.summary import Summary
 
 
 def inspect(
@@ -30,7 +30,7 @@ def inspect(
 
     Example: [bold]clipmerge inspect soup.safetensors[/bold]
     """
-    from clipmerge.weights.summary import summarise
+    from clipmerge.weights.look import inspect as summarise
     from clipmerge.weights.weights import load
 
     weights = load(file)

@@ -71,7 +71,7 @@ class Output(Talk):
     def check(self, weights: "Weights", model: str | None, dtype: str | None) -> None:
         """Refuse an output that could not be written, from headers alone: it exists, is an input, does not fit."""
         from clipmerge.report import hub
-        from clipmerge.weights import run
+        from clipmerge.weights.output_files import check_save
 
         if self.output is None:
             return
@@ -79,7 +79,7 @@ class Output(Talk):
         if self.output.name == HUB_FILE:
             hub.check_save(weights, self.output.parent, model=model, **options)
         else:
-            run.check_save(weights, self.output, dtype=dtype, **options)
+            check_save(weights, self.output, dtype=dtype, **options)
 
     def check_search(self, models: "Sequence[Weights]", model: str | None, *, based: bool) -> None:
         """Refuse before a search what would be refused after it.

@@ -1,16 +1,15 @@
 """Rules that take models and give a model, one tensor at a time, in float64."""
 
 import numpy as np
-import numpy.typing as npt
 
-F64 = npt.NDArray[np.float64]
+from clipmerge.types import Floats
 
 PARALLEL = 1e-6
 """Below this angle (radians) slerp is a straight line to float64's accuracy."""
 
 
-def slerp(a: F64, b: F64, *, t: float) -> F64:
-    """Spherical interpolation from `a` (t = 0) to `b` (t = 1): along the arc between their directions.
+def slerp(a: Floats, b: Floats, *, alpha: float) -> Floats:
+    """Interpolate spherically from `a` (alpha = 0) to `b` (alpha = 1): along the arc between their directions.
 
     Falls back to the straight line where the two are nearly parallel or one is zero.
 
@@ -20,12 +19,12 @@ def slerp(a: F64, b: F64, *, t: float) -> F64:
     cosine = float(np.vdot(a, b)) / length if length else 1.0
     angle = float(np.arccos(np.clip(cosine, -1.0, 1.0)))
     if angle < PARALLEL or np.pi - angle < PARALLEL:
-        return (1 - t) * a + t * b
-    return np.asarray((np.sin((1 - t) * angle) * a + np.sin(t * angle) * b) / np.sin(angle))
+        return (1 - alpha) * a + alpha * b
+    return np.asarray((np.sin((1 - alpha) * angle) * a + np.sin(alpha * angle) * b) / np.sin(angle))
 
 
-def model_stock(base: F64, *points: F64) -> F64:
-    """Between the base and the mean of the points, as far as the points agree.
+def model_stock(base: Floats, *points: Floats) -> Floats:
+    """Move from the base towards the mean of the points, as far as the points agree.
 
     t = k·cos / ((k - 1)·cos + 1) with cos the mean pairwise cosine of the task vectors, then
     t·mean + (1 - t)·base.

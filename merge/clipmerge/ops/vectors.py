@@ -1,17 +1,16 @@
 """Rules that take task vectors and give a task vector, one tensor at a time, in float64."""
 
 import numpy as np
-import numpy.typing as npt
 
-F64 = npt.NDArray[np.float64]
+from clipmerge.types import Floats
 
 
-def magmax(*vectors: F64) -> F64:
-    """Each entry from the vector where it is largest in magnitude; the later vector wins ties.
+def magmax(*vectors: Floats) -> Floats:
+    """Take each entry from the vector where it is largest in magnitude; the later vector wins ties.
 
     Source: Marczak et al. 2024, arXiv 2407.06322.
     """
-    chosen = np.array(vectors[0])
+    largest = np.array(vectors[0])
     for vector in vectors[1:]:
-        np.copyto(chosen, vector, where=np.abs(vector) >= np.abs(chosen))
-    return chosen
+        np.copyto(largest, vector, where=np.abs(vector) >= np.abs(largest))
+    return largest

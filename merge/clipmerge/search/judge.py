@@ -15,6 +15,7 @@ from clipmerge.search.journal import Bits, Journal, pack_bits, unpack_bits
 from clipmerge.text import nearest
 
 if TYPE_CHECKING:
+    from clipmerge.weights.expression import Expression
     from clipmerge.weights.weights import Weights
 
 
@@ -230,7 +231,7 @@ def recipe_digest(weights: "Weights", digest: Callable[[Checkpoint], str]) -> st
     return hashlib.sha256(json.dumps(_recipe(weights, digest)).encode()).hexdigest()[:32]
 
 
-def _recipe(weights: "Weights", digest: Callable[[Checkpoint], str]) -> list[list[Any]]:
+def _recipe(weights: "Expression", digest: Callable[[Checkpoint], str]) -> list[list[Any]]:
     terms: list[list[Any]] = []
     for leaf, coefficient in weights.terms.items():
         if isinstance(leaf, Checkpoint):

@@ -19,8 +19,9 @@ import numpy as np
 from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import ITEMSIZE, Bytes, Extent, Tensor, storage_dtype
 from clipmerge.ops.cast import F32, F64, Rounded, finite, narrow, scratch_for, widen
-from clipmerge.weights.plan import Step
-from clipmerge.weights.singles import SUMMED, Singles
+from clipmerge.weights.digest import Digests, StreamDigest
+from clipmerge.weights.fp16_sum import SUMMED, Fp16Sum
+from clipmerge.weights.steps import Step
 
 BLOCK = 1 << 18
 """Elements that a thread takes at a time, reads with one call an input and writes with one.
@@ -55,12 +56,11 @@ def join(steps: Iterable[tuple[Step, Sink, int]]) -> list[Run]:
     """Runs from (step, sink, byte offset), joining what lies side by side."""
     runs: list[Run] = []
     for step, sink, offset in steps:
-        numel = int(np.prod(step.shape, dtype=np.int64))
-        run = Run((step,), step.terms, numel, sink, offset)
+        run = Run((step,), step.terms, step.numel, sink, offset)
         if runs and _adjacent(runs[-1], run):
             last = runs[-1]
             terms = tuple((f, _joined(a, b)) for (f, a), (_, b) in zip(last.terms, run.terms, strict=True))
-            runs[-1] = Run((*last.steps, step), terms, last.numel + numel, sink, last.offset)
+            runs[-1] = Run((*last.steps, step), terms, last.numel + step.numel, sink, last.offset)
         else:
             runs.append(run)
     return runs
@@ -99,19 +99,19 @@ class Buffers:
         self.total = np.empty(numel, np.float64)
         self.term = np.empty(numel, np.float64)
         self.scratch = scratch_for(numel, torch)
-        self.singles = Singles(numel, self.scratch)
+        self.fp16_sum = Fp16Sum(numel, self.scratch)
         self.raw = np.empty(BLOCK * 8, np.uint8)
         self.out = np.empty(BLOCK * 8, np.uint8)
 
     @property
     def nbytes(self) -> int:
         """What they take once every kind of block has been computed."""
-        own = (self.total, self.term, self.raw, self.out)
-        return sum(array.nbytes for array in own) + self.scratch.nbytes + self.singles.nbytes
+        arrays = (self.total, self.term, self.raw, self.out)
+        return sum(array.nbytes for array in arrays) + self.scratch.nbytes + self.fp16_sum.nbytes
 
 
 NotFinite = Callable[[Run, int, int], None]
-"""Told (run, first element, past the last) of a piece whose output is not finite."""
+"""Called with (run, first element, past the last) of a piece whose output is not finite."""
 
 
 def run_blocks(
@@ -120,27 +120,69 @@ def run_blocks(
     *,
     threads: int,
     not_finite: NotFinite,
+    digests: Digests | None = None,
     on_done: Callable[[int], None] | None = None,
 ) -> None:
     """Compute every run of kind "sum".
 
     Args:
         not_finite: called in a worker thread; what it raises ends the pass.
-        on_done: told the output bytes finished so far, from whichever thread finished them.
+        digests: of the inputs, taken from the blocks as they are read.
+        on_done: called with the output bytes finished so far, by whichever thread finished them.
     """
     lock = Lock()
     done = 0
 
-    def compute(run: Run, start: int, stop: int, buffers: Buffers) -> None:
+    def compute(run: Run, start: int, stop: int, steps: Sequence[Step], buffers: Buffers) -> None:
         nonlocal done
-        written = _block(run, start, stop, reader, buffers, not_finite)
-        run.sink(run.offset + start * ITEMSIZE[run.head.dtype], written)
-        if on_done:
-            with lock:
-                done += written.size
-                on_done(done)
+        streams = _input_digests(run, steps, digests) if digests else [None] * len(run.terms)
+        for low, high in iter_blocks(start, stop, _block_length(run)):
+            block = _Block(run, low, high, reader, buffers, streams)
+            computed = block.compute(not_finite)
+            run.sink(run.offset + low * ITEMSIZE[run.head.dtype], computed)
+            if on_done:
+                with lock:
+                    done += computed.size
+                    on_done(done)
 
-    in_threads((partial(compute, *block) for block in _blocks(runs)), threads)
+    stretches = (stretch for run in runs for stretch in _stretches(run, whole_tensors=digests is not None))
+    in_threads((partial(compute, *stretch) for stretch in stretches), threads)
+
+
+def _stretches(run: Run, *, whole_tensors: bool) -> Iterator[tuple[Run, int, int, Sequence[Step]]]:
+    """Cut a run into what one thread takes at a time: (run, first element, past the last, whole tensors in it).
+
+    A block, where nothing else counts. A tensor's bytes are hashed in their order, so for digests a thread takes whole
+    tensors and goes through their blocks one after the other.
+    """
+    length = _block_length(run)
+    if not whole_tensors:
+        yield from ((run, low, high, ()) for low, high in iter_blocks(0, run.numel, length))
+        return
+    start = stop = 0
+    steps: list[Step] = []
+    for step in run.steps:
+        steps.append(step)
+        stop += step.numel
+        if stop - start >= length or step is run.steps[-1]:
+            yield run, start, stop, steps
+            start, steps = stop, []
+
+
+def iter_blocks(start: int, stop: int, length: int) -> Iterator[tuple[int, int]]:
+    """Cut [start, stop) into half-open ranges of at most `length`."""
+    for low in range(start, stop, length):
+        yield low, min(low + length, stop)
+
+
+def _input_digests(run: Run, steps: Sequence[Step], digests: Digests) -> list[StreamDigest | None]:
+    """For each input of a stretch what takes its digests; None for inputs whose digests are known."""
+    streams: list[StreamDigest | None] = []
+    for source, (_, tensor) in zip(run.head.sources, run.terms, strict=True):
+        sizes = {step.name: step.numel * ITEMSIZE[tensor.dtype] for step in steps}
+        wanted = all(digests.wants(source, name) for name in sizes)
+        streams.append(StreamDigest(digests, source, sizes) if wanted else None)
+    return streams
 
 
 def default_threads() -> int:
@@ -210,77 +252,86 @@ def _torch_if_imported() -> Iterator[Any]:
         torch.set_num_threads(threads)
 
 
-def _blocks(runs: Sequence[Run]) -> Iterator[tuple[Run, int, int]]:
-    for run in runs:
-        length = 2 * BLOCK if _sums_halves(run) else BLOCK
-        for start in range(0, run.numel, length):
-            yield run, start, min(start + length, run.numel)
+def _block_length(run: Run) -> int:
+    return 2 * BLOCK if _fits_float32(run) else BLOCK
 
 
-def _sums_halves(run: Run) -> bool:
-    """Whether the whole sum may be had in float32."""
+def _fits_float32(run: Run) -> bool:
+    """Whether the whole sum may be had in float32 (see `fp16_sum`)."""
     dtype = run.head.dtype
     return bool(run.terms) and dtype in SUMMED and all(f == 1 and t.dtype == dtype for f, t in run.terms)
 
 
-def _block(run: Run, start: int, stop: int, reader: Reader, buffers: Buffers, not_finite: NotFinite) -> Bytes:
-    dtype = run.head.dtype
-    size = ITEMSIZE[dtype]
-    out = buffers.out[: (stop - start) * size]
-    if _is_copy(run):
-        reader.into(run.terms[0][1], start * size, out)
-        if not finite(out.view(storage_dtype(dtype)), dtype):
-            not_finite(run, start, stop)
-        return out
-    numbers, rounded = _combine(run, start, stop, reader, buffers)
-    if not narrow(numbers, dtype, out.view(storage_dtype(dtype)), buffers.scratch, rounded):
-        not_finite(run, start, stop)
-    return out
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Elements [low, high) of a run, computed in a thread's buffers."""
 
+    run: Run
+    low: int
+    high: int
+    reader: Reader
+    buffers: Buffers
+    streams: Sequence[StreamDigest | None]
 
-def _is_copy(run: Run) -> bool:
-    factor, tensor = run.terms[0] if len(run.terms) == 1 else (0.0, None)
-    return tensor is not None and factor == run.head.divisor and tensor.dtype == run.head.dtype
-
-
-def _combine(
-    run: Run, low: int, high: int, reader: Reader, buffers: Buffers
-) -> tuple[F32 | F64, Rounded | None]:
-    """Σ factor·input / divisor for elements [low, high), in the thread's buffers, as `narrow` takes it."""
-    total, term = buffers.total[: high - low], buffers.term[: high - low]
-    divisor, done = run.head.divisor, 0
-    buffers.singles.begin(high - low, run.head.dtype)
-    if _sums_halves(run):
-        while done < len(run.terms):
-            if not buffers.singles.add(_raw(run.terms[done][1], low, high, reader, buffers), total, term):
-                break
-            done += 1
-        if done == len(run.terms) and (mean := buffers.singles.over(divisor)):
-            return mean
-    buffers.singles.spill(total, term)
-    if not run.terms:
-        total[:] = 0.0
-    for i, (factor, tensor) in enumerate(run.terms[done:], done):
-        values = widen(_raw(tensor, low, high, reader, buffers), tensor.dtype, buffers.scratch)
-        if i == 0:
-            np.multiply(values, factor, out=total, dtype=np.float64) if factor != 1 else np.copyto(
-                total, values
-            )
-        elif factor == 1:
-            np.add(total, values, out=total)
+    def compute(self, not_finite: NotFinite) -> Bytes:
+        """The output's bytes."""
+        dtype = self.run.head.dtype
+        out = self.buffers.out[: (self.high - self.low) * ITEMSIZE[dtype]].view(storage_dtype(dtype))
+        if self._is_copy():
+            self._read(0, out.view(np.uint8))
+            is_finite = finite(out, dtype)
         else:
-            np.multiply(values, factor, out=term, dtype=np.float64)
-            np.add(total, term, out=total)
-    if frexp(divisor)[0] == 0.5:  # a power of two: its reciprocal is exact, and faster to apply
-        np.multiply(total, 1 / divisor, out=total) if divisor != 1 else None
-    else:
-        np.divide(total, divisor, out=total)
-    return total, None
+            numbers, rounded = self._sum()
+            is_finite = narrow(numbers, dtype, out, self.buffers.scratch, rounded)
+        if not is_finite:
+            not_finite(self.run, self.low, self.high)
+        return out.view(np.uint8)
 
+    def _is_copy(self) -> bool:
+        factor, tensor = self.run.terms[0] if len(self.run.terms) == 1 else (0.0, None)
+        return tensor is not None and factor == self.run.head.divisor and tensor.dtype == self.run.head.dtype
 
-def _raw(tensor: Tensor, low: int, high: int, reader: Reader, buffers: Buffers) -> np.ndarray[Any, Any]:
-    """Elements [low, high) as stored, in the thread's buffer."""
-    size = ITEMSIZE[tensor.dtype]
-    raw = buffers.raw[: (high - low) * size]
-    reader.into(tensor, low * size, raw)
-    return raw.view(storage_dtype(tensor.dtype))
+    def _read(self, i: int, out: Bytes | None = None) -> np.ndarray[Any, Any]:
+        """The stored elements of input `i`, in `out` or the thread's buffer; each is read once."""
+        tensor = self.run.terms[i][1]
+        size = ITEMSIZE[tensor.dtype]
+        raw = self.buffers.raw[: (self.high - self.low) * size] if out is None else out
+        self.reader.into(tensor, self.low * size, raw)
+        if (stream := self.streams[i]) is not None:
+            stream.update(raw)
+        return raw.view(storage_dtype(tensor.dtype))
+
+    def _sum(self) -> tuple[F32 | F64, Rounded | None]:
+        """Σ factor·input / divisor, in the thread's buffers, as `narrow` takes it."""
+        count, divisor = self.high - self.low, self.run.head.divisor
+        total, term, halves = self.buffers.total[:count], self.buffers.term[:count], self.buffers.fp16_sum
+        in_float32 = _fits_float32(self.run)
+        halves.begin(count, self.run.head.dtype)
+        for i, (factor, tensor) in enumerate(self.run.terms):
+            raw = self._read(i)
+            if in_float32:
+                if halves.add(raw, total, term):
+                    continue
+                halves.spill(total, term)
+                in_float32 = False
+            values = widen(raw, tensor.dtype, self.buffers.scratch)
+            if i == 0 and factor == 1:
+                np.copyto(total, values)
+            elif i == 0:
+                np.multiply(values, factor, out=total, dtype=np.float64)
+            elif factor == 1:
+                np.add(total, values, out=total)
+            else:
+                np.multiply(values, factor, out=term, dtype=np.float64)
+                np.add(total, term, out=total)
+        if in_float32:
+            if mean := halves.over(divisor):
+                return mean
+            halves.spill(total, term)
+        if not self.run.terms:
+            total[:] = 0.0
+        if frexp(divisor)[0] == 0.5:  # a power of two: its reciprocal is exact, and faster to apply
+            np.multiply(total, 1 / divisor, out=total) if divisor != 1 else None
+        else:
+            np.divide(total, divisor, out=total)
+        return total, None

@@ -2,17 +2,17 @@
 
 from collections.abc import Sequence
 
-from clipmerge.checkpoint.tensors import Checkpoint, Tensor
+from clipmerge.checkpoint.tensors import Checkpoint
 from clipmerge.errors import MismatchError, RecipeError
-from clipmerge.text import nearest
+from clipmerge.text import and_more, did_you_mean, nearest
+from clipmerge.weights.expression import Applied, Expression
 from clipmerge.weights.names import TOWERS, matches
-from clipmerge.weights.weights import Weights
 
 SHOWN = 10
 """Problems listed in full; the rest are counted."""
 
 
-def check(weights: Weights, *, dtype: str | None = None) -> None:
+def check(weights: Expression, *, dtype: str | None = None) -> None:
     """Refuse an expression whose total, names, shapes or dtypes make no sense.
 
     Args:
@@ -24,65 +24,51 @@ def check(weights: Weights, *, dtype: str | None = None) -> None:
     """
     checkpoints = weights.checkpoints
     if checkpoints:
-        reference = reference_of(weights)
-        problems = [p for other in checkpoints if other is not reference for p in _compare(reference, other)]
+        reference = weights.reference
+        problems = [p for other in checkpoints if other is not reference for p in _misfits(reference, other)]
         if not problems and weights.base is None and dtype is None:
-            problems = _float_dtypes(checkpoints)
+            problems = _different_dtypes(checkpoints)
         if problems:
-            raise MismatchError(listed(problems), hint=_hint(problems))
+            raise MismatchError(
+                "the checkpoints do not fit together:\n  " + and_more(problems, SHOWN, "\n  "),
+                hint=_hint(problems),
+            )
         _check_patterns(weights, weights.names)
     weights.kind()
     weights.model  # noqa: B018 - raises where two models are mixed
 
 
-def reference_of(weights: Weights) -> Checkpoint:
-    """The checkpoint whose names and dtypes count: the base, or of a method's result the first operand's."""
-    if isinstance(weights.base, Checkpoint):
-        return weights.base
-    if weights.base is not None:
-        return reference_of(weights.base.operands[0])
-    return min(weights.checkpoints, key=lambda checkpoint: (checkpoint.name, str(checkpoint.path)))
+def missing_names(missing: Sequence[str], otherwise: Sequence[str]) -> list[str]:
+    """Quote each name of `missing`, with the nearest of the names that are there instead."""
+    hints = [(name, nearest(name, otherwise)) for name in sorted(missing)]
+    return [f"{name!r}" + (f" (it has {close!r})" if close else "") for name, close in hints]
 
 
-def listed(problems: Sequence[str]) -> str:
-    """Up to ten problems, one a line, and how many more there are."""
-    shown = list(problems[:SHOWN])
-    if len(problems) > SHOWN:
-        shown.append(f"… and {len(problems) - SHOWN} more")
-    return "the checkpoints do not fit together:\n  " + "\n  ".join(shown)
-
-
-def _compare(reference: Checkpoint, other: Checkpoint) -> list[str]:
+def _misfits(reference: Checkpoint, other: Checkpoint) -> list[str]:
     mine, theirs = reference.tensors, other.tensors
-    where = str(other.path or other.name)
-    problems = []
-    for name in sorted(mine.keys() - theirs.keys()):
-        close = nearest(name, theirs.keys() - mine.keys())
-        problems.append(f"{where} lacks {name!r}" + (f" (it has {close!r})" if close else ""))
-    for name in sorted(theirs.keys() - mine.keys()):
-        problems.append(f"{where} has {name!r}, which {reference.path or reference.name} lacks")
+    here, there = str(reference.path or reference.name), str(other.path or other.name)
+    missing, extra = list(mine.keys() - theirs.keys()), sorted(theirs.keys() - mine.keys())
+    problems = [f"{there} lacks {name}" for name in missing_names(missing, extra)]
+    problems += [f"{there} has {name!r}, which {here} lacks" for name in extra]
     for name in sorted(mine.keys() & theirs.keys()):
-        problems += _differences(name, mine[name], theirs[name], str(reference.path or reference.name), where)
+        a, b = mine[name], theirs[name]
+        if a.shape != b.shape:
+            problems.append(f"{name!r} is {list(a.shape)} in {here} and {list(b.shape)} in {there}")
+        elif a.dtype != b.dtype and not (a.is_float and b.is_float):
+            problems.append(f"{name!r} is {a.dtype} in {here} and {b.dtype} in {there}")
     return problems
 
 
-def _differences(name: str, mine: Tensor, theirs: Tensor, here: str, there: str) -> list[str]:
-    if mine.shape != theirs.shape:
-        return [f"{name!r} is {list(mine.shape)} in {here} and {list(theirs.shape)} in {there}"]
-    if mine.dtype != theirs.dtype and not (mine.is_float and theirs.is_float):
-        return [f"{name!r} is {mine.dtype} in {here} and {theirs.dtype} in {there}"]
-    return []
-
-
-def _float_dtypes(checkpoints: Sequence[Checkpoint]) -> list[str]:
+def _different_dtypes(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    first, *others = checkpoints
     problems = []
-    for name, tensor in checkpoints[0].tensors.items():
-        for other in checkpoints[1:]:
-            theirs = other.tensors[name]
-            if tensor.dtype != theirs.dtype:
-                here, there = checkpoints[0].path or checkpoints[0].name, other.path or other.name
-                problems.append(f"{name!r} is {tensor.dtype} in {here} and {theirs.dtype} in {there}")
-                break
+    for name, tensor in first.tensors.items():
+        other = next((c for c in others if c.tensors[name].dtype != tensor.dtype), None)
+        if other is not None:
+            here, there = first.path or first.name, other.path or other.name
+            problems.append(
+                f"{name!r} is {tensor.dtype} in {here} and {other.tensors[name].dtype} in {there}"
+            )
     return problems
 
 
@@ -94,16 +80,13 @@ def _hint(problems: Sequence[str]) -> str:
     return "all checkpoints must come from one architecture; `clipmerge inspect FILE` shows what each holds"
 
 
-def _check_patterns(weights: Weights, names: Sequence[str]) -> None:
+def _check_patterns(weights: Expression, names: Sequence[str]) -> None:
     for leaf, coefficient in weights.terms.items():
         for pattern in coefficient.patterns:
             if not any(matches(pattern, name) for name in names):
-                close = nearest(pattern, names if "." in pattern else (*TOWERS, *names))
-                raise RecipeError(
-                    f"the pattern {pattern!r} matches no tensor",
-                    hint=f"did you mean {close!r}?"
-                    if close
-                    else "patterns are globs over names, such as 'visual.*'",
-                )
-        for operand in () if isinstance(leaf, Checkpoint) else leaf.operands:
+                known = names if "." in pattern else (*TOWERS, *names)
+                otherwise = "patterns are globs over names, such as 'visual.*'"
+                hint = did_you_mean(pattern, known, otherwise)
+                raise RecipeError(f"the pattern {pattern!r} matches no tensor", hint=hint)
+        for operand in leaf.operands if isinstance(leaf, Applied) else ():
             _check_patterns(operand, names)

@@ -15,6 +15,9 @@ from clipmerge.weights.names import matches
 Scalar = float | int | Fraction
 PatternMap = tuple[tuple[str, Fraction], ...]
 """(pattern, value) pairs in order: the first pattern that matches a name decides, no match means 0."""
+MAX_PRODUCTS = 256
+"""Products of pattern maps in one coefficient: (M1 + 1)·(M2 + 1)·… doubles with each factor, and records of files
+from elsewhere are parsed too."""
 
 
 def exact(number: Scalar) -> Fraction:
@@ -47,23 +50,46 @@ class Coefficient:
         if isinstance(value, Coefficient):
             return value
         if isinstance(value, Mapping):
-            rules = tuple((str(pattern), exact(number)) for pattern, number in value.items())
-            return cls({(rules,): Fraction(1)})
+            return cls(
+                {(tuple((str(pattern), exact(number)) for pattern, number in value.items()),): Fraction(1)}
+            )
         return cls({(): exact(value)})
 
     def __add__(self, other: "Coefficient") -> "Coefficient":
+        if not isinstance(other, Coefficient):
+            return NotImplemented
         merged = dict(self._terms)
         for factors, value in other._terms.items():
             merged[factors] = merged.get(factors, Fraction(0)) + value
         return Coefficient(merged)
 
+    def __neg__(self) -> "Coefficient":
+        return Coefficient({factors: -value for factors, value in self._terms.items()})
+
+    def __sub__(self, other: "Coefficient") -> "Coefficient":
+        return self + -other if isinstance(other, Coefficient) else NotImplemented
+
     def __mul__(self, other: "Coefficient") -> "Coefficient":
+        if not isinstance(other, Coefficient):
+            return NotImplemented
+        if self.size * other.size > MAX_PRODUCTS:
+            raise RecipeError("too many mappings are multiplied with each other")
         product: dict[tuple[PatternMap, ...], Fraction] = {}
         for mine, a in self._terms.items():
             for theirs, b in other._terms.items():
                 factors = tuple(sorted(mine + theirs))
                 product[factors] = product.get(factors, Fraction(0)) + a * b
         return Coefficient(product)
+
+    def __truediv__(self, other: "Coefficient") -> "Coefficient":
+        if not isinstance(other, Coefficient):
+            return NotImplemented
+        divisor = other.constant
+        if divisor is None:
+            raise RecipeError("only division by a number means something")
+        if divisor == 0:
+            raise RecipeError("division by zero")
+        return self * Coefficient({(): 1 / divisor})
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Coefficient) and self._terms == other._terms

@@ -1,18 +1,19 @@
-"""What a merge will do, said before it does it: inputs, what each tensor gets, bytes and memory."""
+"""Describe what a merge will do, before it does it: inputs, what each tensor gets, bytes and memory."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from math import prod
 from typing import Any
 
-from clipmerge.checkpoint.tensors import ITEMSIZE
+from clipmerge.checkpoint.tensors import Checkpoint
 from clipmerge.weights.blocks import Buffers, default_threads
-from clipmerge.weights.coefficient import number_text
+from clipmerge.weights.coefficient import Coefficient
+from clipmerge.weights.expression import Expression
 from clipmerge.weights.names import tower_of
-from clipmerge.weights.notation import identifiers_of, notation
-from clipmerge.weights.plan import Plan, Step, make_plan
-from clipmerge.weights.weights import Weights
+from clipmerge.weights.notation import identifiers_of, notation, sum_text
+from clipmerge.weights.plan import make_plan
+from clipmerge.weights.steps import Plan, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +65,9 @@ class Description:
 
 
 def describe(
-    weights: Weights, plan: Plan | None = None, *, dtype: str | None = None, threads: int | None = None
+    weights: Expression, plan: Plan | None = None, *, dtype: str | None = None, threads: int | None = None
 ) -> Description:
-    """The plan of a merge for people and programs; headers are read, tensors are not.
+    """Describe a merge for people and programs; headers are read, tensors are not.
 
     Args:
         plan: what `make_plan` gave, where it is at hand.
@@ -78,68 +79,53 @@ def describe(
     """
     plan = plan or make_plan(weights, dtype=dtype)
     names = identifiers_of(weights)
-    inputs = tuple(
-        Input(
-            name,
-            str(checkpoint.path) if checkpoint.path else None,
-            checkpoint.layout,
-            len(checkpoint.tensors),
-            sum(tensor.nbytes for tensor in checkpoint.tensors.values()),
-            _counts(tensor.dtype for tensor in checkpoint.tensors.values()),
-        )
-        for checkpoint, name in sorted(names.items(), key=lambda item: item[1])
-    )
-    grouped: dict[tuple[str, str], list[Step]] = {}
+    groups: dict[tuple[str, str], list[Step]] = {}
     for step in plan.steps.values():
-        grouped.setdefault((_formula(step, weights, names), step.dtype), []).append(step)
-    groups = tuple(_group(formula, dtype, steps) for (formula, dtype), steps in grouped.items())
+        groups.setdefault((_formula(step, weights, names), step.dtype), []).append(step)
     return Description(
-        notation(weights),
-        weights.kind(),
-        "a model" if weights.kind() else "a task vector",
-        inputs,
-        groups,
-        plan.read_bytes,
-        plan.written_bytes,
-        memory_of(plan, threads),
+        notation=notation(weights),
+        total=weights.kind(),
+        gives="a model" if weights.kind() else "a task vector",
+        inputs=tuple(_input(c, name) for c, name in sorted(names.items(), key=lambda item: item[1])),
+        groups=tuple(_group(formula, dtype, steps) for (formula, dtype), steps in groups.items()),
+        read_bytes=plan.read_bytes,
+        written_bytes=plan.written_bytes,
+        memory_bytes=memory_of(plan, threads),
     )
 
 
 def memory_of(plan: Plan, threads: int | None = None) -> int:
-    """Bytes that the pass works in at most; tensors of nonlinear methods are held whole, in float64."""
-    whole = [(len(s.leaves) + 2) * prod(s.shape) * 8 for s in plan.steps.values() if s.kind == "computed"]
-    return (threads or default_threads()) * Buffers().nbytes + max(whole, default=0)
+    """Bound the bytes that the pass works in; tensors of nonlinear methods are held whole, in float64."""
+    held = [(len(s.leaves) + 2) * s.numel * 8 for s in plan.steps.values() if s.kind == "computed"]
+    return (threads or default_threads()) * Buffers().nbytes + max(held, default=0)
+
+
+def count_words(words: Iterable[str]) -> dict[str, int]:
+    """Count how often each word occurs, sorted by word."""
+    return dict(sorted(Counter(words).items()))
+
+
+def _input(checkpoint: Checkpoint, name: str) -> Input:
+    tensors = checkpoint.tensors.values()
+    path = str(checkpoint.path) if checkpoint.path else None
+    nbytes = sum(tensor.nbytes for tensor in tensors)
+    return Input(name, path, checkpoint.layout, len(tensors), nbytes, count_words(t.dtype for t in tensors))
 
 
 def _group(formula: str, dtype: str, steps: list[Step]) -> Group:
-    size = sum(prod(step.shape) * ITEMSIZE[dtype] for step in steps)
-    return Group(
-        formula, dtype, len(steps), size, _counts(tower_of(step.name) for step in steps), steps[0].name
-    )
+    towers = count_words(tower_of(step.name) for step in steps)
+    return Group(formula, dtype, len(steps), sum(step.nbytes for step in steps), towers, steps[0].name)
 
 
-def _formula(step: Step, weights: Weights, names: Mapping[Any, str]) -> str:
+def _formula(step: Step, weights: Expression, names: Mapping[Checkpoint, str]) -> str:
     if step.kind == "agree":
         return "integers that must agree"
     if step.kind == "largest":
         return "the largest step counter"
     if step.kind == "computed":
         return notation(weights)
-    divisor = Fraction(step.divisor)
-    parts = sorted(
-        (source is not weights.base, names[source], Fraction(repr(factor)) / divisor)
+    terms = sorted(
+        (source is not weights.base, names[source], Fraction(repr(factor)) / Fraction(step.divisor))
         for source, (factor, _) in zip(step.sources, step.terms, strict=True)
     )
-    text = ""
-    for _, name, value in parts:
-        sign, size = ("-", -value) if value < 0 else ("+", value)
-        part = name if size == 1 else f"{number_text(size)}*{name}"
-        text += f" {sign} {part}" if text else part if sign == "+" else f"-{part}"
-    return text or "0"
-
-
-def _counts(words: Any) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for word in words:
-        found[word] = found.get(word, 0) + 1
-    return dict(sorted(found.items()))
+    return sum_text([(Coefficient.of(value), name) for _, name, value in terms])

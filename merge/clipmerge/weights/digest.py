@@ -1,13 +1,14 @@
 """Content digests: what a checkpoint holds, whatever file, container or order it is stored in."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from threading import local
 
 import numpy as np
+import numpy.typing as npt
 from blake3 import blake3
 
 from clipmerge.checkpoint.cache import cache_dir
@@ -15,61 +16,133 @@ from clipmerge.checkpoint.output import whole_file
 from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import Bytes, Checkpoint, Tensor, names_digest
 from clipmerge.errors import OutputError
+from clipmerge.types import Progress
 
 PIECE = 1 << 20
 """Bytes read and hashed at a time."""
 
 
-def content_digest(checkpoint: Checkpoint, on_progress: Callable[[str, int, int], None] | None = None) -> str:
-    """BLAKE3 over names, dtypes, shapes and bytes in sorted name order; 64 hex digits.
+def content_digest(checkpoint: Checkpoint, on_progress: Progress | None = None) -> str:
+    """Digest names, dtypes, shapes and bytes in sorted name order: BLAKE3, 64 hex digits.
 
     Remembered under the cache folder by the files' device, inode, size and modification time.
     """
-    known = _known_path(checkpoint)
-    if known is not None:
-        with suppress(OSError, ValueError):
-            text = known.read_text()
-            if len(text) == 64 and int(text, 16) >= 0:
-                return text
-    digest = combine(checkpoint.tensors, tensor_digests(checkpoint, on_progress))
-    if known is not None:
-        _remember(known, digest)
-    return digest
+    return Digests([checkpoint]).finish(on_progress)[checkpoint]
+
+
+class Digests:
+    """Content digests of several checkpoints: remembered ones at once, the others from a pass that reads the tensors
+    anyway.
+
+    A content digest is made of the digests of single tensors, so they can be taken in any order: the pass adds each
+    tensor that it has read, and `finish` reads what is still missing.
+
+    Args:
+        checkpoints: those whose digests are wanted.
+    """
+
+    def __init__(self, checkpoints: Iterable[Checkpoint]) -> None:
+        self._caches = {checkpoint: _cache_path(checkpoint) for checkpoint in checkpoints}
+        self._known = {c: digest for c, path in self._caches.items() if (digest := _remembered(path))}
+        self._tensors: dict[Checkpoint, dict[str, str]] = {
+            c: {} for c in self._caches if c not in self._known
+        }
+
+    @property
+    def complete(self) -> bool:
+        """Whether every digest is known, and no pass need take one."""
+        return not self._tensors
+
+    def wants(self, checkpoint: Checkpoint, name: str) -> bool:
+        """Whether the digest of this tensor has still to be taken."""
+        return checkpoint in self._tensors and name not in self._tensors[checkpoint]
+
+    def add(self, checkpoint: Checkpoint, name: str, digest: str) -> None:
+        """Take note of the BLAKE3 of a tensor's row-major bytes."""
+        self._tensors[checkpoint][name] = digest
+
+    def add_array(self, checkpoint: Checkpoint, name: str, stored: npt.NDArray[np.generic]) -> None:
+        """Digest a tensor that was read whole, if its digest is wanted."""
+        if self.wants(checkpoint, name):
+            raw = stored.reshape(-1).view(np.uint8)
+            self.add(checkpoint, name, blake3(raw.data).hexdigest())
+
+    def finish(self, on_progress: Progress | None = None) -> dict[Checkpoint, str]:
+        """Read and digest the tensors that no pass has read, remember the new digests, and return all of them."""
+        for checkpoint, taken in self._tensors.items():
+            missing = [name for name in checkpoint.tensors if name not in taken]
+            taken |= tensor_digests(checkpoint, missing, on_progress)
+            self._known[checkpoint] = combine(checkpoint.tensors, taken)
+            if (path := self._caches[checkpoint]) is not None:
+                with (
+                    suppress(OutputError),
+                    whole_file(path, parents=True) as sibling,
+                ):  # else it is taken again
+                    sibling.write_text(self._known[checkpoint])
+        self._tensors = {}
+        return {checkpoint: self._known[checkpoint] for checkpoint in self._caches}
+
+
+class StreamDigest:
+    """Digests of adjacent tensors of one checkpoint, taken from their bytes as those go by in order.
+
+    Args:
+        sizes: each tensor's name → its bytes, in the order in which they come.
+    """
+
+    def __init__(self, digests: Digests, checkpoint: Checkpoint, sizes: Mapping[str, int]) -> None:
+        self._digests, self._checkpoint = digests, checkpoint
+        self._sizes = iter(sizes.items())
+        self._name: str | None
+        self._left: int
+        self._hasher: blake3
+        self._next()
+
+    def update(self, raw: Bytes) -> None:
+        """Take the next bytes."""
+        while raw.size:
+            self._hasher.update(raw[: self._left].data)
+            raw, self._left = raw[self._left :], max(0, self._left - raw.size)
+            while self._left == 0 and self._name is not None:
+                self._digests.add(self._checkpoint, self._name, self._hasher.hexdigest())
+                self._next()
+
+    def _next(self) -> None:
+        self._name, self._left = next(self._sizes, (None, 0))
+        self._hasher = blake3()
 
 
 def combine(tensors: Mapping[str, Tensor], digests: Mapping[str, str]) -> str:
-    """The content digest from each tensor's own."""
-    whole = blake3()
+    """Make the content digest from each tensor's own."""
+    content = blake3()
     for name in sorted(tensors):
         tensor = tensors[name]
-        whole.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0{digests[name]}\n".encode())
-    return whole.hexdigest()
+        content.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0{digests[name]}\n".encode())
+    return content.hexdigest()
 
 
 def tensor_digests(
-    checkpoint: Checkpoint, on_progress: Callable[[str, int, int], None] | None = None
+    checkpoint: Checkpoint, names: Iterable[str], on_progress: Progress | None = None
 ) -> dict[str, str]:
-    """BLAKE3 of each tensor's row-major bytes, by name."""
-    total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-    mine = local()
-    with Reader([checkpoint]) as reader, ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+    """Digest each named tensor's row-major bytes: BLAKE3, by name."""
+    largest_first = sorted(names, key=lambda name: -checkpoint.tensors[name].nbytes)
+    total = sum(checkpoint.tensors[name].nbytes for name in largest_first)
+    threads = local()
+    digests, done = {}, 0
+    with Reader([checkpoint]) as reader, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
 
-        def one(tensor: Tensor) -> str:
-            if not hasattr(mine, "buffer"):
-                mine.buffer = np.empty(PIECE, np.uint8)
-            return _tensor_digest(tensor, reader, mine.buffer)
+        def digest(name: str) -> str:
+            if not hasattr(threads, "buffer"):
+                threads.buffer = np.empty(PIECE, np.uint8)
+            return _tensor_digest(checkpoint.tensors[name], reader, threads.buffer)
 
-        largest_first = sorted(checkpoint.tensors, key=lambda name: -checkpoint.tensors[name].nbytes)
-        found = {}
-        done = 0
-        hashed = pool.map(one, (checkpoint.tensors[name] for name in largest_first))
-        for name, digest in zip(largest_first, hashed, strict=True):
-            found[name] = digest
+        for name, hexadecimal in zip(largest_first, pool.map(digest, largest_first), strict=True):
+            digests[name] = hexadecimal
             done += checkpoint.tensors[name].nbytes
             if on_progress:
                 on_progress(f"hashing {checkpoint.name}", done, total)
         reader.unchanged()
-    return found
+    return digests
 
 
 def _tensor_digest(tensor: Tensor, reader: Reader, buffer: Bytes) -> str:
@@ -84,19 +157,19 @@ def _tensor_digest(tensor: Tensor, reader: Reader, buffer: Bytes) -> str:
     return digest.hexdigest()
 
 
-def _known_path(checkpoint: Checkpoint) -> Path | None:
+def _cache_path(checkpoint: Checkpoint) -> Path | None:
     """Where this checkpoint's digest is remembered; None for tensors in memory."""
-    files = checkpoint.files()
-    if not files or any(
-        not isinstance(e.source, Path) for t in checkpoint.tensors.values() for e in t.extents
-    ):
+    extents = (extent for tensor in checkpoint.tensors.values() for extent in tensor.extents)
+    if not checkpoint.files() or not all(isinstance(extent.source, Path) for extent in extents):
         return None
     stamp = "\n".join(" ".join(map(str, now)) for now in checkpoint.stamps_now().values())
     key = blake3(f"{stamp}\n{names_digest(checkpoint.tensors)}".encode()).hexdigest()[:32]
     return cache_dir() / "digests" / key
 
 
-def _remember(path: Path, digest: str) -> None:
-    """A cache that cannot be written is no reason to stop."""
-    with suppress(OutputError), whole_file(path, parents=True) as sibling:
-        sibling.write_text(digest)
+def _remembered(path: Path | None) -> str | None:
+    with suppress(OSError, ValueError):
+        text = path.read_text() if path else ""
+        if len(text) == 64 and int(text, 16) >= 0:
+            return text
+    return None

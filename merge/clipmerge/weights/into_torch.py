@@ -1,21 +1,21 @@
 """Weights ↔ torch: a state dict, a module's own memory. The only file of this room that imports torch."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from clipmerge.checkpoint.tensors import Bytes
+from clipmerge.checkpoint.tensors import Bytes, Extent, Tensor
 from clipmerge.errors import MismatchError, ModelError, RecipeError
-from clipmerge.text import nearest
+from clipmerge.text import and_more
 from clipmerge.types import Progress
+from clipmerge.weights.check import SHOWN, missing_names
+from clipmerge.weights.expression import Expression
 from clipmerge.weights.plan import make_plan
 from clipmerge.weights.run import into_arrays
 
 if TYPE_CHECKING:
     import torch
-
-    from clipmerge.weights.weights import Weights
 
 _TORCH: Mapping[str, str] = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
@@ -27,7 +27,7 @@ _NAMES = {torch_name: name for name, torch_name in _TORCH.items()}
 
 
 def state_dict(
-    weights: "Weights", dtype: str | None = None, *, on_progress: "Progress | None" = None
+    weights: Expression, dtype: str | None = None, *, on_progress: Progress | None = None
 ) -> "dict[str, torch.Tensor]":
     """See `Weights.state_dict`."""
     import torch
@@ -41,7 +41,7 @@ def state_dict(
     return tensors
 
 
-def load_into(weights: "Weights", module: "torch.nn.Module", *, strict: bool = True) -> "torch.nn.Module":
+def load_into(weights: Expression, module: "torch.nn.Module", *, strict: bool = True) -> "torch.nn.Module":
     """See `Weights.load_into`."""
     import torch
 
@@ -76,25 +76,22 @@ def load_into(weights: "Weights", module: "torch.nn.Module", *, strict: bool = T
     return module
 
 
-def tensor_bytes(name: str, tensor: "torch.Tensor") -> tuple[str, tuple[int, ...], Bytes]:
-    """dtype name, shape and the bytes of a tensor (shared with it where it is contiguous and on the CPU).
+def stored(name: str, tensor: "torch.Tensor") -> Tensor:
+    """Describe a tensor in memory as one of a checkpoint; it shares the bytes where it is contiguous and on the CPU.
 
     Raises:
         MismatchError: a dtype that safetensors cannot store, or a sparse tensor.
     """
+    import torch
+
     dtype = _NAMES.get(str(tensor.dtype).removeprefix("torch."))
-    if dtype is None or tensor.layout != _strided():
+    if dtype is None or tensor.layout != torch.strided:
         raise MismatchError(
             f"tensor {name!r} is {tensor.dtype}, {tensor.layout}: it cannot be stored",
             hint="convert it to a dense tensor of a plain dtype first",
         )
-    return dtype, tuple(tensor.shape), _bytes(tensor.detach().cpu().contiguous())
-
-
-def _strided() -> Any:
-    import torch
-
-    return torch.strided
+    raw = _bytes(tensor.detach().cpu().contiguous())
+    return Tensor(dtype, tuple(tensor.shape), (Extent(raw, 0, raw.size),))
 
 
 def _bytes(tensor: "torch.Tensor") -> Bytes:
@@ -106,26 +103,20 @@ def _bytes(tensor: "torch.Tensor") -> Bytes:
     return flat
 
 
-def check_fit(weights: "Weights", targets: "Mapping[str, torch.Tensor]", strict: bool = True) -> None:
+def check_fit(weights: Expression, targets: "Mapping[str, torch.Tensor]", strict: bool = True) -> None:
     """See `Weights.check_fit`."""
     tensors = weights.checkpoints[0].tensors
     problems = []
     if strict:
-        problems += [f"the weights lack {name!r}" for name in sorted(targets.keys() - tensors.keys())]
-        for name in sorted(tensors.keys() - targets.keys()):
-            close = nearest(name, targets.keys() - tensors.keys())
-            problems.append(f"the model has no {name!r}" + (f" (it has {close!r})" if close else ""))
+        missing, extra = sorted(targets.keys() - tensors.keys()), sorted(tensors.keys() - targets.keys())
+        problems += [f"the weights lack {name!r}" for name in missing]
+        problems += [f"the model has no {name}" for name in missing_names(extra, missing)]
     for name in sorted(tensors.keys() & targets.keys()):
-        if tensors[name].shape != tuple(targets[name].shape):
-            problems.append(
-                f"{name!r} is {list(tensors[name].shape)} in the weights and "
-                f"{list(targets[name].shape)} in the model"
-            )
+        here, there = tensors[name].shape, tuple(targets[name].shape)
+        if here != there:
+            problems.append(f"{name!r} is {list(here)} in the weights and {list(there)} in the model")
     if problems:
-        from clipmerge.weights.check import SHOWN
-
-        more = [f"… and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
         raise ModelError(
-            "the weights do not fit the model:\n  " + "\n  ".join(problems[:SHOWN] + more),
+            "the weights do not fit the model:\n  " + and_more(problems, SHOWN, "\n  "),
             hint="is it the right --model? `clipmerge inspect FILE` shows what the file holds",
         )

@@ -1,77 +1,31 @@
-"""The table of nonlinear methods, and a method applied to expressions.
+"""The table of nonlinear methods.
 
-A new per-tensor method is one function in `clipmerge.ops`, one row here and one test.
+A new per-tensor method is one function in `clipmerge.ops`, one row here and one test: the notation, the public
+function of that name and the records of files follow from the row.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
-
-import numpy as np
-import numpy.typing as npt
 
 from clipmerge.errors import RecipeError
-from clipmerge.ops.points import model_stock, slerp
-from clipmerge.ops.vectors import magmax
-from clipmerge.text import nearest
-from clipmerge.weights.coefficient import Coefficient
-from clipmerge.weights.weights import Weights
-
-F64 = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """A rule over whole tensors.
-
-    Attributes:
-        function: one float64 array per operand, then the options by name → float64 array of the same shape.
-        takes: what its operands must be: "points" (models, total 1) or "vectors" (task vectors, total 0).
-        gives: the total of the result.
-        options: name → default.
-        operands: how many it takes, (least, most); None is any number.
-    """
-
-    name: str
-    function: Callable[..., F64]
-    takes: Literal["points", "vectors"]
-    gives: Literal[0, 1]
-    options: Mapping[str, float] = field(default_factory=dict)
-    operands: tuple[int, int | None] = (1, None)
-
+from clipmerge.ops import points, vectors
+from clipmerge.text import did_you_mean
+from clipmerge.weights.expression import Applied, E, Expression, Method
 
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
-        Method("slerp", slerp, takes="points", gives=1, options={"t": 0.5}, operands=(2, 2)),
-        Method("model_stock", model_stock, takes="points", gives=1, operands=(3, None)),
-        Method("magmax", magmax, takes="vectors", gives=0),
+        Method(
+            "slerp", points.slerp, takes="points", gives=1, options={"alpha": 0.5}, operands=(2, 2),
+            renamed={"t": "alpha"},
+        ),
+        Method("model_stock", points.model_stock, takes="points", gives=1, operands=(3, None)),
+        Method("magmax", vectors.magmax, takes="vectors", gives=0),
     )
-}
+}  # fmt: skip
 
 
-class Applied:
-    """A method over expressions: a leaf of a larger expression, computed tensor by tensor."""
-
-    __slots__ = ("__weakref__", "method", "operands", "options")
-
-    def __init__(self, method: Method, operands: Sequence[Weights], options: Mapping[str, float]) -> None:
-        self.method = method
-        self.operands = tuple(operands)
-        self.options = dict(options)
-
-    @property
-    def total(self) -> int:
-        """1 for a point, 0 for a vector."""
-        return self.method.gives
-
-    def evaluate(self, operands: Sequence[F64]) -> F64:
-        """One tensor of the result, from the same tensor of each operand."""
-        return self.method.function(*operands, **self.options)
-
-
-def apply(name: str, operands: Sequence[Weights], **options: float) -> Weights:
-    """The named method over `operands`, lazily.
+def apply(name: str, operands: Sequence[E], **options: float) -> E:
+    """Apply the named method to `operands`, lazily.
 
     Raises:
         RecipeError: no such method or option, the wrong number of operands, or points where it takes vectors.
@@ -79,6 +33,7 @@ def apply(name: str, operands: Sequence[Weights], **options: float) -> Weights:
     method = METHODS.get(name)
     if method is None:
         raise RecipeError(f"there is no method {name!r}", hint=_did_you_mean(name, METHODS))
+    options = {method.renamed.get(option, option): value for option, value in options.items()}
     for option in options:
         if option not in method.options:
             raise RecipeError(f"{name} has no option {option!r}", hint=_did_you_mean(option, method.options))
@@ -92,10 +47,33 @@ def apply(name: str, operands: Sequence[Weights], **options: float) -> Weights:
                 "models (total 1)" if method.takes == "points" else "task vectors (total 0), such as a - base"
             )
             raise RecipeError(f"{name} takes {meant}, not {operand!r}")
-    leaf = Applied(method, operands, {**method.options, **options})
-    return Weights({leaf: Coefficient.of(1)}, leaf)
+    return type(operands[0]).of(Applied(method, operands, {**method.options, **options}))
 
 
-def _did_you_mean(name: str, known: Mapping[str, object]) -> str:
-    close = nearest(name, known)
-    return f"did you mean {close!r}?" if close else f"known: {', '.join(sorted(known)) or 'none'}"
+def function_of(method: Method) -> Callable[..., Expression]:
+    """Make the Python function of a method: `slerp(a, b, 0.3)`, `model_stock([base, a, b])`.
+
+    It takes its operands one by one or as one list, then its options by position or by name.
+    """
+
+    def call(*arguments: Expression | Sequence[Expression] | float, **options: float) -> Expression:
+        operands: list[Expression] = []
+        numbers: list[float] = []
+        for argument in arguments:
+            if isinstance(argument, Expression):
+                operands.append(argument)
+            elif isinstance(argument, Sequence):
+                operands += argument
+            else:
+                numbers.append(argument)
+        if len(numbers) > len(method.options):
+            raise RecipeError(f"{method.name} takes {len(method.options)} options, not {len(numbers)}")
+        return apply(method.name, operands, **dict(zip(method.options, numbers, strict=False)), **options)
+
+    call.__name__ = call.__qualname__ = method.name
+    call.__doc__ = method.function.__doc__
+    return call
+
+
+def _did_you_mean(name: str, known: Mapping[str, object]) -> str | None:
+    return did_you_mean(name, known, f"known: {', '.join(sorted(known)) or 'none'}")

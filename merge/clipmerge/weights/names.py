@@ -25,14 +25,14 @@ def tower_of(name: str) -> str:
 
 
 def block_of(name: str) -> int | None:
-    """The number of the transformer block (or ResNet stage) that the tensor belongs to, None outside blocks."""
-    found = _BLOCK.search(name)
-    return int(found.group(1)) if found else None
+    """Return the number of the transformer block (or ResNet stage) that the tensor belongs to, None outside blocks."""
+    match = _BLOCK.search(name)
+    return int(match.group(1)) if match else None
 
 
 @lru_cache(maxsize=65536)
 def matches(pattern: str, name: str) -> bool:
-    """Whether the pattern picks the name."""
+    """Return whether the pattern picks the name."""
     if pattern in TOWERS:
         return tower_of(name) == pattern
     short = _SHORT.fullmatch(pattern)

@@ -1,26 +1,29 @@
-"""Text → Weights: a small grammar over Python's syntax tree. Nothing is ever evaluated by Python.
+"""Text → expression: Python's syntax tree, walked over the operators that expressions and coefficients have.
 
     base + 0.4*((a - base) + (b - base))
     mean([a, b, c])                 sum([0.7*a, 0.3*b])          interpolate(a, b, 1/3)
-    base + {"visual": 0.4}*(a - base)                            slerp([a, b], t=0.3)
+    base + {"visual": 0.4}*(a - base)                            slerp([a, b], alpha=0.3)
 
 Names stand for checkpoints, numbers keep their decimal text exactly, a mapping gives each tensor its own
-coefficient, and a call is a method of `methods.METHODS` or one of `mean`, `sum`, `interpolate`.
+coefficient, and a call is a method of `methods.METHODS` or one of `mean`, `sum`, `interpolate`. Nothing is ever
+evaluated by Python. The text may come from the record of a stranger's file, so its length and depth, and the size of
+its numbers, are bounded.
 """
 
 import ast
+import operator
 import re
 import unicodedata
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from typing import Any, Generic, TypeAlias
 
 from clipmerge.errors import ClipmergeError, RecipeError
-from clipmerge.text import nearest
-from clipmerge.weights.coefficient import Coefficient
+from clipmerge.text import did_you_mean
+from clipmerge.weights.coefficient import MAX_PRODUCTS, Coefficient
+from clipmerge.weights.expression import E, Expression, baseless_sum, interpolate, mean
 from clipmerge.weights.methods import METHODS, apply
-from clipmerge.weights.notation import FUNCTIONS, baseless_sum
-from clipmerge.weights.weights import Weights, interpolate, mean
 
 MAX_LENGTH = 200_000
 """Characters: a thousand ingredients with long names fit."""
@@ -28,39 +31,41 @@ MAX_DEPTH = 50
 """Parentheses within parentheses; a chain such as `a + b + c` counts once, however long."""
 MAX_BITS = 1000
 """Of a coefficient's numerator and denominator: what float64 can still hold."""
-MAX_MAPS = 256
 
 _DECIMAL = re.compile(r"(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:[eE]([+-]?\d{1,3}))?")
 _GRAMMAR = 'names, numbers, + - * /, {"pattern": number}, mean([a, b]), interpolate(a, b, 0.5), methods'
+_CALLS = ("interpolate", "mean", "sum")
+_OPERATORS: Mapping[type[ast.operator], Any] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+}  # fmt: skip
 
-Value = Weights | Coefficient
+Value: TypeAlias = E | Coefficient
 
 
-def parse(text: str, names: Mapping[str, Weights]) -> Weights:
-    """The expression that `text` writes, over the checkpoints in `names`.
+def parse(text: str, names: Mapping[str, E]) -> E:
+    """Read the expression that `text` writes, over the checkpoints in `names`.
 
     Raises:
         RecipeError: bad syntax (the place is shown), an unknown name, method or option (the nearest known one
             is named), a name that is given but never used, or a meaning that does not exist (weights times
             weights).
     """
-    reader = _Parser(text, {unicodedata.normalize("NFKC", name): value for name, value in names.items()})
-    value = reader.value(reader.tree(), 0)
-    if not isinstance(value, Weights):
+    parser = _Parser(text, {unicodedata.normalize("NFKC", name): value for name, value in names.items()})
+    value = parser.value(parser.tree(), 0)
+    if isinstance(value, Coefficient):
         raise RecipeError("the expression is a number, not weights", hint="multiply it with a checkpoint")
-    for name in sorted(reader.names.keys() - reader.used):
-        close = nearest(name, reader.used)
+    for name in sorted(parser.names.keys() - parser.used):
         raise RecipeError(
             f"the checkpoint {name!r} is given but the expression does not use it",
-            hint=f"leave it out, or is it {close!r} that was meant?" if close else "leave it out",
+            hint=did_you_mean(name, parser.used, "leave it out"),
         )
     return value
 
 
-class _Parser:
+class _Parser(Generic[E]):
     """One text, the names it may use, and those it has used."""
 
-    def __init__(self, text: str, names: Mapping[str, Weights]) -> None:
+    def __init__(self, text: str, names: Mapping[str, E]) -> None:
         self.text = " ".join(text.splitlines()).strip() if "\n" in text.strip() else text.strip()
         self.names = names
         self.used: set[str] = set()
@@ -77,209 +82,159 @@ class _Parser:
                 warnings.simplefilter("ignore")  # Python's advice about literals is not about this notation
                 return ast.parse(self.text, mode="eval").body
         except SyntaxError as error:
-            ends_early = not error.text or not error.offset
-            at = len(self.text) if ends_early else (error.offset or 1) - 1
-            raise self._shown(error.msg, at, counts_bytes=False) from None
+            at = error.offset - 1 if error.text and error.offset else len(self.text)
+            raise self._refused(error.msg, at) from None
         except (RecursionError, MemoryError):
             raise RecipeError("the expression is nested too deeply") from None
         except ValueError as error:  # a null byte
             raise RecipeError(f"the expression cannot be read: {error}") from None
 
-    def value(self, node: ast.expr, depth: int) -> Value:
+    def value(self, node: ast.expr, depth: int) -> "Value[E]":
         if depth > MAX_DEPTH:
             raise self._error(node, f"nested more than {MAX_DEPTH} deep")
         match node:
             case ast.BinOp():
                 return self._chain(node, depth)
-            case ast.UnaryOp(op=ast.USub() | ast.UAdd(), operand=operand):
-                inner = self.value(operand, depth + 1)
-                return inner if isinstance(node.op, ast.UAdd) else _times(inner, Coefficient.of(-1))
+            case ast.UnaryOp(op=ast.USub(), operand=operand):
+                return -self.value(operand, depth + 1)
+            case ast.UnaryOp(op=ast.UAdd(), operand=operand):
+                return self.value(operand, depth + 1)
             case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
-                return Coefficient.of(self._number(node))
+                return self._number(node)
             case ast.Name(id=name):
-                return self._named(name)
+                return self._checkpoint(name)
             case ast.Dict():
                 return self._mapping(node, depth)
             case ast.Call():
                 return self._call(node, depth)
         raise self._error(node, f"{self._source(node)!r} is not part of the notation")
 
-    def _chain(self, node: ast.expr, depth: int) -> Value:
+    def _chain(self, node: ast.expr, depth: int) -> "Value[E]":
         """`a + b - c*d`: down the left side without recursion, so that long sums are not deep."""
-        rest: list[ast.BinOp] = []
+        links: list[ast.BinOp] = []
         while isinstance(node, ast.BinOp):
-            rest.append(node)
+            links.append(node)
             node = node.left
         value = self.value(node, depth + 1)
-        for step in reversed(rest):
-            right = self.value(step.right, depth + 1)
-            operation = _OPERATIONS.get(type(step.op))
+        for link in reversed(links):
+            right = self.value(link.right, depth + 1)
+            operation = _OPERATORS.get(type(link.op))
             if operation is None:
-                raise self._error(step.right, f"{self._source(step)!r} uses an operator other than + - * /")
+                raise self._error(link.right, f"{self._source(link)!r} uses an operator other than + - * /")
             try:
                 value = operation(value, right)
+            except TypeError:
+                if isinstance(link.op, ast.Div):
+                    raise self._error(link.right, "only division by a number means something") from None
+                message = "weights and a number cannot be added"
+                raise self._error(link.right, message, hint="did you mean to multiply?") from None
             except ClipmergeError as error:
-                raise self._error(step.right, error.message, hint=error.hint) from None
-            if isinstance(value, Coefficient) and not _modest(value):
-                raise self._error(step.right, "the number is too large or too long to be a coefficient")
+                raise self._error(link.right, error.message, hint=error.hint) from None
+            self._bound(link.right, value)
         return value
 
-    def _number(self, node: ast.Constant) -> Fraction:
+    def _number(self, node: ast.Constant) -> Coefficient:
+        """The number as written: Python's float of it would have forgotten that 0.1 is 1/10."""
         source = self._source(node)
-        written = _DECIMAL.fullmatch(source)
-        if written is None or len(source) > 400:
+        if _DECIMAL.fullmatch(source) is None or len(source) > 400:
             raise self._error(node, f"{source[:40]!r} is not a decimal number")
-        number = Fraction(source)
-        if not _modest(Coefficient.of(number)):
-            raise self._error(node, "the number is too large or too long to be a coefficient")
+        number = Coefficient.of(Fraction(source))
+        self._bound(node, number)
         return number
 
-    def _named(self, name: str) -> Weights:
-        found = self.names.get(name)
-        if found is None:
-            close = nearest(name, self.names)
+    def _bound(self, node: ast.expr, value: "Value[E]") -> None:
+        if isinstance(value, Coefficient) and (value.size > MAX_PRODUCTS or value.bits > MAX_BITS):
+            raise self._error(node, "the number is too large or too long to be a coefficient")
+
+    def _checkpoint(self, name: str) -> E:
+        if name not in self.names:
             raise RecipeError(
                 f"there is no checkpoint {name!r}",
-                hint=f"did you mean {close!r}?" if close else f"name its file: {name}=FILE",
+                hint=did_you_mean(name, self.names, f"name its file: {name}=FILE"),
             )
         self.used.add(name)
-        return found
+        return self.names[name]
 
     def _mapping(self, node: ast.Dict, depth: int) -> Coefficient:
         rules: dict[str, Fraction] = {}
         for key, entry in zip(node.keys, node.values, strict=True):
             if not isinstance(key, ast.Constant) or not isinstance(key.value, str):
-                raise self._error(
-                    key or node, 'the keys of a mapping are patterns in quotes, such as "visual.*"'
-                )
-            number = self.value(entry, depth + 1)
-            constant = number.constant if isinstance(number, Coefficient) else None
-            if constant is None:
-                raise self._error(entry, "the values of a mapping are numbers")
+                message = 'the keys of a mapping are patterns in quotes, such as "visual.*"'
+                raise self._error(key or node, message)
             if key.value in rules:
                 raise self._error(key, f"the pattern {key.value!r} stands twice")
-            rules[key.value] = constant
+            rules[key.value] = self._constant(entry, depth, "the values of a mapping are numbers")
         return Coefficient.of(rules)
 
-    def _call(self, node: ast.Call, depth: int) -> Weights:
+    def _constant(self, node: ast.expr, depth: int, otherwise: str) -> Fraction:
+        number = self.value(node, depth + 1)
+        constant = number.constant if isinstance(number, Coefficient) else None
+        if constant is None:
+            raise self._error(node, otherwise)
+        return constant
+
+    def _call(self, node: ast.Call, depth: int) -> E:
         if not isinstance(node.func, ast.Name):
             raise self._error(node, f"{self._source(node.func)!r} cannot be called")
-        name = node.func.id
-        if name not in FUNCTIONS and name not in METHODS:
-            close = nearest(name, [*FUNCTIONS, *METHODS])
-            known = ", ".join(sorted([*FUNCTIONS, *METHODS]))
-            raise self._error(
-                node, f"there is no method {name!r}", hint=f"did you mean {close!r}?" if close else known
-            )
-        values = [self.value(item, depth + 1) for item in _listed(node.args)]
-        options = {}
+        name, known = node.func.id, sorted([*_CALLS, *METHODS])
+        if name not in known:
+            hint = did_you_mean(name, known, ", ".join(known))
+            raise self._error(node, f"there is no method {name!r}", hint=hint)
+        arguments: Sequence[ast.expr] = node.args
+        if len(arguments) == 1 and isinstance(arguments[0], ast.List | ast.Tuple):
+            arguments = arguments[0].elts  # f([a, b]) and f(a, b) are one thing
+        values = [self.value(argument, depth + 1) for argument in arguments]
+        options: dict[str, ast.expr] = {}
         for keyword in node.keywords:
             if keyword.arg is None:
                 raise self._error(node, f"{self._source(node)!r} is not part of the notation")
-            options[keyword.arg] = self.value(keyword.value, depth + 1)
+            options[keyword.arg] = keyword.value
+        if name == "interpolate" and "alpha" in options:
+            values.append(self.value(options.pop("alpha"), depth + 1))
+        numbers = {
+            key: float(self._constant(option, depth, f"the option {key!r} takes a number"))
+            for key, option in options.items()
+        }
         try:
-            return _called(name, values, options)
+            return _called(name, values, numbers)
         except ClipmergeError as error:
             raise self._error(node, error.message, hint=error.hint) from None
 
     def _source(self, node: ast.expr) -> str:
         return ast.get_source_segment(self.text, node) or ""
 
-    def _error(self, node: ast.expr, what: str, hint: str | None = None) -> RecipeError:
-        return self._shown(what, node.col_offset, hint=hint)
+    def _error(self, node: ast.expr, message: str, hint: str | None = None) -> RecipeError:
+        # The tree counts the bytes of UTF-8, people count characters.
+        before = self.text.encode()[: node.col_offset].decode(errors="ignore")
+        return self._refused(message, len(before), hint)
 
-    def _shown(
-        self, what: str, offset: int, *, hint: str | None = None, counts_bytes: bool = True
-    ) -> RecipeError:
+    def _refused(self, message: str, offset: int, hint: str | None = None) -> RecipeError:
         """The message, the text around the place, and a caret under it."""
-        if counts_bytes:
-            offset = len(self.text.encode()[:offset].decode(errors="ignore"))
         start = max(0, offset - 60)
-        window = self.text[start : offset + 40]
         return RecipeError(
-            f"{what} (character {offset + 1} of the expression)\n  {window}\n  {' ' * (offset - start)}^",
+            f"{message} (character {offset + 1} of the expression)\n"
+            f"  {self.text[start : offset + 40]}\n  {' ' * (offset - start)}^",
             hint=hint or f"an expression is made of {_GRAMMAR}",
         )
 
 
-def _listed(arguments: Sequence[ast.expr]) -> Sequence[ast.expr]:
-    """`f([a, b])` and `f(a, b)` are one thing."""
-    if len(arguments) == 1 and isinstance(arguments[0], ast.List | ast.Tuple):
-        return arguments[0].elts
-    return arguments
-
-
-def _called(name: str, values: Sequence[Value], options: Mapping[str, Value]) -> Weights:
+def _called(name: str, values: "Sequence[Value[E]]", options: Mapping[str, float]) -> E:
+    if name in _CALLS:
+        for option in options:
+            hint = "interpolate(a, b, alpha=0.5)" if name == "interpolate" else None
+            raise RecipeError(f"{name} has no option {option!r}", hint=hint)
     if name == "interpolate":
-        return _interpolated(values, options)
-    operands = []
+        match values:
+            case [Expression() as a, Expression() as b, Coefficient() as alpha]:
+                return interpolate(a, b, alpha)
+        raise RecipeError("interpolate takes two weights and a number", hint="interpolate(a, b, 0.5)")
+    operands: list[E] = []
     for value in values:
-        if not isinstance(value, Weights):
+        if isinstance(value, Coefficient):
             raise RecipeError(f"{name} takes weights, not the number {value}")
         operands.append(value)
     if name in METHODS:
-        return apply(name, operands, **{key: _plain(key, option) for key, option in options.items()})
-    for option in options:
-        raise RecipeError(f"{name} has no option {option!r}")
+        return apply(name, operands, **options)
+    if not operands:
+        raise RecipeError(f"{name} takes at least one checkpoint")
     return mean(operands) if name == "mean" else baseless_sum(operands)
-
-
-def _interpolated(values: Sequence[Value], options: Mapping[str, Value]) -> Weights:
-    given = [*values, *(options[key] for key in options if key == "alpha")]
-    wrong = [key for key in options if key != "alpha"]
-    if wrong:
-        raise RecipeError(f"interpolate has no option {wrong[0]!r}", hint="interpolate(a, b, alpha=0.5)")
-    match given:
-        case [Weights() as a, Weights() as b, Coefficient() as alpha]:
-            return interpolate(a, b, alpha)
-        case _:
-            raise RecipeError("interpolate takes two weights and a number", hint="interpolate(a, b, 0.5)")
-
-
-def _plain(key: str, value: Value) -> float:
-    constant = value.constant if isinstance(value, Coefficient) else None
-    if constant is None:
-        raise RecipeError(f"the option {key!r} takes a number")
-    return float(constant)
-
-
-def _modest(value: Coefficient) -> bool:
-    return value.size <= MAX_MAPS and value.bits <= MAX_BITS
-
-
-def _plus(left: Value, right: Value) -> Value:
-    if isinstance(left, Weights) and isinstance(right, Weights):
-        return left + right
-    if isinstance(left, Coefficient) and isinstance(right, Coefficient):
-        return left + right
-    raise RecipeError("weights and a number cannot be added", hint="did you mean to multiply?")
-
-
-def _minus(left: Value, right: Value) -> Value:
-    return _plus(left, _times(right, Coefficient.of(-1)))
-
-
-def _times(left: Value, right: Value) -> Value:
-    if isinstance(left, Coefficient) and isinstance(right, Coefficient):
-        if left.size * right.size > MAX_MAPS:
-            raise RecipeError("too many mappings are multiplied with each other")
-        return left * right
-    if isinstance(left, Coefficient) and isinstance(right, Weights):
-        return right * left
-    if isinstance(left, Weights) and isinstance(right, Coefficient):
-        return left * right
-    raise RecipeError("weights times weights means nothing", hint="multiply by a number or a mapping")
-
-
-def _over(left: Value, right: Value) -> Value:
-    divisor = right.constant if isinstance(right, Coefficient) else None
-    if divisor is None:
-        raise RecipeError("only division by a number means something")
-    if divisor == 0:
-        raise RecipeError("division by zero")
-    return _times(left, Coefficient.of(1 / divisor))
-
-
-_OPERATIONS: Mapping[type[ast.operator], Callable[[Value, Value], Value]] = {
-    ast.Add: _plus, ast.Sub: _minus, ast.Mult: _times, ast.Div: _over,
-}  # fmt: skip

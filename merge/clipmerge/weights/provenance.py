@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from clipmerge.checkpoint.tensors import Checkpoint
-from clipmerge.types import Progress
 from clipmerge.version import __version__
-from clipmerge.weights.digest import content_digest
+from clipmerge.weights.expression import Expression
 from clipmerge.weights.notation import identifiers_of, notation
 from clipmerge.weights.record import FORMAT, needs_quick_gelu, read_record, write_record
-from clipmerge.weights.weights import Weights
 
 GENERATIONS = 8
 """How far back a file tells its history: shared ancestors are told once for each path to them."""
@@ -20,27 +18,25 @@ MAX_TRAINING = 1 << 14
 
 
 def file_metadata(
-    weights: Weights,
+    weights: Expression,
     *,
     dtype: str | None = None,
     extra: Mapping[str, Any] | None = None,
-    digests: bool = True,
-    on_progress: Progress | None = None,
+    digests: Mapping[Checkpoint, str] | None = None,
 ) -> dict[str, str]:
-    """The metadata of the file that `weights` becomes.
+    """Describe in metadata how the file that `weights` becomes was made.
 
     Args:
         extra: further keys of the record ("model", "training", "selection" …); they win over inherited ones.
-        digests: whether each parent's content digest is taken; without them the file cannot be verified.
+        digests: each parent's content digest; without them the file cannot be verified.
     """
     names = identifiers_of(weights)
     parents = {}
     for checkpoint, name in names.items():
         parent: dict[str, Any] = {"file": _file_name(checkpoint)}
-        if digests:
-            parent["digest"] = content_digest(checkpoint, on_progress)
-        made = history(read_record(checkpoint.metadata))
-        if made:
+        if digests is not None:
+            parent["digest"] = digests[checkpoint]
+        if made := history(read_record(checkpoint.metadata)):
             parent["made"] = made
         parents[name] = parent
     record: dict[str, Any] = {
@@ -51,13 +47,11 @@ def file_metadata(
         "dtype": dtype or "base",
         "parents": parents,
     }
-    model = weights.model
-    if model is not None:
+    if (model := weights.model) is not None:
         record["model"] = model
     if any(needs_quick_gelu(checkpoint) for checkpoint in names):
         record["quick_gelu"] = True
-    record.update(extra or {})
-    return write_record(record)
+    return write_record({**record, **(extra or {})})
 
 
 def _file_name(checkpoint: Checkpoint) -> str | None:
@@ -69,21 +63,21 @@ def _file_name(checkpoint: Checkpoint) -> str | None:
 
 
 def history(record: Mapping[str, Any], generations: int = GENERATIONS) -> dict[str, Any]:
-    """What a descendant keeps of a record: how it was made, through at most so many generations."""
-    kept = {key: record[key] for key in ("notation", "dtype", "training") if key in record}
-    if len(json.dumps(kept.get("training"))) > MAX_TRAINING:
-        del kept["training"]
+    """Select what a descendant repeats of a record: how it was made, through at most so many generations."""
+    entry = {key: record[key] for key in ("notation", "dtype", "training") if key in record}
+    if len(json.dumps(entry.get("training"))) > MAX_TRAINING:
+        del entry["training"]
     if is_original(record):
-        return {"training": kept["training"]} if "training" in kept else {}
+        return {"training": entry["training"]} if "training" in entry else {}
     parents = {}
     for parent in parents_of(record):
-        entry: dict[str, Any] = {"file": parent.file}
+        repeated: dict[str, Any] = {"file": parent.file}
         if parent.digest is not None:
-            entry["digest"] = parent.digest
+            repeated["digest"] = parent.digest
         if parent.made and generations > 1 and (made := history(parent.made, generations - 1)):
-            entry["made"] = made
-        parents[parent.name] = entry
-    return {**kept, "parents": parents} if parents else kept
+            repeated["made"] = made
+        parents[parent.name] = repeated
+    return {**entry, "parents": parents} if parents else entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,17 +98,17 @@ class Parent:
 
 
 def parents_of(record: Mapping[str, Any]) -> tuple[Parent, ...]:
-    """The parents in a record, sorted by name; entries that are not ours are left out."""
-    found = record.get("parents")
-    entries = found.items() if isinstance(found, Mapping) else ()
+    """Read the parents in a record, sorted by name; entries that are not ours are left out."""
+    parents = record.get("parents")
+    entries = parents.items() if isinstance(parents, Mapping) else ()
     return tuple(_parent(name, entry) for name, entry in sorted(entries) if isinstance(entry, Mapping))
 
 
 def bases_of(record: Mapping[str, Any]) -> tuple[Parent, ...]:
-    """The checkpoints that training started from, where the record is of a trained file."""
+    """Read the checkpoints that training started from, where the record is of a trained file."""
     training = record.get("training")
-    found = training.get("base") if isinstance(training, Mapping) else None
-    entries = found if isinstance(found, list) else ()
+    bases = training.get("base") if isinstance(training, Mapping) else None
+    entries = bases if isinstance(bases, list) else ()
     return tuple(_parent("base", entry) for entry in entries if isinstance(entry, Mapping))
 
 

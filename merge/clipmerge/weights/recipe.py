@@ -19,22 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from clipmerge.errors import RecipeError
-from clipmerge.text import nearest
+from clipmerge.text import did_you_mean
 from clipmerge.weights.parse import parse
 from clipmerge.weights.weights import Weights, load_each
 
 _KEYS = {"expression": str, "checkpoints": dict, "dtype": str, "shard_size": str, "output": str}
 _REMOTE = re.compile(r"hf-hub:.+|[\w.-]{2,}:[\w.-]+")
 _UNITS = {
-    "": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-}
+    "": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
+}  # fmt: skip
 MAX_SIZE = 1 << 20
 
 
@@ -76,8 +69,7 @@ def read_recipe(path: str | Path) -> Recipe:
     document = _document(path)
     for key in document:
         if key not in _KEYS:
-            close = nearest(key, _KEYS)
-            hint = f"did you mean {close!r}?" if close else f"known: {', '.join(_KEYS)}"
+            hint = did_you_mean(key, _KEYS, f"known: {', '.join(_KEYS)}")
             raise RecipeError(f"{path} has the unknown key {key!r}", hint=hint)
         if not isinstance(document[key], _KEYS[key]):
             wanted = "a table of files" if _KEYS[key] is dict else "text in quotes"
@@ -104,9 +96,9 @@ def parse_size(text: str) -> int:
     Raises:
         RecipeError: not a positive size.
     """
-    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([A-Za-z]*)\s*", text)
-    unit = _UNITS.get(found.group(2).upper()) if found else None
-    size = int(float(found.group(1)) * unit) if found and unit else 0
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([A-Za-z]*)\s*", text)
+    unit = _UNITS.get(match.group(2).upper()) if match else None
+    size = int(float(match.group(1)) * unit) if match and unit else 0
     if size < 1:
         raise RecipeError(f"{text!r} is not a size", hint="a number and a unit, such as 5GB or 500MB")
     return size

@@ -14,7 +14,7 @@ MAX_DEPTH = 64
 
 
 def read_record(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The record of a file, {} where there is none or it is not ours."""
+    """Read the record of a file, {} where there is none or it is not ours."""
     text = metadata.get(KEY)
     if text is None:
         return {}
@@ -42,13 +42,13 @@ def _depth(document: Any) -> int:
 
 
 def model_record(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """Which model the checkpoint is for: {"name", "config", "preprocess"}, recorded or from the file beside it."""
-    for found in (read_record(checkpoint.metadata).get("model"), checkpoint.extra.get("model")):
-        if isinstance(found, dict):
-            config = found.get("config")
+    """Say which model the checkpoint is for: {"name", "config", "preprocess"}, recorded or from the file beside it."""
+    for model in (read_record(checkpoint.metadata).get("model"), checkpoint.extra.get("model")):
+        if isinstance(model, dict):
+            config = model.get("config")
             if isinstance(config, dict) and needs_quick_gelu(checkpoint):
-                return {**found, "config": {**config, "quick_gelu": True}}
-            return found
+                return {**model, "config": {**config, "quick_gelu": True}}
+            return model
     return None
 
 
@@ -59,7 +59,7 @@ def needs_quick_gelu(checkpoint: Checkpoint) -> bool:
 
 
 def write_record(record: Mapping[str, Any]) -> dict[str, str]:
-    """File metadata that holds the record: keys sorted, so that the same record is the same bytes.
+    """Write the record as file metadata: keys sorted, so that the same record is the same bytes.
 
     Bytes of a file's name that are not Unicode become question marks: no safetensors header can hold them.
 

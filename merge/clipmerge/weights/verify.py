@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
@@ -18,11 +18,12 @@ from clipmerge.types import Progress
 from clipmerge.weights.blocks import Sink
 from clipmerge.weights.digest import content_digest
 from clipmerge.weights.parse import parse
-from clipmerge.weights.plan import Plan, float_dtype, make_plan
+from clipmerge.weights.plan import float_dtype, make_plan
 from clipmerge.weights.provenance import Parent, is_original, parents_of
 from clipmerge.weights.record import read_record
 from clipmerge.weights.run import execute
-from clipmerge.weights.weights import load
+from clipmerge.weights.steps import Plan
+from clipmerge.weights.weights import Weights, as_checkpoint, load
 
 SUFFIXES = (".safetensors", ".safetensors.index.json", ".pt", ".pth", ".bin")
 """What a parent's file may end in."""
@@ -30,14 +31,14 @@ SUFFIXES = (".safetensors", ".safetensors.index.json", ".pt", ".pth", ".bin")
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What `verify` found.
+    """What `verify` concluded.
 
     Attributes:
         status: "verified"; "differs" (`tensor` is the first that does); "missing" (parents were not found);
             "unrecorded" (the file does not say how it was made).
         reason: one sentence.
-        parents: name → the file that was found for it.
-        missing: the parents for which none was.
+        parents: name → the file that is this parent.
+        missing: the parents for which there is no file.
     """
 
     status: Literal["verified", "differs", "missing", "unrecorded"]
@@ -47,103 +48,107 @@ class Verdict:
     parents: Mapping[str, Path] = field(default_factory=dict)
     missing: tuple[Parent, ...] = ()
 
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready, all fields."""
+        return {**asdict(self), "parents": {name: str(path) for name, path in self.parents.items()}}
+
 
 def verify(
-    path: str | Path, parents: Sequence[str | Path] = (), *, on_progress: Progress | None = None
+    checkpoint: str | Path | Weights,
+    parents: Sequence[str | Path] = (),
+    *,
+    on_progress: Progress | None = None,
 ) -> Verdict:
     """Recompute a merged file from its parents and compare every tensor, bit for bit.
 
     Args:
-        path: the file to verify.
+        checkpoint: the file to verify, or what `load` gave for it.
         parents: files, or folders to search through, besides the file's own folder. Names do not matter:
             parents are known by their content digests.
 
     Raises:
         CheckpointError: the file cannot be read, or its record makes no sense.
     """
-    (checkpoint,) = load(path).checkpoints
-    record = read_record(checkpoint.metadata)
+    merged = as_checkpoint(checkpoint)
+    record = read_record(merged.metadata)
     notation = record.get("notation")
     if not isinstance(notation, str):
         return Verdict("unrecorded", "the file does not say how it was made: clipmerge did not write it")
     if is_original(record):
-        return _original(checkpoint, record, notation, on_progress)
-    wanted = parents_of(record)
-    if not wanted or any(parent.digest is None for parent in wanted):
-        reason = "the file was written without its parents' digests"
-        return Verdict("unrecorded", reason, notation)
-    found = _find(checkpoint, wanted, _candidates(checkpoint, wanted, parents), on_progress)
-    missing = tuple(parent for parent in wanted if parent.name not in found)
+        return _verify_original(merged, record, notation, on_progress)
+    recorded = parents_of(record)
+    if not recorded or any(parent.digest is None for parent in recorded):
+        return Verdict("unrecorded", "the file was written without its parents' digests", notation)
+    files = _find(merged, recorded, _candidates(merged, recorded, parents), on_progress)
+    missing = tuple(parent for parent in recorded if parent.name not in files)
     if missing:
-        reason = f"{len(missing)} of {len(wanted)} parents are missing"
-        return Verdict("missing", reason, notation, None, found, missing)
-    plan = _plan(checkpoint, record, notation, found)
-    differs = _first_difference(checkpoint, plan, on_progress)
-    if differs:
-        return Verdict("differs", differs[1], notation, differs[0], found)
-    return Verdict("verified", "every tensor is what the record says, bit for bit", notation, None, found)
+        reason = f"{len(missing)} of {len(recorded)} parents are missing"
+        return Verdict("missing", reason, notation, None, files, missing)
+    difference = _first_difference(merged, _plan(merged, record, notation, files), on_progress)
+    if difference:
+        name, reason = difference
+        return Verdict("differs", reason, notation, name, files)
+    return Verdict("verified", "every tensor is what the record says, bit for bit", notation, None, files)
 
 
-def _original(
+def _verify_original(
     checkpoint: Checkpoint, record: Mapping[str, Any], notation: str, on_progress: Progress | None
 ) -> Verdict:
     """Weights that were in memory: nothing to compute again, but the content has a digest."""
     digest = parents_of(record)[0].digest
     if digest is None or record.get("dtype", "base") != "base":
         return Verdict("unrecorded", "the file was written from memory, without a digest of it", notation)
-    if content_digest(checkpoint, on_progress) == digest:
-        return Verdict(
-            "verified", "the content is what was written (from memory: it has no parents)", notation
-        )
-    return Verdict("differs", "the content is not what was written", notation)
+    if content_digest(checkpoint, on_progress) != digest:
+        return Verdict("differs", "the content is not what was written", notation)
+    return Verdict("verified", "the content is what was written (from memory: it has no parents)", notation)
 
 
 def _candidates(
-    checkpoint: Checkpoint, wanted: Sequence[Parent], parents: Sequence[str | Path]
+    checkpoint: Checkpoint, recorded: Sequence[Parent], places: Sequence[str | Path]
 ) -> Iterator[Path]:
     """Files that may be parents, each once: those with a recorded name first."""
     files: dict[Path, None] = {}
-    for place in (Path(parent) for parent in parents):
+    for place in map(Path, places):
         if not place.exists():
             raise CheckpointError(f"{place} does not exist", hint="--parents takes files and folders")
         inside = [Path(root) / name for root, _, names in os.walk(place) for name in names]
         files.update(dict.fromkeys(sorted(inside) if place.is_dir() else [place]))
     if checkpoint.path is not None:
-        own = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-        files.update(dict.fromkeys(sorted(p for p in own.iterdir() if p.is_file())))
-    names = {parent.file for parent in wanted}
-    fitting = [file for file in files if file.name.endswith(SUFFIXES)]
-    yield from sorted(fitting, key=lambda file: file.name not in names)
+        folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+        files.update(dict.fromkeys(sorted(p for p in folder.iterdir() if p.is_file())))
+    names = {parent.file for parent in recorded}
+    readable = [file for file in files if file.name.endswith(SUFFIXES)]
+    yield from sorted(readable, key=lambda file: file.name not in names)
 
 
 def _find(
     checkpoint: Checkpoint,
-    wanted: Sequence[Parent],
+    recorded: Sequence[Parent],
     candidates: Iterator[Path],
     on_progress: Progress | None,
 ) -> dict[str, Path]:
-    """Parent's name → the first candidate with its digest; stops reading when all are found."""
-    found: dict[str, Path] = {}
+    """Parent's name → the first candidate with its digest; stops reading when all have one."""
+    files: dict[str, Path] = {}
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     for file in candidates:
-        if len(found) == len(wanted):
+        if len(files) == len(recorded):
             break
         with suppress(ClipmergeError, OSError):
             other = open_checkpoint(file)
             if {name: tensor.shape for name, tensor in other.tensors.items()} == shapes:
                 digest = content_digest(other, on_progress)
-                for parent in wanted:
+                for parent in recorded:
                     if parent.digest == digest:
-                        found.setdefault(parent.name, file)
-    return found
+                        files.setdefault(parent.name, file)
+    return files
 
 
 def _plan(
-    checkpoint: Checkpoint, record: Mapping[str, Any], notation: str, found: Mapping[str, Path]
+    checkpoint: Checkpoint, record: Mapping[str, Any], notation: str, files: Mapping[str, Path]
 ) -> Plan:
     dtype = record.get("dtype", "base")
     try:
-        weights = parse(notation, {name: load(file, name) for name, file in found.items()})
+        weights = parse(notation, {name: load(file, name) for name, file in files.items()})
         return make_plan(weights, dtype=None if dtype == "base" else float_dtype(str(dtype)))
     except ClipmergeError as error:
         raise CheckpointError(

@@ -1,174 +1,47 @@
-"""`Weights`: a lazy linear expression over checkpoints, the one value type of the library.
+"""`Weights`: a lazy expression over checkpoints, the one value type of the library, and how it is loaded and saved.
 
-Nothing is read until it is saved, loaded into a model or asked for its tensors. Whatever is written with
-`+ - *` collapses at once to one coefficient for each checkpoint, so that the longest expression is still
-one streaming weighted sum that reads every input once.
+Nothing is read until it is saved, loaded into a model or asked for its tensors. What an expression is stands in
+`expression.py`, how it is computed in `plan.py` and `run.py`.
 """
 
-import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from fractions import Fraction
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from clipmerge.checkpoint.tensors import Checkpoint, Extent, Tensor, identifiers
-from clipmerge.errors import CheckpointError, MismatchError, RecipeError
+from clipmerge.checkpoint.open import open_checkpoint
+from clipmerge.checkpoint.output import new_files, write_at
+from clipmerge.checkpoint.read import Reader
+from clipmerge.checkpoint.tensors import Bytes, Checkpoint, identifiers
+from clipmerge.errors import CheckpointError, RecipeError
 from clipmerge.types import Progress
-from clipmerge.weights.coefficient import Coefficient, Scalar, number_text
-from clipmerge.weights.record import model_record, read_record
+from clipmerge.weights import into_torch
+from clipmerge.weights.coefficient import Coefficient
+from clipmerge.weights.digest import Digests
+from clipmerge.weights.expression import Expression, interpolate, mean
+from clipmerge.weights.methods import METHODS, function_of
+from clipmerge.weights.notation import notation
+from clipmerge.weights.output_files import check_save, output_files
+from clipmerge.weights.plan import float_dtype
+from clipmerge.weights.provenance import file_metadata
+from clipmerge.weights.run import execute
 
 if TYPE_CHECKING:
     import torch
 
-    from clipmerge.weights.methods import Applied
-
-    Leaf: TypeAlias = Checkpoint | Applied
-
-_TOLERANCE = Fraction(1, 10**6)
-"""How far a total may be from 0 or 1: softmaxed coefficients sum to 1 only up to their own rounding."""
+__all__ = ["Weights", "from_state_dict", "interpolate", "load", "load_all", "load_each", "mean"]
 
 
-class Weights:
-    """Σ coefficient · checkpoint.
+class Weights(Expression):
+    """A sum of coefficients times checkpoints, not yet computed; made by `load` and arithmetic."""
 
-    Attributes:
-        terms: leaf (a checkpoint, or a nonlinear method's result) → coefficient, in the order written.
-        base: the leaf that names dtypes, step counters and whatever a pattern leaves alone; None for a mean,
-            where every input counts the same.
-    """
-
-    __slots__ = ("base", "terms")
-
-    def __init__(self, terms: "Mapping[Leaf, Coefficient]", base: "Leaf | None") -> None:
-        self.terms = {leaf: c for leaf, c in terms.items() if c}
-        self.base = base if base is None or base in self.terms else next(iter(self.terms), None)
-
-    # -- algebra -----------------------------------------------------------------------------------------
-
-    def __add__(self, other: "Weights") -> "Weights":
-        if not isinstance(other, Weights):
-            return NotImplemented
-        terms = dict(self.terms)
-        for leaf, coefficient in other.terms.items():
-            terms[leaf] = terms[leaf] + coefficient if leaf in terms else coefficient
-        return Weights(terms, self.base if self.terms else other.base)
-
-    def __mul__(self, factor: "Scalar | Mapping[str, float] | Coefficient") -> "Weights":
-        if isinstance(factor, Weights):
-            raise RecipeError("weights times weights means nothing", hint="multiply by a number or a mapping")
-        by = Coefficient.of(factor)
-        return Weights({leaf: c * by for leaf, c in self.terms.items()}, self.base)
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, divisor: Scalar) -> "Weights":
-        by = Coefficient.of(divisor).constant
-        if not by:
-            raise RecipeError("weights cannot be divided by zero")
-        return self * (1 / by)
-
-    def __neg__(self) -> "Weights":
-        return self * -1
-
-    def __sub__(self, other: "Weights") -> "Weights":
-        if not isinstance(other, Weights):
-            return NotImplemented
-        return self + -other
+    __slots__ = ()
 
     def __repr__(self) -> str:
-        from clipmerge.weights.notation import notation
-
         return notation(self)
-
-    # -- what it is --------------------------------------------------------------------------------------
-
-    @property
-    def checkpoints(self) -> tuple[Checkpoint, ...]:
-        """Every checkpoint it reads, each once, in the order written."""
-        found: dict[Checkpoint, None] = {}
-        for leaf in self.terms:
-            if isinstance(leaf, Checkpoint):
-                found[leaf] = None
-            else:
-                found.update((c, None) for operand in leaf.operands for c in operand.checkpoints)
-        return tuple(found)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The tensor names, sorted (those of the first checkpoint: all must have the same)."""
-        return tuple(sorted(self.checkpoints[0].tensors)) if self.terms else ()
-
-    @property
-    def total(self) -> Fraction:
-        """The sum of the coefficients, each times its leaf's own total: 1 is a model, 0 a task vector.
-
-        Raises:
-            RecipeError: per-name coefficients make the total differ between tensors.
-        """
-        summed = sum((c * Coefficient.of(leaf_total(leaf)) for leaf, c in self.terms.items()), _ZERO)
-        if summed.constant is not None:
-            return summed.constant
-        values = {summed.at(name) for name in self.names}
-        if max(values) - min(values) <= _TOLERANCE:
-            return max(values)
-        odd = next(n for n in self.names if summed.at(n) != summed.at(self.names[0]))
-        raise RecipeError(
-            f"the total is {number_text(summed.at(self.names[0]))} for {self.names[0]!r} "
-            f"but {number_text(summed.at(odd))} for {odd!r}",
-            hint="scale differences: base + {pattern: number}*(a - base)",
-        )
-
-    def kind(self) -> int:
-        """1 for a model, 0 for a task vector.
-
-        Raises:
-            RecipeError: the total is neither.
-        """
-        total = self.total
-        for kind in (1, 0):
-            if abs(total - kind) <= _TOLERANCE:
-                if not self.terms:
-                    break
-                return kind
-        if not self.terms:
-            raise RecipeError("every coefficient is zero: there is nothing to compute")
-        count = len(self.terms)
-        hint = "did you mean mean([...])?" if total == count else "did you mean base + scale*(a - base)?"
-        shown = number_text(total) if total.denominator < 1000 else f"{float(total):.6g}"
-        raise RecipeError(f"total is {shown}: neither a model (1) nor a task vector (0)", hint=hint)
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """What clipmerge wrote into the base's (or first checkpoint's) file: provenance, model; {} otherwise."""
-        first = self.base if isinstance(self.base, Checkpoint) else next(iter(self.checkpoints), None)
-        return read_record(first.metadata) if first else {}
-
-    @property
-    def model(self) -> dict[str, Any] | None:
-        """The model record that the checkpoints carry: {"name", "config", "preprocess"}; None where none does.
-
-        Raises:
-            MismatchError: two checkpoints were made for different models.
-        """
-        found = [(checkpoint, model_record(checkpoint)) for checkpoint in self.checkpoints]
-        known = [(checkpoint, model) for checkpoint, model in found if model is not None]
-        for checkpoint, model in known[1:]:
-            if model.get("config") != known[0][1].get("config"):
-                raise MismatchError(
-                    f"{known[0][0].path or known[0][0].name} was made for {known[0][1].get('name')}, "
-                    f"{checkpoint.path or checkpoint.name} for {model.get('name')}",
-                    hint="checkpoints of different models cannot be merged, even where the shapes agree",
-                )
-        # A configuration beside foreign weights (a Hub folder's) speaks only where no file of ours does.
-        known = known or [(c, c.extra["model"]) for c in self.checkpoints if "model" in c.extra]
-        # The base's own; among equals not the first listed, so that the order of a soup decides nothing.
-        own = [model for checkpoint, model in known if checkpoint is self.base]
-        return min(own or [m for _, m in known], key=lambda m: json.dumps(m, sort_keys=True), default=None)
-
-    # -- what it becomes ---------------------------------------------------------------------------------
 
     def save(
         self,
@@ -184,7 +57,7 @@ class Weights:
         threads: int | None = None,
         on_progress: Progress | None = None,
     ) -> Path:
-        """Write it as `.safetensors`, whole or not at all; the path that was written.
+        """Write the weights as `.safetensors`, whole or not at all. Returns the path that was written.
 
         Args:
             path: the file; with `shard_size` the index `<path>.index.json` stands beside the shards.
@@ -204,20 +77,40 @@ class Weights:
             NonFiniteError: an input holds NaN or infinity, or the output's dtype overflows.
             OutputError: the file exists, is an input, or cannot be written.
         """
-        from clipmerge.weights.run import save
-
-        return save(
-            self, Path(path), force=force, dtype=dtype, allow_nonfinite=allow_nonfinite, shard_size=shard_size,
-            metadata=metadata, digests=digests, fsync=fsync, threads=threads, on_progress=on_progress,
-        )  # fmt: skip
+        dtype = float_dtype(dtype)
+        target = check_save(self, Path(path), force=force, dtype=dtype, shard_size=shard_size)
+        taken = Digests(self.checkpoints) if digests else None
+        # Digests are taken from the bytes as they stream by, so the record that holds them is written last. All
+        # digests are equally long: with any text in their place the header has its final size.
+        written = dict.fromkeys(self.checkpoints, "0" * 64) if taken else None
+        record = partial(file_metadata, self, dtype=dtype, extra=metadata)
+        files = output_files(target, record(digests=written))
+        with (
+            Reader(target.plan.checkpoints) as reader,
+            new_files(
+                [(file.path, file.size) for file in files],
+                force=force, fsync=fsync, superseded=target.superseded,
+            ) as descriptors,
+        ):  # fmt: skip
+            placed = []
+            for file, descriptor in zip(files, descriptors, strict=True):
+                sink = _file_sink(descriptor, file.path)
+                placed += [(target.plan.steps[name], sink, offset) for name, offset in file.offsets.items()]
+            execute(
+                target.plan, placed, reader, threads=threads, allow_nonfinite=allow_nonfinite, digests=taken,
+                on_progress=on_progress,
+            )  # fmt: skip
+            if taken:
+                files = output_files(target, record(digests=taken.finish(on_progress)))
+            for file, descriptor in zip(files, descriptors, strict=True):
+                write_at(descriptor, file.head, 0, file.path)
+        return files[-1].path
 
     def state_dict(
         self, dtype: str | None = None, *, on_progress: Progress | None = None
     ) -> "dict[str, torch.Tensor]":
-        """Computed tensors by open_clip's names, on the CPU, by the same pass as `save`."""
-        from clipmerge.weights.into_torch import state_dict
-
-        return state_dict(self, dtype, on_progress=on_progress)
+        """Compute the tensors by open_clip's names, on the CPU, by the same pass as `save`."""
+        return into_torch.state_dict(self, dtype, on_progress=on_progress)
 
     def load_into(self, module: "torch.nn.Module", *, strict: bool = True) -> "torch.nn.Module":
         """Write into the module's parameters and buffers in place, in their dtype and on their device.
@@ -228,36 +121,36 @@ class Weights:
             NonFiniteError, CheckpointError: an input holds NaN, or ends early; found while writing, so the module
                 is then partly written: load into it again before it is used.
         """
-        from clipmerge.weights.into_torch import load_into
-
-        return load_into(self, module, strict=strict)
+        return into_torch.load_into(self, module, strict=strict)
 
     def check_fit(self, module: "torch.nn.Module") -> None:
-        """Whether `load_into` would do, from headers alone; the module may be on the meta device.
+        """Refuse a module that `load_into` could not fill, from headers alone; it may be on the meta device.
 
         Raises:
             ModelError: names or shapes differ; all of them are listed.
         """
-        from clipmerge.weights.into_torch import check_fit
-
-        check_fit(self, module.state_dict(keep_vars=True))
+        into_torch.check_fit(self, module.state_dict(keep_vars=True))
 
 
-_ZERO = Coefficient({})
+def __getattr__(name: str) -> Callable[..., Weights]:
+    """The function of each method of the table: `slerp(a, b, 0.3)`, `model_stock([base, a, b])`."""
+    if name in METHODS:
+        return function_of(METHODS[name])  # type: ignore[return-value] # Weights in, Weights out
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def leaf_total(leaf: "Leaf") -> Fraction:
-    """1 for a point, 0 for a vector."""
-    if isinstance(leaf, Checkpoint):
-        return Fraction(int(read_record(leaf.metadata).get("total", 1)))
-    return Fraction(leaf.total)
+def _file_sink(descriptor: int, path: Path) -> Callable[[int, Bytes], None]:
+    def write(offset: int, data: Bytes) -> None:
+        write_at(descriptor, data.data, offset, path)
+
+    return write
 
 
 _opened: WeakValueDictionary[tuple[object, ...], Checkpoint] = WeakValueDictionary()
 
 
 def load(path: str | Path, name: str | None = None) -> Weights:
-    """The weights in a file or folder, lazily: only headers are read.
+    """Open the weights in a file or folder, lazily: only headers are read.
 
     Args:
         path: `.safetensors` (or an index, or a folder), `.pt`, `.bin`, `.pth`, `hf-hub:org/name`, `model:tag`.
@@ -267,34 +160,23 @@ def load(path: str | Path, name: str | None = None) -> Weights:
         CheckpointError: missing, truncated, or not a checkpoint.
         UnsafeFileError: reading the file would need code to run.
     """
-    from clipmerge.checkpoint.open import open_checkpoint
-
     checkpoint = open_checkpoint(path)
-    stamps = checkpoint.stamps_now()
-    checkpoint = replace(checkpoint, name=name or checkpoint.name, stamps=stamps)
-    if stamps:
-        checkpoint = _opened.setdefault((checkpoint.name, *stamps.values()), checkpoint)
-    return Weights({checkpoint: Coefficient.of(1)}, checkpoint)
+    return _named(replace(checkpoint, stamps=checkpoint.stamps_now()), name or checkpoint.name)
 
 
 def load_all(paths: Sequence[str | Path]) -> list[Weights]:
-    """`load` for each path, with distinct names whatever the files are called, in the order given.
+    """`load` each path, with distinct names whatever the files are called, in the order given.
 
     Names do not depend on that order: `a/model.safetensors` and `b/model.safetensors` are `model` and `model_2`.
     """
-    opened = load_each([(path, None) for path in paths])
-    order = sorted(range(len(opened)), key=lambda i: os.fspath(paths[i]))
-    words = identifiers([opened[i].checkpoints[0].name for i in order])
-    named = dict(zip(order, words, strict=True))
-    out = []
-    for i, weights in enumerate(opened):
-        checkpoint = weights.checkpoints[0]
-        out.append(weights if named[i] == checkpoint.name else load(paths[i], named[i]))
-    return out
+    checkpoints = [weights.checkpoints[0] for weights in load_each([(path, None) for path in paths])]
+    order = sorted(range(len(paths)), key=lambda i: os.fspath(paths[i]))
+    names = dict(zip(order, identifiers([checkpoints[i].name for i in order]), strict=True))
+    return [_named(checkpoint, names[i]) for i, checkpoint in enumerate(checkpoints)]
 
 
 def load_each(files: "Sequence[tuple[str | Path, str | None]]") -> list[Weights]:
-    """`load` for each (path, name).
+    """`load` each (path, name).
 
     Raises:
         CheckpointError: some cannot be read; all of them are listed.
@@ -306,54 +188,47 @@ def load_each(files: "Sequence[tuple[str | Path, str | None]]") -> list[Weights]
         except CheckpointError as error:
             failures.append(error)
     if len(failures) > 1:
-        listed = "\n  ".join(failure.message for failure in failures)
+        reasons = "\n  ".join(failure.message for failure in failures)
         raise CheckpointError(
-            f"{len(failures)} of {len(files)} checkpoints cannot be used:\n  {listed}", hint=failures[0].hint
+            f"{len(failures)} of {len(files)} checkpoints cannot be used:\n  {reasons}", hint=failures[0].hint
         )
     if failures:
         raise failures[0]
     return opened
 
 
+def _named(checkpoint: Checkpoint, name: str) -> Weights:
+    """The checkpoint under this name; one file that is opened twice under one name is one checkpoint."""
+    if checkpoint.name != name:
+        checkpoint = replace(checkpoint, name=name)
+    if checkpoint.stamps:
+        checkpoint = _opened.setdefault((name, *checkpoint.stamps.values()), checkpoint)
+    return Weights.of(checkpoint)
+
+
 def from_state_dict(
     tensors: "Mapping[str, torch.Tensor]", name: str = "model", metadata: Mapping[str, str] | None = None
 ) -> Weights:
-    """Weights over tensors in memory (copied to the CPU where they are elsewhere); no file is involved."""
-    from clipmerge.weights.into_torch import tensor_bytes
-
-    leaves = {}
-    for key in sorted(tensors):
-        dtype, shape, raw = tensor_bytes(key, tensors[key])
-        leaves[key] = Tensor(dtype, shape, (Extent(raw, 0, raw.size),))
-    checkpoint = Checkpoint(name, leaves, dict(metadata or {}))
-    return Weights({checkpoint: Coefficient.of(1)}, checkpoint)
+    """Make weights of tensors in memory (copied to the CPU where they are elsewhere); no file is involved."""
+    leaves = {key: into_torch.stored(key, tensors[key]) for key in sorted(tensors)}
+    return Weights.of(Checkpoint(name, leaves, dict(metadata or {})))
 
 
-def interpolate(a: Weights, b: Weights, alpha: Scalar | Mapping[str, float] | Coefficient) -> Weights:
-    """(1 - alpha)·a + alpha·b, tensor by tensor.
-
-    Args:
-        alpha: 0 is `a`, 1 is `b`; a mapping from name patterns gives each tensor its own, and a name that no
-            pattern matches keeps `a`'s value.
-
-    Source: Wortsman et al. 2022, arXiv 2109.01903 (WiSE-FT).
-    """
-    return Weights((a + (b - a) * alpha).terms, a.base)
+def as_weights(checkpoint: "str | Path | Checkpoint | Weights") -> Weights:
+    """Load a checkpoint that is named by its path; weights stay as they are."""
+    if isinstance(checkpoint, Checkpoint):
+        return Weights.of(checkpoint)
+    return checkpoint if isinstance(checkpoint, Weights) else load(checkpoint)
 
 
-def mean(weights: Iterable[Weights]) -> Weights:
-    """The uniform soup: every ingredient with the same coefficient, in whatever order.
-
-    Source: Wortsman et al. 2022, arXiv 2203.05482.
+def as_checkpoint(checkpoint: "str | Path | Checkpoint | Weights") -> Checkpoint:
+    """Return the one checkpoint that a path or weights stand for.
 
     Raises:
-        RecipeError: there is nothing to average.
+        RecipeError: an expression that is more than one checkpoint.
     """
-    items = list(weights)
-    if not items:
-        raise RecipeError("the mean of no checkpoints is undefined", hint="give at least one checkpoint")
-    summed = items[0]
-    for item in items[1:]:
-        summed = summed + item
-    averaged = summed / len(items)
-    return Weights(averaged.terms, None if len(items) > 1 else averaged.base)
+    weights = as_weights(checkpoint)
+    leaf, coefficient = next(iter(weights.terms.items()), (None, None))
+    if len(weights.terms) != 1 or not isinstance(leaf, Checkpoint) or coefficient != Coefficient.of(1):
+        raise RecipeError(f"{weights!r} is not one checkpoint", hint="save it, and give the file")
+    return leaf

@@ -20,8 +20,8 @@ def draw() -> Callable[[], F64]:
 
 def test_slerp_ends_at_its_ends(draw: Callable[[], F64]) -> None:
     a, b = draw(), draw()
-    np.testing.assert_allclose(slerp(a, b, t=0.0), a, rtol=1e-14)
-    np.testing.assert_allclose(slerp(a, b, t=1.0), b, rtol=1e-14)
+    np.testing.assert_allclose(slerp(a, b, alpha=0.0), a, rtol=1e-14)
+    np.testing.assert_allclose(slerp(a, b, alpha=1.0), b, rtol=1e-14)
 
 
 def test_slerp_walks_the_arc() -> None:
@@ -29,24 +29,24 @@ def test_slerp_walks_the_arc() -> None:
     a, b = np.array([1.0, 0.0]), np.array([0.0, 1.0])
     for t in (0.1, 0.25, 0.5, 0.9):
         expected = [np.cos(t * np.pi / 2), np.sin(t * np.pi / 2)]
-        np.testing.assert_allclose(slerp(a, b, t=t), expected, rtol=1e-14)
+        np.testing.assert_allclose(slerp(a, b, alpha=t), expected, rtol=1e-14)
 
 
 def test_slerp_is_the_same_backwards(draw: Callable[[], F64]) -> None:
     a, b = draw(), draw()
-    np.testing.assert_allclose(slerp(a, b, t=0.3), slerp(b, a, t=0.7), rtol=1e-13)
+    np.testing.assert_allclose(slerp(a, b, alpha=0.3), slerp(b, a, alpha=0.7), rtol=1e-13)
 
 
 @pytest.mark.parametrize("b", [[2.0, 4.0], [-1.0, -2.0], [0.0, 0.0]])
 def test_slerp_is_a_straight_line_where_no_arc_exists(b: list[float]) -> None:
     """Parallel, opposite, zero."""
     a = np.array([1.0, 2.0])
-    np.testing.assert_allclose(slerp(a, np.array(b), t=0.25), 0.75 * a + 0.25 * np.array(b), rtol=1e-12)
+    np.testing.assert_allclose(slerp(a, np.array(b), alpha=0.25), 0.75 * a + 0.25 * np.array(b), rtol=1e-12)
 
 
 def test_slerp_of_scalars_and_of_nothing() -> None:
-    assert slerp(np.array(2.0), np.array(4.0), t=0.5) == 3.0
-    assert slerp(np.empty((0, 3)), np.empty((0, 3)), t=0.5).shape == (0, 3)
+    assert slerp(np.array(2.0), np.array(4.0), alpha=0.5) == 3.0
+    assert slerp(np.empty((0, 3)), np.empty((0, 3)), alpha=0.5).shape == (0, 3)
 
 
 def test_model_stock_by_the_papers_formula(draw: Callable[[], F64]) -> None:

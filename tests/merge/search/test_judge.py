@@ -32,8 +32,8 @@ def test_a_recipe_is_its_contents_and_coefficients_however_it_is_written(spread:
     assert key(mean([a, load(spread[1], "other_name")])) == key(mean([a, b]))
     assert len({key(a), key(b), key(mean([a, b])), key(interpolate(a, b, 0.25))}) == 4
     assert key(interpolate(a, b, {"visual": 0.5})) != key(interpolate(a, b, {"visual": 0.25}))
-    assert key(apply("slerp", [a, b], t=0.5)) != key(apply("slerp", [a, b], t=0.25))
-    assert key(apply("slerp", [a, b], t=0.5)) != key(apply("slerp", [b, a], t=0.5))
+    assert key(apply("slerp", [a, b], t=0.5)) != key(apply("slerp", [a, b], alpha=0.25))
+    assert key(apply("slerp", [a, b], t=0.5)) != key(apply("slerp", [b, a], alpha=0.5))
 
 
 def test_a_record_is_read_back_as_it_was_scored(tmp_path: Path, evaluator: Evaluator, spread: Any) -> None:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from clipmerge.errors import MismatchError
-from clipmerge.weights import compare as module
-from clipmerge.weights.compare import Comparison, compare
+from clipmerge.weights import look as module
+from clipmerge.weights.look import Comparison, compare
 from clipmerge.weights.weights import Weights, interpolate
 
 Point = Callable[..., Weights]

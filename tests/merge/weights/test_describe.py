@@ -43,7 +43,7 @@ def test_dtypes_signs_counters_and_methods(point: Point) -> None:
     assert told == {"1.6*a - 0.6*b": "F16", "integers that must agree": "I64"}
     assert "the largest step counter" in {g.formula for g in describe(mean([a, b])).groups}
     curved = describe(apply("slerp", [a, b]))
-    assert {g.formula for g in curved.groups} == {"slerp([a, b], t=0.5)", "integers that must agree"}
+    assert {g.formula for g in curved.groups} == {"slerp([a, b], alpha=0.5)", "integers that must agree"}
     assert (describe(a - b).total, describe(a - b).gives) == (0, "a task vector")
 
 

@@ -77,12 +77,12 @@ def test_a_damaged_or_unwritable_memory_is_no_harm(
 
 def test_each_tensor_has_its_own(point: Point) -> None:
     checkpoint = point("a", x=X, y=[1.0]).checkpoints[0]
-    found = tensor_digests(checkpoint)
+    found = tensor_digests(checkpoint, "xy")
     assert found == {"x": blake3(X.tobytes()).hexdigest(), "y": blake3(np.float32(1).tobytes()).hexdigest()}
     assert combine(checkpoint.tensors, found) == content_digest(checkpoint)
 
 
 def test_progress_ends_with_all_bytes(put: Put) -> None:
     told: list[tuple[str, int, int]] = []
-    tensor_digests(load(put("a", x=X, y=X)).checkpoints[0], lambda *args: told.append(args))
+    content_digest(load(put("a", x=X, y=X)).checkpoints[0], lambda *args: told.append(args))
     assert told[-1] == ("hashing a", 48, 48)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from clipmerge.errors import RecipeError
+from clipmerge.weights import weights as face
 from clipmerge.weights.methods import METHODS, apply
 from clipmerge.weights.weights import Weights
 
@@ -32,11 +33,11 @@ def test_points_give_a_point_and_vectors_a_vector(point: Point) -> None:
 @pytest.mark.parametrize(
     ("name", "count", "options", "message", "hint"),
     [
-        ("slrp", 2, {}, "there is no method 'slrp'", "did you mean 'slerp'?"),
+        ("slrp", 2, {}, "there is no method 'slrp'", "did you mean slerp?"),
         ("qqq", 2, {}, "there is no method 'qqq'", "known: "),
         ("slerp", 3, {}, "slerp takes 2 operands, not 3", None),
         ("model_stock", 2, {}, "model_stock takes at least 3 operands, not 2", None),
-        ("slerp", 2, {"tt": 1.0}, "slerp has no option 'tt'", "did you mean 't'?"),
+        ("slerp", 2, {"alpa": 1.0}, "slerp has no option 'alpa'", "did you mean alpha?"),
         ("magmax", 2, {}, "magmax takes task vectors (total 0), such as a - base, not m0", None),
     ],
 )
@@ -67,3 +68,20 @@ def test_every_method_takes_tensors_of_any_rank(name: str, point: Point, arrays:
     got = arrays(result if method.gives else base + 0.5 * result)
     assert {key: value.shape for key, value in got.items()} == shapes
     assert all(np.isfinite(value).all() for value in got.values())
+
+
+def test_each_method_is_a_function(point: Point) -> None:
+    """Operands one by one or in a list, options by place or by name; the documentation is the rule's own."""
+    a, b, base = (point(n) for n in ("a", "b", "base"))
+    texts = {
+        repr(made)
+        for made in (face.slerp(a, b, 0.3), face.slerp([a, b], alpha=0.3), apply("slerp", [a, b], alpha=0.3))
+    }
+    assert texts == {"slerp([a, b], alpha=0.3)"}
+    assert repr(face.model_stock([base, a, b])) == "model_stock([base, a, b])"
+    assert isinstance(face.magmax([a - base, b - base]), Weights)
+    assert {getattr(face, name).__doc__ for name in METHODS} == {m.function.__doc__ for m in METHODS.values()}
+    with pytest.raises(RecipeError, match="slerp takes 1 options, not 2"):
+        face.slerp(a, b, 0.3, 0.4)
+    with pytest.raises(AttributeError):
+        _ = face.slurp

@@ -25,7 +25,7 @@ Point = Callable[..., Weights]
         (lambda a, b, c: mean([a, b]) * 0 + c, "c"),
         (lambda a, b, c: a - a, "0"),
         (lambda a, b, c: interpolate(a, b, {"visual": 0.5}), '(1 - {"visual": 0.5})*a + {"visual": 0.5}*b'),
-        (lambda a, b, c: apply("slerp", [a, mean([c, b])], t=0.1), "slerp([a, mean([b, c])], t=0.1)"),
+        (lambda a, b, c: apply("slerp", [a, mean([c, b])], alpha=0.1), "slerp([a, mean([b, c])], alpha=0.1)"),
         (lambda a, b, c: a + apply("magmax", [b - a, c - a]), "a + magmax([b - a, c - a])"),
     ],
 )

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipmerge.errors import RecipeError
-from clipmerge.weights.methods import Applied, apply
-from clipmerge.weights.notation import baseless_sum
+from clipmerge.weights.expression import Applied, baseless_sum
+from clipmerge.weights.methods import apply
 from clipmerge.weights.parse import MAX_LENGTH, parse
 from clipmerge.weights.weights import Weights, interpolate, mean
 
@@ -61,7 +61,8 @@ def test_the_forms_of_the_notation(names: dict[str, Weights]) -> None:
         ("-a + +2*b", "a b", -a + 2 * b),
         ("(a + b)/2", "a b", (a + b) / 2),
         ("2/3*a + b/3", "a b", a * Fraction(2, 3) + b * Fraction(1, 3)),
-        ("slerp([a, b], t=0.3)", "a b", apply("slerp", [a, b], t=0.3)),
+        ("slerp([a, b], alpha=0.3)", "a b", apply("slerp", [a, b], alpha=0.3)),
+        ("slerp([a, b], t=0.3)", "a b", apply("slerp", [a, b], alpha=0.3)),  # as files of earlier versions say
         ("base + 0.5*magmax([a - base, b - base])", "a b base",
          base + 0.5 * apply("magmax", [a - base, b - base])),
         ("  base\n  + 0.4*(a\n  - base)  ", "a base", base + 0.4 * (a - base)),
@@ -86,11 +87,11 @@ def test_a_long_sum_is_not_deep(names: dict[str, Weights]) -> None:
         ("", "the expression is empty", "made of names, numbers"),
         ("a @ b", "'a @ b' uses an operator other than + - * /", None),
         ("a ** 2", "uses an operator other than", None),
-        ("aa", "there is no checkpoint 'aa'", "did you mean 'a'?"),
+        ("aa", "there is no checkpoint 'aa'", "did you mean a?"),
         ("xyz", "there is no checkpoint 'xyz'", "name its file: xyz=FILE"),
-        ("man([a, b])", "there is no method 'man'", "did you mean 'mean'?"),
+        ("man([a, b])", "there is no method 'man'", "did you mean mean?"),
         ("zzz(a)", "there is no method 'zzz'", "interpolate, magmax, mean, model_stock, slerp, sum"),
-        ("slerp([a, b], tt=1)", "slerp has no option 'tt'", "did you mean 't'?"),
+        ("slerp([a, b], alpa=1)", "slerp has no option 'alpa'", "did you mean alpha?"),
         ("mean([a, b], t=1)", "mean has no option 't'", None),
         ("interpolate(a, b, beta=1)", "interpolate has no option 'beta'", "alpha"),
         ("interpolate(a, b)", "interpolate takes two weights and a number", None),
@@ -188,7 +189,7 @@ def expressions(draw: st.DrawFn, names: Mapping[str, Weights], depth: int = 3) -
         return baseless_sum(draw(st.lists(inner, min_size=1, max_size=3)))
     a, b = (names[draw(st.sampled_from(sorted(names)))] for _ in range(2))
     if kind == "slerp":
-        return apply("slerp", [interpolate(a, b, 0.25), mean([a, b])], t=float(draw(NUMBERS)))
+        return apply("slerp", [interpolate(a, b, 0.25), mean([a, b])], alpha=float(draw(NUMBERS)))
     return apply("magmax", [names["a"] - names["c"], names["b"] - names["base"]])
 
 

@@ -15,9 +15,9 @@ from clipmerge.checkpoint.tensors import Checkpoint, Extent, Tensor
 from clipmerge.errors import ClipmergeError, RecipeError
 from clipmerge.weights.coefficient import Coefficient
 from clipmerge.weights.digest import content_digest
+from clipmerge.weights.look import inspect
 from clipmerge.weights.provenance import GENERATIONS, file_metadata, history, is_original, parents_of
 from clipmerge.weights.record import read_record, write_record
-from clipmerge.weights.summary import summarise
 from clipmerge.weights.weights import Weights, interpolate, load, mean
 
 Point = Callable[..., Weights]
@@ -26,7 +26,9 @@ Put = Callable[..., Path]
 
 def test_the_record_of_a_merge(put: Put) -> None:
     a, b = load(put("a", x=np.float32([1])), "a"), load(put("b", x=np.float32([2])), "b")
-    metadata = file_metadata(interpolate(a, b, 0.5), dtype="F16", extra={"scores": {"val": {"value": 0.5}}})
+    digests = {c: content_digest(c) for w in (a, b) for c in w.checkpoints}
+    scores = {"scores": {"val": {"value": 0.5}}}
+    metadata = file_metadata(interpolate(a, b, 0.5), dtype="F16", extra=scores, digests=digests)
     assert metadata["format"] == "pt"
     assert json.loads(metadata["clipmerge"]) == {
         "format": 1,
@@ -58,7 +60,7 @@ def test_a_vector_and_the_model_are_recorded(point: Point) -> None:
 
 
 def test_without_digests_none_is_computed(point: Point) -> None:
-    record = read_record(file_metadata(mean([point("a"), point("b")]), digests=False))
+    record = read_record(file_metadata(mean([point("a"), point("b")])))
     assert record["parents"] == {"a": {"file": None}, "b": {"file": None}}
 
 
@@ -92,7 +94,7 @@ def test_quick_gelu_is_remembered_through_generations(tmp_path: Path) -> None:
 
 
 def test_a_published_parent_is_recorded_by_its_reference() -> None:
-    record = read_record(file_metadata(quick("open_clip", reference="hf-hub:org/name"), digests=False))
+    record = read_record(file_metadata(quick("open_clip", reference="hf-hub:org/name")))
     assert record["parents"] == {"w": {"file": "hf-hub:org/name"}}
 
 
@@ -155,7 +157,7 @@ def test_any_record_is_read_passed_on_and_shown_or_refused(record: dict[str, obj
     checkpoint = Checkpoint("odd", {"x": Tensor("F32", (1,), (Extent(raw, 0, 4),))}, metadata)
     weights = Weights({checkpoint: Coefficient.of(1)}, checkpoint)
     with suppress(ClipmergeError):
-        summary = summarise(checkpoint)
+        summary = inspect(checkpoint)
         tree(summary)
-        read = read_record(file_metadata(weights, digests=False))
+        read = read_record(file_metadata(weights))
         assert read["notation"] == "odd"

@@ -61,7 +61,7 @@ def test_files_are_found_relative_to_the_recipe(
 @pytest.mark.parametrize(
     ("text", "message", "hint"),
     [
-        ('expresion = "a"', "has the unknown key 'expresion'", "did you mean 'expression'?"),
+        ('expresion = "a"', "has the unknown key 'expresion'", "did you mean expression?"),
         ('expression = "a"\nzzz = 1', "has the unknown key 'zzz'", "known: expression, checkpoints"),
         ("expression = 3", "'expression' in", None),
         ('expression = "a"\ncheckpoints = "a.pt"', "must be a table of files", None),

@@ -177,8 +177,8 @@ def test_a_methods_operands_do_not_depend_on_how_they_were_listed(point: Point, 
     rng = np.random.default_rng(2)
     models = [point(f"m{i}", x=rng.standard_normal(500).astype("f4")) for i in range(4)]
     pivot = point("p", x=rng.standard_normal(500).astype("f4"))
-    forward = arrays(apply("slerp", [mean(models), pivot], t=0.3))["x"]
-    backward = arrays(apply("slerp", [mean(models[::-1]), pivot], t=0.3))["x"]
+    forward = arrays(apply("slerp", [mean(models), pivot], alpha=0.3))["x"]
+    backward = arrays(apply("slerp", [mean(models[::-1]), pivot], alpha=0.3))["x"]
     assert forward.tobytes() == backward.tobytes()
 
 

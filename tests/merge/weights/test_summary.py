@@ -9,7 +9,7 @@ import pytest
 from clipmerge.checkpoint.tensors import Checkpoint, Extent, Tensor
 from clipmerge.errors import CheckpointError
 from clipmerge.weights.digest import content_digest
-from clipmerge.weights.summary import grouped, nonfinite, summarise
+from clipmerge.weights.look import group_names, inspect
 from clipmerge.weights.weights import Weights, load
 
 Point = Callable[..., Weights]
@@ -28,7 +28,7 @@ def test_parts_counts_and_sizes(point: Point) -> None:
             "ids": np.arange(3),
         },
     )  # fmt: skip
-    found = summarise(weights.checkpoints[0])
+    found = inspect(weights.checkpoints[0])
     assert [
         (p.tower, p.block, p.tensors, p.parameters, p.nbytes, p.dtypes, p.nonfinite) for p in found.parts
     ] == [
@@ -51,29 +51,31 @@ def test_values_that_are_not_finite_are_counted_in_every_dtype(point: Point) -> 
     checkpoint = point(
         "a", F32=np.float32(bad), F64=np.float64(bad), ok=[1.0], ids=np.arange(2), **names
     ).checkpoints[0]
-    assert nonfinite(checkpoint) == dict.fromkeys(["BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2"], 3)
-    assert sum(part.nonfinite or 0 for part in summarise(checkpoint).parts) == 18
+    assert inspect(checkpoint).nonfinite == dict.fromkeys(
+        ["BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2"], 3
+    )
+    assert sum(part.nonfinite or 0 for part in inspect(checkpoint).parts) == 18
 
 
 def test_transposed_tensors_are_counted_too() -> None:
     turned = np.float32([[np.nan, 1.0], [2.0, 3.0]]).reshape(-1).view(np.uint8)
     checkpoint = Checkpoint("t", {"x": Tensor("F32", (2, 2), (Extent(turned, 0, 16),), (1, 2))})
-    assert nonfinite(checkpoint) == {"x": 1}
+    assert inspect(checkpoint).nonfinite == {"x": 1}
 
 
 def test_headers_alone_read_nothing(point: Point) -> None:
-    found = summarise(point("a", x=[np.nan]).checkpoints[0], headers=True)
+    found = inspect(point("a", x=[np.nan]).checkpoints[0], headers=True)
     assert (found.nonfinite, found.digest, found.parts[0].nonfinite) == (None, None, None)
 
 
 def test_a_vector_says_so(point: Point) -> None:
-    assert summarise(point("tv", 0).checkpoints[0]).kind == "a task vector"
+    assert inspect(point("tv", 0).checkpoints[0]).kind == "a task vector"
 
 
 def test_groups_come_in_order_of_towers_and_blocks() -> None:
     names = ["logit_scale", "transformer.resblocks.2.x", "visual.transformer.resblocks.10.x", "visual.proj",
              "visual.transformer.resblocks.9.x", "classification_head.bias", "ln_final.bias"]  # fmt: skip
-    assert list(grouped(names)) == [
+    assert list(group_names(names)) == [
         ("visual", None), ("visual", 9), ("visual", 10), ("text", None), ("text", 2), ("head", None), ("other", None),
     ]  # fmt: skip
 
@@ -83,4 +85,4 @@ def test_a_file_that_changed_since_its_header_was_read_is_refused(put: Callable[
     opened = load(path).checkpoints[0]
     path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0")
     with pytest.raises(CheckpointError, match="changed after it was opened"):
-        summarise(opened)
+        inspect(opened)

@@ -43,7 +43,7 @@ def recipes(files: list[Path]) -> dict[str, Weights]:
         "added": base + 0.4 * ((a - base) + (b - base)),
         "by tower": interpolate(base, a, {"visual": 0.123456789}),
         "vector": a - base,
-        "curved": 0.5 * apply("slerp", [mean([c, a, b]), base], t=0.3) + 0.5 * a,
+        "curved": 0.5 * apply("slerp", [mean([c, a, b]), base], alpha=0.3) + 0.5 * a,
     }
 
 

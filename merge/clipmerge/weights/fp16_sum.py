@@ -1,7 +1,17 @@
-"""Sums of fp16 and fp8 in float32: twice as fast as in float64, and nothing is rounded.
+"""Sums of fp16 and fp8 in float32: twice as fast as in float64, and exact.
 
-Every fp16 is a multiple of 2**-24, and float32 holds all multiples of it up to 1. So terms are added in float32
-while their largest magnitudes add up to at most 1, then in a second array, and in float64 only after that.
+Why float32 rounds nothing here, with fp16's numbers (the fp8 types have fewer digits):
+
+- Every finite fp16 is a whole multiple of its smallest number, 2**-24.
+- Float32 has 24 bits of mantissa, so it holds every multiple of 2**-24 up to 1 (`float32_limit`).
+- Multiples of 2**-24 add up to multiples of 2**-24. While the largest magnitudes of the terms add up to at most 1
+  (each term's `float32_share`), no partial sum in any order leaves that range, and each addition is exact.
+
+Where the magnitudes outgrow that, the rest goes into a second array, and after that all of it into float64, which is
+exact up to 2**29. What the division rounds, `narrow` is told (`Rounded`) and decides in float64.
+
+The arrays hold fp16's bits moved into a float32's place, which is the number times 2**-112: a power of two that is
+multiplied back together with the divisor. Float32 subnormals are numbers here (`blocks.in_threads` sees to that).
 """
 
 from math import frexp
@@ -16,7 +26,7 @@ SUMMED = ("F16", "F8_E4M3", "F8_E5M2")
 """Dtypes with so few digits that float32 adds many of them without rounding."""
 
 
-class Singles:
+class Fp16Sum:
     """One block's sum, in memory that the next block uses again.
 
     Args:

@@ -1,0 +1,251 @@
+"""`Expression`: Σ coefficient · checkpoint, the value that everything in this room takes.
+
+Whatever is written with `+ - * /` collapses at once to one exact coefficient for each leaf, so that the longest
+expression is still one streaming weighted sum. `Weights` is this value with the verbs that read and write files.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, Literal, Self, TypeAlias, TypeVar
+
+from clipmerge.checkpoint.tensors import Checkpoint
+from clipmerge.errors import MismatchError, RecipeError
+from clipmerge.types import Floats
+from clipmerge.weights.coefficient import Coefficient, Scalar, number_text
+from clipmerge.weights.record import model_record, read_record
+
+TOLERANCE = Fraction(1, 10**6)
+"""How far a total may be from 0 or 1: softmaxed coefficients sum to 1 only up to their own rounding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A nonlinear rule over whole tensors: a row of `methods.METHODS`.
+
+    Attributes:
+        function: one float64 array per operand, then the options by name → float64 array of the same shape.
+        takes: what its operands must be: "points" (models, total 1) or "vectors" (task vectors, total 0).
+        gives: the total of the result.
+        options: name → default.
+        operands: how many it takes, (least, most); None is any number.
+        renamed: what an option was called in files written before → its name now.
+    """
+
+    name: str
+    function: Callable[..., Floats]
+    takes: Literal["points", "vectors"]
+    gives: Literal[0, 1]
+    options: Mapping[str, float] = field(default_factory=dict)
+    operands: tuple[int, int | None] = (1, None)
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+
+class Applied:
+    """A method over expressions: a leaf of a larger expression, computed tensor by tensor."""
+
+    __slots__ = ("__weakref__", "method", "operands", "options")
+
+    def __init__(
+        self, method: Method, operands: "Sequence[Expression]", options: Mapping[str, float]
+    ) -> None:
+        self.method = method
+        self.operands = tuple(operands)
+        self.options = dict(options)
+
+
+Leaf: TypeAlias = Checkpoint | Applied
+
+
+class Expression:
+    """Σ coefficient · leaf.
+
+    Attributes:
+        terms: leaf (a checkpoint, or a nonlinear method's result) → coefficient, in the order written.
+        base: the leaf that names dtypes, step counters and whatever a pattern leaves alone; None for a mean,
+            where every input counts the same.
+    """
+
+    __slots__ = ("base", "terms")
+
+    def __init__(self, terms: Mapping[Leaf, Coefficient], base: Leaf | None) -> None:
+        self.terms = {leaf: c for leaf, c in terms.items() if c}
+        self.base = base if base is None or base in self.terms else next(iter(self.terms), None)
+
+    @classmethod
+    def of(cls, leaf: Leaf) -> Self:
+        """The expression that is one leaf."""
+        return cls({leaf: Coefficient.of(1)}, leaf)
+
+    # -- algebra -----------------------------------------------------------------------------------------
+
+    def __add__(self, other: Self) -> Self:
+        if not isinstance(other, Expression):
+            return NotImplemented
+        terms = dict(self.terms)
+        for leaf, coefficient in other.terms.items():
+            terms[leaf] = terms[leaf] + coefficient if leaf in terms else coefficient
+        return type(self)(terms, self.base if self.terms else other.base)
+
+    def __mul__(self, factor: "Scalar | Mapping[str, float] | Coefficient") -> Self:
+        if isinstance(factor, Expression):
+            raise RecipeError("weights times weights means nothing", hint="multiply by a number or a mapping")
+        by = Coefficient.of(factor)
+        return type(self)({leaf: c * by for leaf, c in self.terms.items()}, self.base)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: "Scalar | Coefficient") -> Self:
+        if isinstance(divisor, Expression):
+            return NotImplemented
+        return self * (Coefficient.of(1) / Coefficient.of(divisor))
+
+    def __neg__(self) -> Self:
+        return self * -1
+
+    def __sub__(self, other: Self) -> Self:
+        if not isinstance(other, Expression):
+            return NotImplemented
+        return self + -other
+
+    # -- what it is --------------------------------------------------------------------------------------
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """Every checkpoint it reads, each once, in the order written."""
+        ordered: dict[Checkpoint, None] = {}
+        for leaf in self.terms:
+            if isinstance(leaf, Checkpoint):
+                ordered[leaf] = None
+            else:
+                ordered.update((c, None) for operand in leaf.operands for c in operand.checkpoints)
+        return tuple(ordered)
+
+    @property
+    def reference(self) -> Checkpoint:
+        """The checkpoint whose names and dtypes count: the base, or of a method's result the first operand's."""
+        if isinstance(self.base, Checkpoint):
+            return self.base
+        if self.base is not None:
+            return self.base.operands[0].reference
+        return min(self.checkpoints, key=lambda checkpoint: (checkpoint.name, str(checkpoint.path)))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensor names, sorted (those of the first checkpoint: all must have the same)."""
+        return tuple(sorted(self.checkpoints[0].tensors)) if self.terms else ()
+
+    @property
+    def total(self) -> Fraction:
+        """The sum of the coefficients, each times its leaf's own total: 1 is a model, 0 a task vector.
+
+        Raises:
+            RecipeError: per-name coefficients make the total differ between tensors.
+        """
+        summed = sum((c * Coefficient.of(_total(leaf)) for leaf, c in self.terms.items()), Coefficient({}))
+        if summed.constant is not None:
+            return summed.constant
+        totals = {name: summed.at(name) for name in self.names}
+        if max(totals.values()) - min(totals.values()) <= TOLERANCE:
+            return max(totals.values())
+        first = self.names[0]
+        other = next(name for name in self.names if totals[name] != totals[first])
+        raise RecipeError(
+            f"the total is {number_text(totals[first])} for {first!r} "
+            f"but {number_text(totals[other])} for {other!r}",
+            hint="scale differences: base + {pattern: number}*(a - base)",
+        )
+
+    def kind(self) -> int:
+        """Return 1 for a model, 0 for a task vector.
+
+        Raises:
+            RecipeError: the total is neither.
+        """
+        if not self.terms:
+            raise RecipeError("every coefficient is zero: there is nothing to compute")
+        total = self.total
+        for kind in (1, 0):
+            if abs(total - kind) <= TOLERANCE:
+                return kind
+        hint = (
+            "did you mean mean([...])?"
+            if total == len(self.terms)
+            else "did you mean base + scale*(a - base)?"
+        )
+        shown = number_text(total) if total.denominator < 1000 else f"{float(total):.6g}"
+        raise RecipeError(f"total is {shown}: neither a model (1) nor a task vector (0)", hint=hint)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What clipmerge wrote into the base's (or first checkpoint's) file: provenance, model; {} otherwise."""
+        first = self.base if isinstance(self.base, Checkpoint) else next(iter(self.checkpoints), None)
+        return read_record(first.metadata) if first else {}
+
+    @property
+    def model(self) -> dict[str, Any] | None:
+        """The model record that the checkpoints carry: {"name", "config", "preprocess"}; None where none does.
+
+        Raises:
+            MismatchError: two checkpoints were made for different models.
+        """
+        records = [(checkpoint, model_record(checkpoint)) for checkpoint in self.checkpoints]
+        known = [(checkpoint, model) for checkpoint, model in records if model is not None]
+        for checkpoint, model in known[1:]:
+            if model.get("config") != known[0][1].get("config"):
+                raise MismatchError(
+                    f"{known[0][0].path or known[0][0].name} was made for {known[0][1].get('name')}, "
+                    f"{checkpoint.path or checkpoint.name} for {model.get('name')}",
+                    hint="checkpoints of different models cannot be merged, even where the shapes agree",
+                )
+        # The base's own; among equals not the first listed, so that the order of a soup decides nothing.
+        of_base = [model for checkpoint, model in known if checkpoint is self.base]
+        return min(
+            of_base or [model for _, model in known],
+            key=lambda m: json.dumps(m, sort_keys=True),
+            default=None,
+        )
+
+
+E = TypeVar("E", bound=Expression)
+
+
+def _total(leaf: Leaf) -> int:
+    """1 for a point, 0 for a vector."""
+    return leaf.method.gives if isinstance(leaf, Applied) else int(read_record(leaf.metadata).get("total", 1))
+
+
+def interpolate(a: E, b: E, alpha: Scalar | Mapping[str, float] | Coefficient) -> E:
+    """Interpolate two models, tensor by tensor: (1 - alpha)·a + alpha·b.
+
+    Args:
+        alpha: 0 is `a`, 1 is `b`; a mapping from name patterns gives each tensor its own, and a name that no
+            pattern matches keeps `a`'s value.
+
+    Source: Wortsman et al. 2022, arXiv 2109.01903 (WiSE-FT).
+    """
+    return type(a)((a + (b - a) * alpha).terms, a.base)
+
+
+def mean(weights: Iterable[E]) -> E:
+    """Average models: the uniform soup, every ingredient with the same coefficient, in whatever order.
+
+    Source: Wortsman et al. 2022, arXiv 2203.05482.
+
+    Raises:
+        RecipeError: there is nothing to average.
+    """
+    items = list(weights)
+    if not items:
+        raise RecipeError("the mean of no checkpoints is undefined", hint="give at least one checkpoint")
+    averaged = baseless_sum(items) / len(items)
+    return averaged if len(items) > 1 else type(averaged)(averaged.terms, items[0].base)
+
+
+def baseless_sum(weights: Sequence[E]) -> E:
+    """Add expressions of which none is the base, in whatever order: what `sum([...])` writes."""
+    total = weights[0]
+    for other in weights[1:]:
+        total = total + other
+    return type(total)(total.terms, None)

@@ -1,0 +1,298 @@
+"""Look at checkpoints: what one holds, and how far apart two are, tower by tower and block by block."""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipmerge.checkpoint.read import Reader
+from clipmerge.checkpoint.tensors import Checkpoint, Tensor, iter_blocks
+from clipmerge.ops.cast import finite, to_float64
+from clipmerge.types import Floats, Progress
+from clipmerge.weights.check import check
+from clipmerge.weights.describe import count_words
+from clipmerge.weights.digest import Digests, StreamDigest
+from clipmerge.weights.expression import Leaf
+from clipmerge.weights.names import TOWERS, block_of, tower_of
+from clipmerge.weights.nonfinite import PIECE, pieces
+from clipmerge.weights.record import read_record
+from clipmerge.weights.run import evaluate
+from clipmerge.weights.weights import Weights, as_checkpoint, as_weights
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The tensors of one tower outside its blocks, or of one of its blocks.
+
+    Attributes:
+        block: the block's number, None for what lies outside blocks.
+        nonfinite: NaN and infinite elements, None where only headers were read.
+    """
+
+    tower: str
+    block: int | None
+    tensors: int
+    parameters: int
+    nbytes: int
+    dtypes: Mapping[str, int]
+    nonfinite: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """See `inspect`."""
+
+    name: str
+    path: str | None
+    layout: str
+    parts: tuple[Part, ...]
+    tensors: int
+    parameters: int
+    nbytes: int
+    dtypes: Mapping[str, int]
+    nonfinite: Mapping[str, int] | None
+    digest: str | None
+    kind: str
+    record: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready, all fields."""
+        return asdict(self)
+
+
+def inspect(
+    checkpoint: str | Path | Checkpoint | Weights,
+    *,
+    headers: bool = False,
+    on_progress: Progress | None = None,
+) -> Summary:
+    """Summarise a checkpoint: counts, sizes, dtypes, its record, non-finite elements, content digest.
+
+    Args:
+        headers: read no tensor: `nonfinite` and `digest` are None.
+
+    Raises:
+        RecipeError: an expression that is not one checkpoint.
+    """
+    held = as_checkpoint(checkpoint)
+    digests = Digests([held])
+    nonfinite = None if headers else _count_nonfinite(held, digests, on_progress)
+    record, tensors = read_record(held.metadata), held.tensors
+    return Summary(
+        name=held.name,
+        path=str(held.path) if held.path else None,
+        layout=held.layout,
+        parts=tuple(_part(key, names, tensors, nonfinite) for key, names in group_names(tensors).items()),
+        tensors=len(tensors),
+        parameters=sum(t.numel for t in tensors.values()),
+        nbytes=sum(t.nbytes for t in tensors.values()),
+        dtypes=count_words(t.dtype for t in tensors.values()),
+        nonfinite=nonfinite,
+        digest=None if headers else digests.finish(on_progress)[held],
+        kind="a model" if record.get("total", 1) else "a task vector",
+        record=record,
+    )
+
+
+def group_names(names: Iterable[str]) -> dict[tuple[str, int | None], list[str]]:
+    """Group tensor names by (tower, block), towers in their usual order, what lies outside blocks first."""
+    groups: dict[tuple[str, int | None], list[str]] = {}
+    for name in sorted(names):
+        groups.setdefault((tower_of(name), block_of(name)), []).append(name)
+    order = sorted(groups, key=lambda key: (TOWERS.index(key[0]), -1 if key[1] is None else key[1]))
+    return {key: groups[key] for key in order}
+
+
+def _count_nonfinite(
+    checkpoint: Checkpoint, digests: Digests, on_progress: Progress | None
+) -> dict[str, int]:
+    """Tensor name → how many of its elements are NaN or infinite, where there are some; digests are taken too."""
+    total, done = sum(tensor.nbytes for tensor in checkpoint.tensors.values()), 0
+    counts = {}
+    with Reader((checkpoint,)) as reader, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+
+        def examine(name: str) -> int:
+            tensor, count = checkpoint.tensors[name], 0
+            wanted = digests.wants(checkpoint, name)
+            stream = StreamDigest(digests, checkpoint, {name: tensor.nbytes}) if wanted else None
+            for _, raw in pieces(tensor, reader) if wanted or tensor.is_float else ():
+                if stream:
+                    stream.update(raw.view(np.uint8))
+                if tensor.is_float and not finite(raw, tensor.dtype):
+                    count += int(np.count_nonzero(~np.isfinite(to_float64(raw, tensor.dtype))))
+            return count
+
+        for name, count in zip(checkpoint.tensors, pool.map(examine, checkpoint.tensors), strict=True):
+            if count:
+                counts[name] = count
+            done += checkpoint.tensors[name].nbytes
+            if on_progress:
+                on_progress(f"reading {checkpoint.name}", done, total)
+        reader.unchanged()
+    return counts
+
+
+def _part(
+    key: tuple[str, int | None],
+    names: Sequence[str],
+    tensors: Mapping[str, Tensor],
+    nonfinite: Mapping[str, int] | None,
+) -> Part:
+    members = [tensors[name] for name in names]
+    return Part(
+        *key,
+        tensors=len(members),
+        parameters=sum(t.numel for t in members),
+        nbytes=sum(t.nbytes for t in members),
+        dtypes=count_words(t.dtype for t in members),
+        nonfinite=None if nonfinite is None else sum(nonfinite.get(name, 0) for name in names),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """One part of the model; `tower` is None for all of it.
+
+    Attributes:
+        relative: ‖a - b‖ / ‖a‖; None where a is zero.
+        largest: the largest |a - b| of one element.
+        cosine: between the task vectors a - base and b - base; None without a base or where one is zero.
+        vector_a, vector_b: ‖a - base‖ and ‖b - base‖; None without a base.
+    """
+
+    tower: str | None
+    block: int | None
+    tensors: int
+    parameters: int
+    relative: float | None
+    largest: float
+    cosine: float | None = None
+    vector_a: float | None = None
+    vector_b: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """See `compare`.
+
+    Attributes:
+        differing: names of the tensors in which an element differs, sorted.
+    """
+
+    a: str
+    b: str
+    base: str | None
+    parts: tuple[Distance, ...]
+    whole: Distance
+    differing: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready, all fields."""
+        return asdict(self)
+
+
+def compare(
+    a: str | Path | Weights,
+    b: str | Path | Weights,
+    base: str | Path | Weights | None = None,
+    *,
+    on_progress: Progress | None = None,
+) -> Comparison:
+    """Measure relative distances of `b` from `a`, and with a base the cosines of their task vectors.
+
+    Raises:
+        MismatchError: names or shapes differ.
+    """
+    operands = [as_weights(weights) for weights in (a, b, base) if weights is not None]
+    first, others = operands[0], operands[1:]
+    for other in others:
+        if (difference := first - other).terms:
+            check(Weights(difference.terms, first.base))
+    names = [name for name in first.names if first.reference.tensors[name].is_float]
+    parts, whole, differing, done = [], _Sums(), [], 0
+    with Reader([c for w in operands for c in w.checkpoints]) as reader, np.errstate(all="ignore"):
+        for (tower, block), members in group_names(names).items():
+            part = _Sums()
+            for name in members:
+                before = part.unequal
+                for numbers in _aligned_pieces(operands, name, reader):
+                    part.add(*numbers)
+                if part.unequal > before:
+                    differing.append(name)
+                done += 1
+                if on_progress:
+                    on_progress("comparing", done, len(names))
+            parts.append(part.distance(tower, block, len(members)))
+            whole.join(part)
+        reader.unchanged()
+    texts = [repr(weights) for weights in operands]
+    return Comparison(
+        texts[0],
+        texts[1],
+        texts[2] if base is not None else None,
+        tuple(parts),
+        whole.distance(None, None, len(names)),
+        tuple(sorted(differing)),
+    )
+
+
+class _Sums:
+    """Running sums over the elements of one part: ‖a‖², ‖a - b‖², and of the task vectors ‖u‖², ‖v‖², u·v."""
+
+    def __init__(self) -> None:
+        self.count = self.unequal = 0
+        self.largest = 0.0
+        self.sums = np.zeros(5)
+        self.has_base = False
+
+    def add(self, a: Floats, b: Floats, base: Floats | None = None) -> None:
+        apart = a - b
+        self.count += a.size
+        self.unequal += int(np.count_nonzero(apart))
+        self.largest = float(np.maximum(self.largest, np.abs(apart).max(initial=0.0)))  # NaN stays NaN
+        self.sums[:2] += np.dot(a, a), np.dot(apart, apart)
+        if base is not None:
+            self.has_base = True
+            u, v = a - base, b - base
+            self.sums[2:] += np.dot(u, u), np.dot(v, v), np.dot(u, v)
+
+    def join(self, other: "_Sums") -> None:
+        self.count += other.count
+        self.unequal += other.unequal
+        self.largest = float(np.maximum(self.largest, other.largest))
+        self.sums += other.sums
+        self.has_base |= other.has_base
+
+    def distance(self, tower: str | None, block: int | None, tensors: int) -> Distance:
+        aa, apart, uu, vv, uv = (float(s) for s in self.sums)
+        relative = sqrt(apart / aa) if aa else None
+        vectors: tuple[float | None, ...] = ()
+        if self.has_base:
+            vectors = (uv / sqrt(uu * vv) if uu and vv else None, sqrt(uu), sqrt(vv))
+        return Distance(tower, block, tensors, self.count, relative, self.largest, *vectors)
+
+
+def _aligned_pieces(operands: Sequence[Weights], name: str, reader: Reader) -> Iterator[tuple[Floats, ...]]:
+    """The same stretch of one tensor from every operand, stretch by stretch."""
+
+    def leaf_numbers(leaf: Leaf) -> Floats:
+        if isinstance(leaf, Checkpoint):
+            return to_float64(reader.dense(leaf.tensors[name]), leaf.tensors[name].dtype)
+        arrays = [evaluate(operand, name, leaf_numbers) for operand in leaf.operands]
+        return leaf.method.function(*arrays, **leaf.options)
+
+    def stretches(weights: Weights) -> Iterator[Floats]:
+        leaf, coefficient = next(iter(weights.terms.items()))
+        if len(weights.terms) == 1 and isinstance(leaf, Checkpoint) and coefficient.at(name) == 1:
+            tensor = leaf.tensors[name]
+            yield from (to_float64(raw, tensor.dtype) for _, raw in pieces(tensor, reader))
+        else:
+            computed = evaluate(weights, name, leaf_numbers).reshape(-1)
+            yield from (computed[low:high] for low, high in iter_blocks(computed.size, PIECE))
+
+    return zip(*map(stretches, operands), strict=True)

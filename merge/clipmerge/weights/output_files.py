@@ -1,0 +1,117 @@
+"""Where a merge goes: one file, or several with an index, as Hugging Face lays them out."""
+
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from clipmerge.checkpoint.index import weight_map
+from clipmerge.checkpoint.output import check_target
+from clipmerge.checkpoint.safetensors import header
+from clipmerge.checkpoint.tensors import Tensor
+from clipmerge.errors import CheckpointError
+from clipmerge.weights.expression import Expression
+from clipmerge.weights.plan import make_plan
+from clipmerge.weights.steps import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where `check_save` has found that a merge can be written.
+
+    Attributes:
+        plan: what is computed.
+        shards: (file, names of its tensors), in name order.
+        index: the file that names the shards, None where there is one file only.
+        superseded: what stands under the same name in another shape and will be removed.
+    """
+
+    plan: Plan
+    shards: Sequence[tuple[Path, Collection[str]]]
+    index: Path | None
+    superseded: Sequence[Path]
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """One file to write: its first bytes, where each tensor goes, and its size (the index has no tensors)."""
+
+    path: Path
+    head: bytes
+    offsets: Mapping[str, int]
+    size: int
+
+
+def check_save(
+    weights: Expression,
+    path: Path,
+    *,
+    force: bool = False,
+    dtype: str | None = None,
+    shard_size: int | None = None,
+) -> Target:
+    """Refuse what `Weights.save` would refuse before it reads a tensor. Returns where it will write.
+
+    Tensors go to shards in name order; one that is larger than `shard_size` has a shard to itself.
+    """
+    inputs = [file for checkpoint in weights.checkpoints for file in checkpoint.files()]
+    real = check_target(path, force=force, inputs=inputs)
+    plan = make_plan(weights, dtype=dtype)
+    groups = _groups(plan.tensors, shard_size)
+    stem = real.name.removesuffix(".safetensors")
+    index = real.with_name(f"{stem}.safetensors.index.json") if len(groups) > 1 else None
+    names = [f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+    files = [real.with_name(name) for name in names] if index else [real]
+    superseded = _superseded(real, stem, [*files, index])
+    for file in (*files, *([index] if index else ()), *superseded):
+        check_target(file, force=force, inputs=inputs)
+    return Target(plan, list(zip(files, groups, strict=True)), index, superseded)
+
+
+def output_files(target: Target, metadata: Mapping[str, str]) -> list[OutputFile]:
+    """Lay the files out. The index comes last: it appears only when all that it names is there."""
+    tensors = target.plan.tensors
+    files = [
+        OutputFile(path, *header({name: tensors[name] for name in names}, metadata))
+        for path, names in target.shards
+    ]
+    if target.index:
+        shards = {name: path.name for path, names in target.shards for name in names}
+        total = target.plan.written_bytes
+        index = {"metadata": {**metadata, "total_size": total}, "weight_map": shards}
+        text = json.dumps(index, indent=2, sort_keys=True).encode()
+        files.append(OutputFile(target.index, text, {}, len(text)))
+    return files
+
+
+def _superseded(path: Path, stem: str, files: Collection[Path | None]) -> list[Path]:
+    """What stands under the same name in another shape and would be taken for the output: one file, or an index and
+    its shards. The index comes first."""
+    index = path.with_name(f"{stem}.safetensors.index.json")
+    shard = re.compile(re.escape(stem) + r"-\d{5}-of-\d{5}\.safetensors")
+    old: list[str] = []
+    with suppress(CheckpointError):  # there is none, or a file of another kind by that name
+        old = sorted(name for name in set(weight_map(index).values()) if shard.fullmatch(name))
+    return [f for f in (index, path, *map(path.with_name, old)) if f not in files and _is_file(f)]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # the name is too long
+        return False
+
+
+def _groups(tensors: Mapping[str, Tensor], shard_size: int | None) -> list[list[str]]:
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name in sorted(tensors):
+        size = tensors[name].nbytes
+        if shard_size is not None and groups[-1] and filled + size > shard_size:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    return groups
