@@ -1,18 +1,16 @@
 """Weights ↔ open_clip models: the only room that knows how open_clip builds, names and preprocesses."""
 
-from clipmerge.model.build import build_model, eval_transform, get_tokenizer, train_transform
+from clipmerge.model.build import build_model, eval_transform, get_tokenizer
 from clipmerge.model.load import load_weights, save_model, weights_of
-from clipmerge.model.spec import ModelSpec, known_models, resolve_model
+from clipmerge.model.spec import ModelSpec, resolve_model
 
 __all__ = [
     "ModelSpec",
     "build_model",
     "eval_transform",
     "get_tokenizer",
-    "known_models",
     "load_weights",
     "resolve_model",
     "save_model",
-    "train_transform",
     "weights_of",
 ]

@@ -1,4 +1,4 @@
-"""A model, its tokenizer and its transforms: open_clip's own, from a ModelSpec."""
+"""Build a model, its tokenizer and its eval transform as open_clip does, from a ModelSpec."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     Transform = Callable[[Image.Image], torch.Tensor]
     Tokenizer = Callable[[list[str]], torch.Tensor]
 
-__all__ = ["build_model", "eval_transform", "get_tokenizer", "train_transform"]
+__all__ = ["build_model", "eval_transform", "get_tokenizer"]
 
 
 def build_model(
     spec: ModelSpec, device: "str | torch.device" = "cpu", *, seed: int | None = None
 ) -> "torch.nn.Module":
-    """An open_clip model in fp32 and eval mode.
+    """Build an open_clip model in fp32 and eval mode.
 
     Args:
         seed: None skips every random initialisation, for weights that are loaded next (ViT-B-32: 0.02 s, not
@@ -32,10 +32,12 @@ def build_model(
 
     try:
         if seed is None:
-            with torch.device(device), _random_values_skipped():
+            with torch.device(device), _skip_random_values():
                 model = _construct(spec)
         else:
-            with torch.random.fork_rng(devices=[]), _empty_is_zero():
+            # Memory that nobody initialises (CoCa's decoder has some) is zero, not whatever was there.
+            zero = _replace_functions({torch.empty: torch.zeros})
+            with torch.random.fork_rng(devices=[]), zero:
                 torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed every GPU as well
                 model = _construct(spec)
     except (TypeError, KeyError, ValueError, AssertionError) as error:
@@ -63,31 +65,21 @@ def _construct(spec: ModelSpec) -> "torch.nn.Module":
     return cast("torch.nn.Module", model)
 
 
-def _random_values_skipped() -> AbstractContextManager[Any]:
-    """Within, random fills leave memory as it is; constants, masks and buffers are made as always."""
+def _skip_random_values() -> AbstractContextManager[Any]:
+    """Leave memory as it is where it would be filled at random; constants, masks and buffers are made as always."""
     import torch
 
     names = ("uniform_", "normal_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_",
              "xavier_uniform_", "xavier_normal_", "orthogonal_")  # fmt: skip
     fills = [getattr(torch.nn.init, name) for name in names]
     fills += [torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.erfinv_]
-    return _replacing(dict.fromkeys(fills, _first) | {torch.randn: torch.empty, torch.rand: torch.empty})
-
-
-def _empty_is_zero() -> AbstractContextManager[Any]:
-    """Within, memory that nobody initialises (CoCa's decoder has some) is zero, not whatever was there."""
-    import torch
-
-    return _replacing({torch.empty: torch.zeros})
-
-
-def _first(tensor: "torch.Tensor", *_: Any, **__: Any) -> "torch.Tensor":
-    return tensor
+    untouched = dict.fromkeys(fills, lambda tensor, *_, **__: tensor)
+    return _replace_functions(untouched | {torch.randn: torch.empty, torch.rand: torch.empty})
 
 
 @contextmanager
-def _replacing(functions: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
-    """Within, calls of torch's functions go to others."""
+def _replace_functions(functions: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
+    """Send calls of some of torch's functions to others."""
     from torch.overrides import TorchFunctionMode
 
     class Replace(TorchFunctionMode):
@@ -101,36 +93,29 @@ def _replacing(functions: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
 
 
 def get_tokenizer(spec: ModelSpec) -> "Tokenizer":
-    """Prompts → token ids, shape (prompts, context length)."""
+    """Return the function from prompts to token ids, shape (prompts, context length)."""
     import open_clip
     from open_clip.tokenizer import HFTokenizer, SigLipTokenizer, SimpleTokenizer
 
     text = spec.config["text_cfg"]
     length = text.get("context_length", 77)
     kwargs = dict(text.get("tokenizer_kwargs") or {})
+    name = spec.name.lower()
     if text.get("hf_tokenizer_name"):
         mode = text.get("tokenizer_mode")
-        return cast(
-            "Tokenizer",
-            HFTokenizer(text["hf_tokenizer_name"], context_length=length, tokenizer_mode=mode, **kwargs),
+        tokenizer = HFTokenizer(
+            text["hf_tokenizer_name"], context_length=length, tokenizer_mode=mode, **kwargs
         )
-    if "siglip" in spec.name.lower() and spec.name in open_clip.list_models():
-        low = spec.name.lower()
-        variant = "gemma" if "siglip2" in low else "mc4" if "i18n" in low else "c4-en"
-        return cast("Tokenizer", SigLipTokenizer(variant, context_length=length))
-    return cast("Tokenizer", SimpleTokenizer(context_length=length, **kwargs))
+    elif "siglip" in name and spec.name in open_clip.list_models():
+        variant = "gemma" if "siglip2" in name else "mc4" if "i18n" in name else "c4-en"
+        tokenizer = SigLipTokenizer(variant, context_length=length)
+    else:
+        tokenizer = SimpleTokenizer(context_length=length, **kwargs)
+    return cast("Tokenizer", tokenizer)
 
 
 def eval_transform(spec: ModelSpec) -> "Transform":
-    """open_clip's own transform for scoring: PIL image → float tensor (3, H, W)."""
+    """Return open_clip's own transform for scoring: PIL image → float tensor (3, H, W)."""
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     return cast("Transform", image_transform_v2(PreprocessCfg(**spec.preprocess), is_train=False))
-
-
-def train_transform(spec: ModelSpec, augment: Mapping[str, Any] | None = None) -> "Transform":
-    """open_clip's own transform for training; `augment` is its AugmentationCfg (scale, color_jitter …)."""
-    from open_clip.transform import PreprocessCfg, image_transform_v2
-
-    cfg = PreprocessCfg(**spec.preprocess)
-    return cast("Transform", image_transform_v2(cfg, is_train=True, aug_cfg=dict(augment or {})))

@@ -1,4 +1,4 @@
-"""Weights into a model in place, and a model's tensors as Weights."""
+"""Load weights into a model in place, and take a model's tensors as Weights."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,25 +26,21 @@ def load_weights(model: "torch.nn.Module", weights: "Weights") -> None:
         ModelError: names or shapes differ; missing and unexpected ones are listed all at once.
     """
     names = weights.names
-    _fit_head(model, weights)
-    weights.load_into(_without_absent_text(model, names) if _has_head(names) else model)
+    if f"{HEAD}.weight" in names:
+        _fit_head(
+            model, *weights.checkpoints[0].tensors[f"{HEAD}.weight"].shape, bias=f"{HEAD}.bias" in names
+        )
+        weights.load_into(_without_absent_text(model, names))
+        return
+    if hasattr(model, HEAD):
+        delattr(model, HEAD)
+    weights.load_into(model)
 
 
-def _has_head(names: Sequence[str]) -> bool:
-    return f"{HEAD}.weight" in names
-
-
-def _fit_head(model: "torch.nn.Module", weights: "Weights") -> None:
-    """Give the model the trained head's shape, or take away a head that these weights do not have."""
+def _fit_head(model: "torch.nn.Module", classes: int, width: int, *, bias: bool) -> None:
+    """Give the model a head of this shape, where it has none or another."""
     import torch
 
-    names = weights.names
-    if not _has_head(names):
-        if hasattr(model, HEAD):
-            delattr(model, HEAD)
-        return
-    classes, width = weights.checkpoints[0].tensors[f"{HEAD}.weight"].shape
-    bias = f"{HEAD}.bias" in names
     now = getattr(model, HEAD, None)
     if now is None or tuple(now.weight.shape) != (classes, width) or (now.bias is not None) != bias:
         device = next(model.parameters()).device
@@ -52,7 +48,7 @@ def _fit_head(model: "torch.nn.Module", weights: "Weights") -> None:
 
 
 def _without_absent_text(model: "torch.nn.Module", names: Sequence[str]) -> "torch.nn.Module":
-    """A view of the model (its own tensors) without the parts of the text tower that no name reaches."""
+    """Return a view of the model (its own tensors) without the parts of the text tower that no name reaches."""
     import torch
 
     present = {name.split(".", 1)[0] for name in names}
@@ -67,7 +63,7 @@ def _without_absent_text(model: "torch.nn.Module", names: Sequence[str]) -> "tor
 
 
 def weights_of(model: "torch.nn.Module", spec: ModelSpec, name: str = "model") -> "Weights":
-    """The model's tensors as weights that record which model they are for."""
+    """Return the model's tensors as weights that record which model they are for."""
     from clipmerge.weights.record import FORMAT, write_record
     from clipmerge.weights.weights import from_state_dict
 
@@ -83,6 +79,6 @@ def save_model(
     metadata: Mapping[str, Any] | None = None,
     force: bool = False,
 ) -> Path:
-    """Write the model as `.safetensors` in open_clip's names, with the model's record; the path written."""
+    """Write the model as `.safetensors` in open_clip's names, with the model's record. Returns the path written."""
     name = Path(path).stem
     return weights_of(model, spec, name).save(path, metadata=dict(metadata or {}), force=force)
