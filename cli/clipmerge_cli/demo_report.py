@@ -23,7 +23,7 @@ def write_report(study: "Study", results: Path) -> None:
     """commands.sh, the figures, and at last results.json, which marks the demo as finished."""
     from clipmerge.finetuning.log import read
     from clipmerge.report import figures
-    from clipmerge.report.tables import write_json
+    from clipmerge.report.documents import write_json
 
     folder, documents = study.folder, study.documents
     (folder / "commands.sh").write_text(commands(study), encoding="utf-8")

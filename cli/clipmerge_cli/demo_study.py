@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipmerge.errors import TrainingError
-from clipmerge.report.tables import write_json
+from clipmerge.report.documents import write_json
 from clipmerge_cli.demo_setting import (
     ALPHAS,
     BASE,

@@ -70,14 +70,14 @@ class Output(Talk):
 
     def check(self, weights: "Weights", model: str | None, dtype: str | None) -> None:
         """Refuse an output that could not be written, from headers alone: it exists, is an input, does not fit."""
-        from clipmerge.report import hub
+        from clipmerge.report import model_folder
         from clipmerge.weights.output_files import check_save
 
         if self.output is None:
             return
         options: dict[str, Any] = {"force": self.force, "shard_size": self.shard_size}
         if self.output.name == HUB_FILE:
-            hub.check_save(weights, self.output.parent, model=model, **options)
+            model_folder.check_save(weights, self.output.parent, model=model, **options)
         else:
             check_save(weights, self.output, dtype=dtype, **options)
 
@@ -109,7 +109,7 @@ class Output(Talk):
         options: dict[str, Any] = {name: getattr(self, name) for name in shared}
         if self.output.name != HUB_FILE:
             return weights.save(self.output, metadata=record, on_progress=on_progress, **options)
-        from clipmerge.report.hub import save_folder
+        from clipmerge.report.model_folder import save_folder
 
         return save_folder(weights, self.output.parent, metadata=record, on_progress=on_progress, **options)
 
@@ -121,7 +121,7 @@ class Output(Talk):
             return
         self.say(f"wrote {show.short(written)}")
         if self.push_to_hub:
-            from clipmerge.report.hub import push
+            from clipmerge.report.model_folder import push
 
             self.say(f"uploaded to {push(written, self.push_to_hub)}")
 

@@ -1,4 +1,4 @@
-"""The model card of a merged file: what the Hub reads (YAML), and what people read."""
+"""Write the model card of a merged file: what the Hub reads (YAML), and what people read."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from clipmerge.checkpoint.safetensors import read_header
-from clipmerge.report.tables import markdown
+from clipmerge.report.documents import markdown
 from clipmerge.weights.provenance import Parent, is_original, parents_of
 from clipmerge.weights.record import read_record
 
@@ -15,7 +15,7 @@ TASK = "zero-shot-image-classification"
 
 
 def model_card(name: str, weights: Path) -> str:
-    """README.md for the merged file at `weights`, from the record that it carries.
+    """Return README.md for the merged file at `weights`, from the record that it carries.
 
     Args:
         name: the model's title.

@@ -1,4 +1,4 @@
-"""How every figure looks, and how it is written: same numbers and same matplotlib, same bytes."""
+"""Give every figure one look, and write it: same numbers and same matplotlib, same bytes."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +23,8 @@ FORMATS = (".png", ".svg")
 _RC: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # ships with matplotlib
     "font.size": 10.0,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -38,7 +40,7 @@ _RC: dict[Any, Any] = {
 
 @contextmanager
 def figure(path: str | Path, *, width: float = 6.4, height: float = 4.4) -> Iterator["Figure"]:
-    """A figure to draw on; written as PNG and SVG beside each other when the block ends well."""
+    """Yield a figure to draw on; write it as PNG and SVG beside each other when the block ends well."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -56,14 +58,14 @@ def figure(path: str | Path, *, width: float = 6.4, height: float = 4.4) -> Iter
 
 
 def targets(path: str | Path) -> list[Path]:
-    """The two files of a figure: `curve.png` (or `curve.svg`, or `curve`) → `curve.png` and `curve.svg`."""
+    """Return the two files of a figure: `curve.png` (or `curve.svg`, or `curve`) → `curve.png` and `curve.svg`."""
     whole = Path(path)
     stem = whole.with_suffix("") if whole.suffix.lower() in FORMATS else whole
     return [stem.with_name(stem.name + suffix) for suffix in FORMATS]
 
 
 def percent(axes: "Axes", which: str) -> None:
-    """Fractions on the axes `which` ("x", "y" or "xy") read as percentages."""
+    """Show fractions on the axes `which` ("x", "y" or "xy") as percentages."""
     from matplotlib.ticker import PercentFormatter
 
     for letter in which:
@@ -71,8 +73,8 @@ def percent(axes: "Axes", which: str) -> None:
         axis.set_major_formatter(PercentFormatter(1.0, symbol=None))
 
 
-def title_of(document: Mapping[str, Any]) -> str:
-    """The metric of a search, as tables call it."""
+def metric_title(document: Mapping[str, Any]) -> str:
+    """Return the metric of a result, as tables call it."""
     from clipmerge.evaluate.metrics import METRICS
 
     name = str(document.get("metric", "top1"))

@@ -127,6 +127,31 @@ def test_the_shifts_of_a_rule_that_looks_at_none_are_the_other_splits(
     assert "shift, top-1 %" in words_of(DOCUMENTS["best-id"], tmp_path, monkeypatch)
 
 
+@pytest.mark.parametrize(
+    ("name", "title", "x"),
+    [
+        ("wise-ft", "Interpolation of base and finetuned weights", "in-distribution (id), top-1 %"),
+        ("addition", "Adding task vectors to the base", "scaling coefficient of the task vectors"),
+        ("negation", "Subtracting a task vector from the base", "control (b), top-1 %"),
+        ("learned", "Learned soup: the share of each checkpoint", "coefficient (they sum to 1)"),
+        ("coefficients", "Search over several coefficients at once", "evaluations of the held-out splits"),
+    ],
+)
+def test_a_figure_says_what_it_shows(
+    name: str, title: str, x: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert words_of(DOCUMENTS[name], tmp_path, monkeypatch) >= {title, x}
+
+
+def test_a_result_is_drawn_as_its_document_is(tmp_path: Path) -> None:
+    class Result:
+        def to_json(self) -> dict[str, Any]:
+            return WISE
+
+    drawn, expected = figures.plot(Result(), tmp_path / "a"), figures.plot(WISE, tmp_path / "b")
+    assert drawn[0].read_bytes() == expected[0].read_bytes()
+
+
 def test_a_training_log_is_drawn(tmp_path: Path) -> None:
     events: list[dict[str, Any]] = [
         {"event": "step", "step": i, "loss": 3 * math.exp(-i / 40), "lr": 1e-3 * (1 - i / 50)}
@@ -137,7 +162,7 @@ def test_a_training_log_is_drawn(tmp_path: Path) -> None:
 
 
 def test_a_kind_without_a_picture_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SelectionError, match="no picture of uniform_soup"):
+    with pytest.raises(SelectionError, match="results of kind 'uniform_soup' cannot be plotted"):
         figures.plot({"kind": "uniform_soup"}, tmp_path / "f.png")
     assert list(tmp_path.iterdir()) == []
 

@@ -1,4 +1,4 @@
-"""Many models in one picture: in-distribution score on x, score under shift on y."""
+"""Draw many models in one figure: in-distribution score on x, score under shift on y."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,12 +29,13 @@ def comparison(document: Document, path: str | Path) -> None:
         if curve:
             axes.plot([p["scores"][x] for p in curve], [p["scores"][y] for p in curve], "-", color=SKY,
                       marker=".", label="WiSE-FT, one point per α", zorder=1)  # fmt: skip
-        for role, (marker, colour, size, words) in _MARKS.items():
+        for role, (marker, colour, size, label) in _MARKS.items():
             rows = [row["scores"] for row in document["rows"] if row["role"] == role]
             if rows:
                 axes.plot([s[x] for s in rows], [s[y] for s in rows], marker, color=colour, markersize=size,
                           markeredgecolor="white" if role == "ingredient" else BLACK, markeredgewidth=0.7,
-                          linestyle="none", label=words)  # fmt: skip
+                          linestyle="none", label=label)  # fmt: skip
+        axes.set_title("Every model by its score in distribution and under shift")
         axes.set_xlabel(f"in-distribution: {document.get('labels', {}).get(x, x)}, top-1 %")
         axes.set_ylabel(f"shift: {document.get('labels', {}).get(y, y)}, top-1 %")
         percent(axes, "xy")

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from clipmerge.errors import OutputError
-from clipmerge.report.tables import markdown, write_json
+from clipmerge.report.documents import markdown, write_json
 
 
 def test_a_markdown_table_reads_as_plain_text_too() -> None:

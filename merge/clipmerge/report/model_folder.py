@@ -1,4 +1,4 @@
-"""A folder as the Hugging Face Hub and open_clip's `local-dir:` expect it, and its upload."""
+"""Write a model folder as the Hugging Face Hub and open_clip's `local-dir:` expect it, and upload it."""
 
 import json
 import os
@@ -62,8 +62,8 @@ def check_save(
     force: bool = False,
     shard_size: int | None = None,
 ) -> "ModelSpec":
-    """Refuse what `save_folder` would refuse, from headers alone; the model that the folder would name."""
-    from clipmerge.model import ModelSpec, resolve_model
+    """Refuse what `save_folder` would refuse, from headers alone. Returns the model that the folder would name."""
+    from clipmerge.model import ModelSpec, build_model, resolve_model
 
     if weights.kind() != 1:
         raise RecipeError(
@@ -77,12 +77,17 @@ def check_save(
     if model is None and recorded is not None:
         model = ModelSpec.from_metadata(recorded)
     spec = resolve_model(model, weights)
-    _fits(weights, spec)
+    if any(name.startswith("classification_head.") for name in weights.names):
+        raise ModelError(
+            "open_clip has no place for a trained classification head",
+            hint="write it to a file instead: -o NAME.safetensors",
+        )
+    weights.check_fit(build_model(spec, "meta"))  # open_clip loads the file strictly
     return spec
 
 
 def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
-    """Upload a folder that `save_folder` wrote to the Hub; the address of the model.
+    """Upload a folder that `save_folder` wrote to the Hub. Returns the address of the model.
 
     Uses the token that `huggingface-cli login` or HF_TOKEN left.
 
@@ -106,15 +111,3 @@ def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
             hint="check the name ORG/NAME and your login: `hf auth login`; the folder is complete on disk",
         ) from error
     return str(address)
-
-
-def _fits(weights: Weights, spec: "ModelSpec") -> None:
-    """Refuse weights that open_clip could not load strictly into the model."""
-    from clipmerge.model import build_model
-
-    if any(name.startswith("classification_head.") for name in weights.names):
-        raise ModelError(
-            "open_clip has no place for a trained classification head",
-            hint="write it to a file instead: -o NAME.safetensors",
-        )
-    weights.check_fit(build_model(spec, "meta"))

@@ -11,7 +11,7 @@ import torch
 
 from clipmerge.errors import ModelError, OutputError, RecipeError
 from clipmerge.report.card import model_card
-from clipmerge.report.hub import CARD, CONFIG, WEIGHTS, push, save_folder
+from clipmerge.report.model_folder import CARD, CONFIG, WEIGHTS, push, save_folder
 from clipmerge.weights.verify import verify
 from clipmerge.weights.weights import Weights, from_state_dict, load, mean
 
@@ -161,7 +161,7 @@ def test_nothing_is_left_behind_by_a_failure(
     def full(*_: object) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("clipmerge.report.hub.model_card", full)
+    monkeypatch.setattr("clipmerge.report.model_folder.model_card", full)
     with pytest.raises(OutputError, match="No space left on device"):
         save_folder(soup, tmp_path / "soup", model=tiny_spec)
     assert list(tmp_path.iterdir()) == []
