@@ -1,212 +1,197 @@
-"""Training images: open_clip's random crop and what its users add, each image from its own seed.
+"""Random crops and what users add to them; each image is drawn from its own seed.
 
-torchvision's transforms draw from one global generator, which threads share. These draw from a generator made of
-(seed, epoch, item), so that the same item looks the same whatever the number of workers, and a resumed run sees what
-the uninterrupted one saw.
+torchvision's transforms draw from torch's global generator. These draw from a generator made of (seed, epoch, item) and
+hand what was drawn to torchvision's functions, so that an item looks the same whatever the number of workers, and a
+resumed run sees what an uninterrupted one sees.
 """
 
 import math
 import random
 from collections.abc import Callable, Mapping
-from threading import Lock
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image
+import torch
+from PIL.Image import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as tv
 
 from clipmerge.errors import TrainingError
+from clipmerge.types import Pixels
 
-__all__ = ["augmenter"]
+__all__ = ["Augmentation", "Crop", "parse_augmentation"]
 
-Pixels = npt.NDArray[np.uint8]
-Change = Callable[[Image.Image, random.Random], Image.Image]
-Augmenter = Callable[[Image.Image, str], Pixels]
+Step: TypeAlias = Callable[[Image, random.Random], Image]
+Augmentation: TypeAlias = Callable[[Image, str], Pixels]
+"""(image, seed) → uint8 pixels (3, H, W), before ToTensor and Normalize."""
 
 _HINT = "one of none, crop, crop:0.5, flip, jitter:0.4, gray:0.2, randaugment:2,9, joined by +; or open_clip's aug-cfg"
 
 
-def augmenter(augment: str | Mapping[str, Any], preprocess: Mapping[str, Any]) -> Augmenter | None:
-    """(image, seed) → uint8 pixels (3, H, W) before normalisation; None where nothing is random.
+def parse_augmentation(augment: str | Mapping[str, Any], preprocess: Mapping[str, Any]) -> Augmentation | None:
+    """Return what makes training pixels of an image and a seed; None where nothing is random.
 
     Args:
         augment: "none"; or steps joined by "+": "crop" (scale 0.9–1, as open_clip and FLYP), "crop:0.5"
             (scale 0.5–1), "flip", "jitter:0.4", "gray:0.2", "randaugment:N,M" (N operations, magnitude M of 30);
             or open_clip's AugmentationCfg as a mapping, `use_timm` included.
         preprocess: open_clip's preprocess_cfg, for the size.
+
+    Raises:
+        TrainingError: no such augmentation.
     """
-    height, width = _size(preprocess["size"])
+    size = preprocess["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    if augment == "none":
+        return None
     if isinstance(augment, Mapping) and augment.get("use_timm"):
         return _timm(augment, (height, width), str(preprocess["interpolation"]))
-    changes = _from_cfg(augment) if isinstance(augment, Mapping) else _from_text(augment)
-    if changes is None:
-        return None
-    crop, rest = changes
+    crop, steps = _from_cfg(augment) if isinstance(augment, Mapping) else _from_text(augment)
 
-    def apply(image: Image.Image, seed: str) -> Pixels:
+    def apply(image: Image, seed: str) -> Pixels:
         generator = random.Random(seed)
-        image = _resized_crop(image, generator, (height, width), *crop)
-        for change in rest:
-            image = change(image, generator)
+        top, left, h, w = crop.draw(image.height, image.width, generator)
+        image = tv.resized_crop(image, top, left, h, w, [height, width], InterpolationMode.BICUBIC)
+        for step in steps:
+            image = step(image, generator)
         return np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
 
     return apply
 
 
-def _size(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+@dataclass(frozen=True)
+class Crop:
+    """A random box: its share of the image's area, and its width over its height."""
+
+    scale: tuple[float, float] = (0.9, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+    def draw(self, height: int, width: int, generator: random.Random) -> tuple[int, int, int, int]:
+        """Return (top, left, height, width), distributed as torchvision's RandomResizedCrop."""
+        low, high = self.ratio
+        for _ in range(10):
+            area = height * width * generator.uniform(*self.scale)
+            aspect = math.exp(generator.uniform(math.log(low), math.log(high)))
+            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < w <= width and 0 < h <= height:
+                return generator.randint(0, height - h), generator.randint(0, width - w), h, w
+        w = min(width, round(height * high))
+        h = min(height, round(width / low))
+        return (height - h) // 2, (width - w) // 2, h, w
 
 
-Crop = tuple[tuple[float, float], tuple[float, float]]
-_CROP: Crop = ((0.9, 1.0), (3 / 4, 4 / 3))
-
-
-def _from_text(text: str) -> tuple[Crop, list[Change]] | None:
-    crop = _CROP
-    changes: list[Change] = []
-    if text == "none":
-        return None
-    for step in text.split("+"):
-        name, _, value = step.strip().partition(":")
-        numbers = _numbers(step, value)
+def _from_text(text: str) -> tuple[Crop, list[Step]]:
+    crop = Crop()
+    steps: list[Step] = []
+    for part in text.split("+"):
+        name, _, value = part.strip().partition(":")
+        try:
+            numbers = [float(number) for number in value.split(",")] if value else []
+        except ValueError as error:
+            raise TrainingError(f"{part!r} is no augmentation", hint=_HINT) from error
         if name == "crop":
-            crop = ((numbers[0] if numbers else 0.9, 1.0), _CROP[1])
+            crop = Crop((numbers[0], 1.0)) if numbers else Crop()
         elif name == "flip":
-            changes.append(_flip)
-        elif name == "jitter" and numbers:
-            changes.append(
-                _jitter([*(numbers * 3)[:3], numbers[0] / 4] if len(numbers) == 1 else numbers, 0.8)
-            )
+            steps.append(_flip)
+        elif name == "jitter" and len(numbers) in (1, 4):
+            steps.append(_jitter(numbers if len(numbers) == 4 else [*numbers * 3, numbers[0] / 4], 0.8))
         elif name == "gray" and numbers:
-            changes.append(_gray(numbers[0]))
+            steps.append(_gray(numbers[0]))
         elif name == "randaugment" and len(numbers) == 2:
-            changes.append(_randaugment(int(numbers[0]), int(numbers[1])))
+            steps.append(_randaugment(int(numbers[0]), int(numbers[1])))
         else:
-            raise TrainingError(f"{step!r} is no augmentation", hint=_HINT)
-    return crop, changes
+            raise TrainingError(f"{part!r} is no augmentation", hint=_HINT)
+    return crop, steps
 
 
-def _numbers(step: str, value: str) -> list[float]:
-    try:
-        return [float(number) for number in value.split(",")] if value else []
-    except ValueError as error:
-        raise TrainingError(f"{step!r} is no augmentation", hint=_HINT) from error
-
-
-def _from_cfg(cfg: Mapping[str, Any]) -> tuple[Crop, list[Change]]:
+def _from_cfg(cfg: Mapping[str, Any]) -> tuple[Crop, list[Step]]:
     known = {"scale", "ratio", "color_jitter", "color_jitter_prob", "gray_scale_prob", "use_timm"}
     if unknown := sorted(set(cfg) - known):
         raise TrainingError(
             f"the aug-cfg has {', '.join(unknown)}, which only timm's transform knows",
             hint="add use_timm=true",
         )
-    changes: list[Change] = []
+    steps: list[Step] = []
     if cfg.get("color_jitter_prob"):
-        changes.append(_jitter(list(cfg["color_jitter"]), float(cfg["color_jitter_prob"])))
+        steps.append(_jitter(list(cfg["color_jitter"]), float(cfg["color_jitter_prob"])))
     if cfg.get("gray_scale_prob"):
-        changes.append(_gray(float(cfg["gray_scale_prob"])))
-    return (tuple(cfg.get("scale", _CROP[0])), tuple(cfg.get("ratio", _CROP[1]))), changes
+        steps.append(_gray(float(cfg["gray_scale_prob"])))
+    return Crop(**{name: tuple(cfg[name]) for name in ("scale", "ratio") if name in cfg}), steps
 
 
-def _resized_crop(
-    image: Image.Image,
-    generator: random.Random,
-    size: tuple[int, int],
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-) -> Image.Image:
-    """torchvision's RandomResizedCrop, drawn from `generator`; bicubic, as open_clip trains."""
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms import functional as tf
-
-    top, left, height, width = _crop_box(image.height, image.width, generator, scale, ratio)
-    found: Image.Image = tf.resized_crop(
-        image, top, left, height, width, list(size), InterpolationMode.BICUBIC
-    )
-    return found
+def _flip(image: Image, generator: random.Random) -> Image:
+    return tv.horizontal_flip(image) if generator.random() < 0.5 else image
 
 
-def _crop_box(
-    height: int,
-    width: int,
-    generator: random.Random,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-) -> tuple[int, int, int, int]:
-    for _ in range(10):
-        area = height * width * generator.uniform(*scale)
-        aspect = math.exp(generator.uniform(math.log(ratio[0]), math.log(ratio[1])))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            return generator.randint(0, height - h), generator.randint(0, width - w), h, w
-    w, h = width, height
-    if width / height < ratio[0]:
-        h = round(width / ratio[0])
-    elif width / height > ratio[1]:
-        w = round(height * ratio[1])
-    return (height - h) // 2, (width - w) // 2, h, w
+def _gray(probability: float) -> Step:
+    def step(image: Image, generator: random.Random) -> Image:
+        return tv.to_grayscale(image, 3) if generator.random() < probability else image
+
+    return step
 
 
-def _flip(image: Image.Image, generator: random.Random) -> Image.Image:
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if generator.random() < 0.5 else image
+def _jitter(strengths: list[float], probability: float) -> Step:
+    """Return ColorJitter(brightness, contrast, saturation, hue) with a probability, as open_clip has it."""
+    adjust = [tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue]
 
-
-def _gray(probability: float) -> Change:
-    def change(image: Image.Image, generator: random.Random) -> Image.Image:
-        return image.convert("L").convert("RGB") if generator.random() < probability else image
-
-    return change
-
-
-def _jitter(strengths: list[float], probability: float) -> Change:
-    """torchvision's ColorJitter(brightness, contrast, saturation, hue) with a probability, as open_clip has it."""
-
-    def change(image: Image.Image, generator: random.Random) -> Image.Image:
-        from torchvision.transforms import functional as tf
-
+    def step(image: Image, generator: random.Random) -> Image:
         if generator.random() >= probability:
             return image
-        names = ["brightness", "contrast", "saturation", "hue"]
-        turns = list(zip(names, strengths, strict=True))
+        turns = list(zip(adjust, strengths, strict=True))
         generator.shuffle(turns)
-        for name, strength in turns:
-            centre = 0.0 if name == "hue" else 1.0
-            low = centre - strength if name == "hue" else max(0.0, centre - strength)
-            factor = generator.uniform(low, centre + strength)
-            image = getattr(tf, f"adjust_{name}")(image, factor)
+        for change, strength in turns:
+            low, high = (
+                (-strength, strength) if change is tv.adjust_hue else (max(0.0, 1 - strength), 1 + strength)
+            )
+            image = change(image, generator.uniform(low, high))
         return image
 
-    return change
+    return step
 
 
-def _randaugment(operations: int, magnitude: int) -> Change:
-    """torchvision's RandAugment with its own operations, drawn from the item's generator."""
-    from torchvision.transforms import InterpolationMode, RandAugment
-    from torchvision.transforms.autoaugment import _apply_op
+def _affine(image: Image, *, x: int = 0, y: int = 0, shear: tuple[float, float] | None = None) -> Image:
+    angles = [math.degrees(math.atan(value)) for value in shear or (0.0, 0.0)]
+    centre = None if shear is None else [0.0, 0.0]  # a shear starts at the corner, as RandAugment's authors have it
+    return tv.affine(image, angle=0.0, translate=[x, y], scale=1.0, shear=angles, center=centre)
 
+
+_RANDAUGMENT: list[tuple[Callable[[Image, float], Image], float, bool]] = [
+    (lambda image, m: image, 0.0, False),
+    (lambda image, m: _affine(image, shear=(m, 0.0)), 0.3, True),
+    (lambda image, m: _affine(image, shear=(0.0, m)), 0.3, True),
+    (lambda image, m: _affine(image, x=int(m * image.width)), 150 / 331, True),
+    (lambda image, m: _affine(image, y=int(m * image.height)), 150 / 331, True),
+    (lambda image, m: tv.rotate(image, m), 30.0, True),
+    (lambda image, m: tv.adjust_brightness(image, 1 + m), 0.9, True),
+    (lambda image, m: tv.adjust_saturation(image, 1 + m), 0.9, True),
+    (lambda image, m: tv.adjust_contrast(image, 1 + m), 0.9, True),
+    (lambda image, m: tv.adjust_sharpness(image, 1 + m), 0.9, True),
+    (lambda image, m: tv.posterize(image, 8 - round(m)), 4.0, False),
+    (lambda image, m: tv.solarize(image, 255 - m), 255.0, False),
+    (lambda image, m: tv.autocontrast(image), 0.0, False),
+    (lambda image, m: tv.equalize(image), 0.0, False),
+]
+"""RandAugment's operations in torchvision's order: what it does at magnitude m, the largest m, and whether its sign is
+drawn. Source: Cubuk et al. 2019, arXiv 1909.13719."""
+
+
+def _randaugment(operations: int, magnitude: int) -> Step:
     if not 0 <= magnitude <= 30:
         raise TrainingError(f"RandAugment's magnitude is {magnitude}", hint="a number from 0 to 30")
-    table = RandAugment(operations, magnitude)
 
-    def change(image: Image.Image, generator: random.Random) -> Image.Image:
-        space = table._augmentation_space(31, (image.height, image.width))
+    def step(image: Image, generator: random.Random) -> Image:
         for _ in range(operations):
-            name = generator.choice(list(space))
-            steps, signed = space[name]
-            size = float(steps[magnitude]) if steps.ndim else 0.0
-            size = -size if signed and generator.random() < 0.5 else size
-            image = _apply_op(image, name, size, interpolation=InterpolationMode.NEAREST, fill=None)
+            change, largest, signed = generator.choice(_RANDAUGMENT)
+            size = float(torch.linspace(0, largest, 31)[magnitude])
+            image = change(image, -size if signed and generator.random() < 0.5 else size)
         return image
 
-    return change
+    return step
 
 
-_timm_lock = Lock()
-
-
-def _timm(cfg: Mapping[str, Any], size: tuple[int, int], interpolation: str) -> Augmenter:
-    """timm's training transform. It draws from global generators, so one image is made at a time."""
-    import torch
+def _timm(cfg: Mapping[str, Any], size: tuple[int, int], interpolation: str) -> Augmentation:
+    """Return timm's training transform, whose three global generators are seeded for each image and put back."""
     from timm.data.transforms_factory import create_transform
 
     options = {k: v for k, v in cfg.items() if k not in ("use_timm", "color_jitter_prob", "gray_scale_prob")}
@@ -219,17 +204,16 @@ def _timm(cfg: Mapping[str, Any], size: tuple[int, int], interpolation: str) -> 
         (3, *size), is_training=True, mean=(0, 0, 0), std=(1, 1, 1), interpolation=interpolation, **options
     )
 
-    def apply(image: Image.Image, seed: str) -> Pixels:
+    def apply(image: Image, seed: str) -> Pixels:
         number = random.Random(seed).getrandbits(32)
-        with _timm_lock, torch.random.fork_rng(devices=[]):
-            kept = random.getstate(), np.random.get_state()
+        before = random.getstate(), np.random.get_state()
+        with torch.random.fork_rng(devices=[]):
             random.seed(number)
             np.random.seed(number)
-            torch.manual_seed(number)
-            pixels = transform(image)
-            random.setstate(kept[0])
-            np.random.set_state(kept[1])
-        found: Pixels = (pixels * 255).round().to(torch.uint8).numpy()
-        return found
+            torch.default_generator.manual_seed(number)  # torch.manual_seed would reseed every GPU as well
+            pixels: Pixels = (transform(image) * 255).round().to(torch.uint8).numpy()
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        return pixels
 
     return apply
