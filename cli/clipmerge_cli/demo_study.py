@@ -85,7 +85,7 @@ class Study:
 
     def train(self, training: Training) -> None:
         """One finetuning, or the base from scratch."""
-        from clipmerge.finetuning.methods import finetune
+        from clipmerge.finetuning.finetune import finetune
 
         base = self.base if training.base else None
         state = self.folder / f"{training.name}.state"

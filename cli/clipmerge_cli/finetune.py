@@ -61,7 +61,7 @@ def finetune(
 
     from clipmerge import distributed
     from clipmerge.device import describe, resolve_device, resolve_precision
-    from clipmerge.finetuning.methods import finetune as run
+    from clipmerge.finetuning.finetune import finetune as run
     from clipmerge.weights.weights import load
 
     resolved = resolve_device(device)

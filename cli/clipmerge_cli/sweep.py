@@ -12,7 +12,7 @@ from clipmerge_cli.options import INPUT, SEARCH, Images, Talk
 from clipmerge_cli.scoring import Precision
 
 if TYPE_CHECKING:
-    from clipmerge.finetuning.trials import Trial
+    from clipmerge.finetuning.sweep import Trial
 
 _TRAIN = "Every trial"
 
@@ -57,7 +57,7 @@ def sweep(
     """
     from clipmerge.device import describe, resolve_device, resolve_precision
     from clipmerge.finetuning.space import load_space
-    from clipmerge.finetuning.trials import finetune_sweep, table
+    from clipmerge.finetuning.sweep import finetune_sweep, table
     from clipmerge.weights.weights import load
 
     trial_space = load_space(space)

@@ -11,7 +11,7 @@ from clipmerge.version import __version__  # noqa: F401
 if TYPE_CHECKING:
     from clipmerge.data.open import open_split as open_split
     from clipmerge.evaluate.evaluator import Evaluator as Evaluator
-    from clipmerge.finetuning.methods import finetune as finetune
+    from clipmerge.finetuning.finetune import finetune as finetune
     from clipmerge.search.patch import patch as patch
     from clipmerge.search.soup import greedy_soup as greedy_soup
     from clipmerge.search.sweep import sweep as sweep
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Evaluator": "clipmerge.evaluate.evaluator",
     "Weights": "clipmerge.weights.weights",
-    "finetune": "clipmerge.finetuning.methods",
+    "finetune": "clipmerge.finetuning.finetune",
     "from_state_dict": "clipmerge.weights.weights",
     "greedy_soup": "clipmerge.search.soup",
     "interpolate": "clipmerge.weights.weights",

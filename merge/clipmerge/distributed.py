@@ -5,7 +5,8 @@ hours: while one process decodes images or writes a file, NCCL's watchdog would 
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -16,7 +17,8 @@ from torch.autograd import Function
 
 __all__ = [
     "all_gather_object", "all_reduce_sum", "any_rank", "average_gradients", "barrier", "broadcast", "broadcast_object",
-    "finish", "first_on_machine_first", "gather", "gather_object", "is_first", "rank", "share", "start", "world",
+    "finish", "first_on_machine_first", "gather", "gather_object", "independent", "is_first", "rank", "share", "start",
+    "world",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -24,12 +26,25 @@ T = TypeVar("T")
 _PATIENCE = timedelta(hours=12)
 _gloo: Any = None
 """The group of all processes over gloo: the default group itself where that is gloo already (None)."""
+_joins = True
+
+
+@contextmanager
+def independent() -> Iterator[None]:
+    """Within, `start` joins nobody: torchrun's processes are workers of their own, each on its own GPU."""
+    global _joins
+    before, _joins = _joins, False
+    try:
+        yield
+    finally:
+        _joins = before
 
 
 def start(device: torch.device) -> None:
     """Join the other processes where torchrun started this one; otherwise do nothing."""
     global _gloo
-    if int(os.environ.get("WORLD_SIZE", "1")) <= 1 or "RANK" not in os.environ or dist.is_initialized():
+    alone = int(os.environ.get("WORLD_SIZE", "1")) <= 1 or "RANK" not in os.environ
+    if alone or not _joins or dist.is_initialized():
         return
     if device.type == "cuda":
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=_PATIENCE)

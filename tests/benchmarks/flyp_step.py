@@ -74,7 +74,7 @@ def tokens_of(setting: str, model: Any, spec: Any, device: torch.device) -> Any:
 
     from clipmerge.data.split import Split
     from clipmerge.data.stored import InMemory
-    from clipmerge.finetuning.setup import training_prompts
+    from clipmerge.finetuning.prompts import tokenizer_of, training_prompts
 
     classes, templates = SETTINGS[setting]
     labels = np.arange(classes * 100) % classes
@@ -82,7 +82,7 @@ def tokens_of(setting: str, model: Any, spec: Any, device: torch.device) -> Any:
     none = InMemory(np.zeros((len(labels), 1, 1), np.uint8))
     split = Split(setting, tuple(IMAGENET_CLASSNAMES[:classes]), labels, names, none, np.arange(len(labels)))
     texts = [template("{}") for template in OPENAI_IMAGENET_TEMPLATES[:templates]]
-    return split, training_prompts(model, spec, split, texts, device)
+    return split, training_prompts(model, tokenizer_of(spec), split, texts, device)
 
 
 def build(name: str, device: str) -> tuple[Any, Any]:
@@ -120,10 +120,11 @@ def our_step(
 ) -> Step:
     from clipmerge.finetuning.objective import Contrastive
     from clipmerge.finetuning.optimiser import adamw
-    from clipmerge.finetuning.towers import Towers, trained_parameters, wrapped
+    from clipmerge.finetuning.parallel import wrap
+    from clipmerge.finetuning.towers import Towers, trained_parameters
 
     towers = Towers(model, spec.preprocess, precision=precision)
-    module = wrapped(towers, sharded=False, synced=False, compiled=compiled)
+    module = wrap(towers, sharded=False, synced=False, compiled=compiled)
     objective = Contrastive(towers, module, prompts, multiple=64 if compiled else 1)
     optimiser = adamw(trained_parameters(model), lr=1e-6, wd=0.1)
 
@@ -160,7 +161,7 @@ def compare(
     batch = next(Sampler(labels, first, prompts.count, 0, size).batches(0, 1))
     from clipmerge.finetuning.towers import Towers
 
-    images = Towers(theirs, spec.preprocess).prepared(pixels)
+    images = Towers(theirs, spec.preprocess).prepare(pixels)
     texts = prompts.tokens[torch.from_numpy(batch.prompts).to(place)]
     steps = {
         "open_clip": open_clip_step(theirs, images, texts, precision),
@@ -218,10 +219,10 @@ def text_towers(
 ) -> dict[str, Any]:
     """The text tower alone, forward and backward: every prompt at full context, or each distinct one cut."""
     from clipmerge.evaluate.heads import encode_text
-    from clipmerge.finetuning.batches import distinct
+    from clipmerge.finetuning.prompts import unique_prompts
 
     texts = prompts.tokens[torch.from_numpy(batch.prompts).to(place)]
-    rows, where = distinct(batch.prompts)
+    rows, where = unique_prompts(batch.prompts)
     index = torch.from_numpy(where).to(place)
     few = prompts.tokens[torch.from_numpy(rows).to(place)]
     length = int(prompts.lengths[rows].max())
@@ -351,7 +352,7 @@ def waiting(device: str, precision: str, cuda: bool) -> list[dict[str, Any]]:
 
     from clipmerge.data.split import Split
     from clipmerge.data.stored import InMemory
-    from clipmerge.finetuning.methods import finetune
+    from clipmerge.finetuning.finetune import finetune
 
     count, side, size = (8192, 320, 512) if cuda else (64, 320, 16)
     generator = np.random.default_rng(0)

@@ -177,7 +177,7 @@ def test_a_training_that_was_stopped_goes_on_from_its_state(
         (tmp_path / "base.state").touch()
         raise TrainingError("stopped by SIGINT after step 4 of 70", hint="the same command with --resume")
 
-    monkeypatch.setattr("clipmerge.finetuning.methods.finetune", stopped)
+    monkeypatch.setattr("clipmerge.finetuning.finetune.finetune", stopped)
     study = Study(tmp_path, lambda step: nullcontext(None))
     study.prepare()
     for _ in range(2):

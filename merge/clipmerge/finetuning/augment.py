@@ -29,7 +29,9 @@ Augmentation: TypeAlias = Callable[[Image, str], Pixels]
 _HINT = "one of none, crop, crop:0.5, flip, jitter:0.4, gray:0.2, randaugment:2,9, joined by +; or open_clip's aug-cfg"
 
 
-def parse_augmentation(augment: str | Mapping[str, Any], preprocess: Mapping[str, Any]) -> Augmentation | None:
+def parse_augmentation(
+    augment: str | Mapping[str, Any], preprocess: Mapping[str, Any]
+) -> Augmentation | None:
     """Return what makes training pixels of an image and a seed; None where nothing is random.
 
     Args:
@@ -152,8 +154,11 @@ def _jitter(strengths: list[float], probability: float) -> Step:
 
 def _affine(image: Image, *, x: int = 0, y: int = 0, shear: tuple[float, float] | None = None) -> Image:
     angles = [math.degrees(math.atan(value)) for value in shear or (0.0, 0.0)]
-    centre = None if shear is None else [0.0, 0.0]  # a shear starts at the corner, as RandAugment's authors have it
-    return tv.affine(image, angle=0.0, translate=[x, y], scale=1.0, shear=angles, center=centre)
+    centre = (
+        None if shear is None else [0.0, 0.0]
+    )  # a shear starts at the corner, as RandAugment's authors have it
+    sheared: Image = tv.affine(image, angle=0.0, translate=[x, y], scale=1.0, shear=angles, center=centre)
+    return sheared
 
 
 _RANDAUGMENT: list[tuple[Callable[[Image, float], Image], float, bool]] = [

@@ -1,73 +1,55 @@
-"""Contrastive batches larger than memory: two passes over pieces, the exact loss over the whole batch.
+"""Contrastive batches larger than memory: the exact loss over the whole batch, with one piece in memory at a time.
 
-The first pass keeps features only; the loss over all of them gives each feature its gradient; the second pass
-repeats each piece with its graph and sends that gradient through it. Source: Gao et al. 2021, arXiv 2101.06983.
+First pass: every piece is encoded without a graph, and its features are kept. The loss over all features gives the
+gradient of each feature. Second pass: every piece is encoded again, with its graph and with the random numbers of the
+first pass (dropout must repeat), and its features' gradient is sent back through it.
+
+Source: Gao et al. 2021, arXiv 2101.06983.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TypeAlias
 
 import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from clipmerge.finetuning.state import generators, restore_generators
 
 __all__ = ["backward"]
 
-Encode = Callable[[], "Tensor"]
-Generators = tuple["Tensor", list["Tensor"]]
+Encode: TypeAlias = Callable[[], Tensor]
 
 
 def backward(
-    pieces: Sequence[Sequence[Encode]],
-    loss: Callable[[list["Tensor"]], "Tensor"],
+    towers: Sequence[Sequence[Encode]],
+    loss: Callable[[list[Tensor]], Tensor],
+    device: torch.device,
     *,
-    scale: Callable[["Tensor"], "Tensor"] = lambda x: x,
-) -> "Tensor":
-    """The loss; its gradients are added to the parameters.
+    scale: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Tensor:
+    """Return the loss; its gradients are added to the parameters.
 
     Args:
-        pieces: one sequence of pieces for each tower; a piece's call gives its features.
+        towers: for each tower its pieces; a piece's call encodes it.
         loss: takes one tensor of features for each tower, pieces joined.
         scale: what is done to the loss before its backward pass (a gradient scaler's multiplication).
     """
-    states: list[list[Generators]] = []
-    features: list[Tensor] = []
-    sizes: list[list[int]] = []
-    for tower in pieces:
-        kept, states_of = [], []
-        for encode in tower:
-            states_of.append(_generators())
+    features, first_pass = [], []
+    for pieces in towers:
+        states, encoded = [], []
+        for encode in pieces:
+            states.append(generators(device))
             with torch.no_grad():
-                kept.append(encode())
-        features.append(torch.cat(kept).requires_grad_())
-        states.append(states_of)
-        sizes.append([len(piece) for piece in kept])
+                encoded.append(encode())
+        features.append(torch.cat(encoded).requires_grad_())
+        first_pass.append((pieces, states, [len(rows) for rows in encoded]))
     value = loss(features)
-    scale(value).backward()  # type: ignore[no-untyped-call]
-    after = _generators()
-    turns = [
-        turn
-        for tower, states_of, feature, rows in zip(pieces, states, features, sizes, strict=True)
-        for turn in zip(tower, states_of, torch.split(_gradient(feature), rows), strict=True)
-    ]
-    for encode, state, gradient in turns:
-        _restore(state)
-        torch.autograd.backward(encode(), gradient)
-    _restore(after)
+    scale(value).backward()  # type: ignore[no-untyped-call]  # reaches logit_scale, and stops at the features
+    after = generators(device)
+    for feature, (pieces, states, sizes) in zip(features, first_pass, strict=True):
+        assert feature.grad is not None
+        for encode, state, gradient in zip(pieces, states, torch.split(feature.grad, sizes), strict=True):
+            restore_generators(state)
+            torch.autograd.backward(encode(), gradient)
+    restore_generators(after)
     return value.detach()
-
-
-def _gradient(feature: "Tensor") -> "Tensor":
-    assert feature.grad is not None
-    return feature.grad
-
-
-def _generators() -> Generators:
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-
-
-def _restore(state: Generators) -> None:
-    torch.set_rng_state(state[0])
-    if state[1]:
-        torch.cuda.set_rng_state_all(state[1])

@@ -1,128 +1,146 @@
-"""Pixels on the device before the step asks for them: decode threads, pinned memory, copies that overlap."""
+"""Training pixels, on the device before the step asks for them: worker processes, pinned memory, overlapping copies."""
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import multiprocessing
+import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import tee
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from PIL.Image import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
+from clipmerge.data.split import Split
+from clipmerge.distributed import share
+from clipmerge.finetuning.augment import Augmentation
 from clipmerge.finetuning.batches import Batch
+from clipmerge.types import Ints, Pixels
 
-if TYPE_CHECKING:
-    from PIL import Image
-    from torch import Tensor
+__all__ = ["Loader", "to_device"]
 
-    from clipmerge.data.split import Split
-    from clipmerge.finetuning.augment import Augmenter
+Key: TypeAlias = tuple[int, int]
+"""(epoch, item): all that an image's augmentation depends on, besides the run's seed."""
 
-__all__ = ["Loader"]
-
-Pixels = npt.NDArray[np.uint8]
 KEPT_BYTES = 1 << 30
-"""Decoded images of a small set are kept up to this size; what is beyond it is decoded at each visit."""
+"""Decoded images of a small set are kept up to this size, over all workers; others are decoded at each visit."""
+
+
+class _Images(Dataset[Tensor | Exception]):
+    """Makes whole batches, in a worker process or in this one."""
+
+    def __init__(self, split: Split, seed: int, augment: Augmentation | None, fixed: Any, keep: int) -> None:
+        self.split, self.seed, self.augment, self.fixed, self.keep = split, seed, augment, fixed, keep
+        self.kept: dict[int, Image] = {}
+
+    def __getitems__(self, keys: list[Key]) -> Tensor | Exception:
+        """Return the batch, or what went wrong: raised in a worker, torch would bury it in a traceback's text."""
+        try:
+            if self.augment is None:
+                assert isinstance(self.fixed, np.ndarray)
+                return torch.from_numpy(self.fixed[[item for _, item in keys]])
+            rows = [self.augment(self._image(item), f"{self.seed}/{epoch}/{item}") for epoch, item in keys]
+            return torch.from_numpy(np.stack(rows))
+        except Exception as error:
+            return error
+
+    def _image(self, item: int) -> Image:
+        image = self.kept.get(item)
+        if image is None:
+            image = self.split.image(item)
+            size = image.width * image.height * 3
+            if size <= self.keep:
+                self.kept[item] = image
+                self.keep -= size
+        return image
 
 
 @dataclass
 class Loader:
     """uint8 pixels (batch, 3, H, W) of each batch's items on this rank, on the device.
 
+    Order and pixels are a function of (seed, epoch, item): the same for any number of workers.
+
     Attributes:
-        fixed: (n, 3, H, W) where nothing is random: an array, or a tensor on the device if it fits there.
-        augment: what makes pixels of an image otherwise.
+        augment: makes pixels of an image at each visit; None takes them from `fixed`.
+        fixed: (n, 3, H, W): an array, or a tensor on the device if it fits there.
+        workers: processes that decode and augment; 0 does it in this one, between the steps.
         waited: seconds that the training loop has spent waiting for pixels.
     """
 
-    split: "Split"
+    split: Split
     device: torch.device
     seed: int
-    fixed: "Pixels | Tensor | None" = None
-    augment: "Augmenter | None" = None
+    augment: Augmentation | None
+    fixed: Pixels | Tensor | None = None
     workers: int = 0
-    ahead: int = 3
-    rank: int = 0
-    ranks: int = 1
-    waited: float = 0.0
-    _images: dict[int, "Image.Image"] = field(default_factory=dict)
-    _kept: int = 0
+    waited: float = field(default=0.0, init=False)
 
-    def mine(self, batch: Batch) -> npt.NDArray[np.int64]:
-        """This rank's items of a batch over all ranks."""
-        size = len(batch.items) // self.ranks
-        return batch.items[self.rank * size : (self.rank + 1) * size]
-
-    def __call__(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, "Tensor"]]:
-        """Each batch with its pixels, a few batches ahead of the step."""
-        if isinstance(self.fixed, torch.Tensor):
-            yield from self._resident(self.fixed, batches)
-            return
-        if self.workers == 0:
+    def __call__(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
+        """Yield each batch with its pixels."""
+        if isinstance(self.fixed, Tensor):
             for batch in batches:
-                began = perf_counter()
-                pixels = self._moved([self._piece(batch, self.mine(batch))])
-                self.waited += perf_counter() - began
-                yield batch, pixels
+                yield batch, self.fixed[to_device(batch.items[share(len(batch.items))], self.device)]
             return
-        yield from self._threaded(batches)
-
-    def _resident(self, fixed: "Tensor", batches: Iterable[Batch]) -> Iterator[tuple[Batch, "Tensor"]]:
+        ahead, batches = tee(batches)
+        keys = ([(b.epoch, i) for i in b.items[share(len(b.items))].tolist()] for b in ahead)
+        loaded = self._start(keys)
+        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         for batch in batches:
-            items = torch.from_numpy(self.mine(batch))
-            if self.device.type == "cuda":
-                items = items.pin_memory().to(self.device, non_blocking=True)
-            yield batch, fixed[items]
+            began = perf_counter()
+            pixels = next(loaded)
+            if isinstance(pixels, Exception):
+                raise pixels
+            pixels = _copy(pixels, self.device, stream)
+            self.waited += perf_counter() - began
+            yield batch, pixels
 
-    def _threaded(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, "Tensor"]]:
-        source = iter(batches)
-        waiting: deque[tuple[Batch, list[Future[Pixels]]]] = deque()
-        with ThreadPoolExecutor(self.workers, thread_name_prefix="decode") as pool:
-            try:
-                for batch in islice(source, self.ahead):
-                    waiting.append((batch, self._submit(pool.submit, batch)))
-                while waiting:
-                    batch, pieces = waiting.popleft()
-                    began = perf_counter()
-                    pixels = self._moved([piece.result() for piece in pieces])
-                    self.waited += perf_counter() - began
-                    for later in islice(source, 1):
-                        waiting.append((later, self._submit(pool.submit, later)))
-                    yield batch, pixels
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+    def _start(self, keys: Iterator[list[Key]]) -> Iterator[Tensor | Exception]:
+        """Start the worker processes.
 
-    def _submit(self, submit: Callable[..., Future[Pixels]], batch: Batch) -> list[Future[Pixels]]:
-        items = self.mine(batch)
-        return [
-            submit(self._piece, batch, piece) for piece in np.array_split(items, self.workers) if len(piece)
-        ]
+        They are forked, which takes milliseconds and works in scripts without a `__main__` guard; they never touch the
+        GPU. The loader's own generator keeps it from drawing from the global one, which dropout uses.
+        """
+        options: dict[str, Any] = {}
+        if self.workers and "fork" in multiprocessing.get_all_start_methods():
+            options["multiprocessing_context"] = "fork"
+        images = _Images(self.split, self.seed, self.augment, self.fixed, KEPT_BYTES // max(1, self.workers))
+        with warnings.catch_warnings():
+            # More workers than cores are the user's choice; Python 3.12 warns of any fork beside threads.
+            warnings.simplefilter("ignore")
+            return iter(
+                DataLoader(
+                    images,
+                    batch_sampler=keys,
+                    collate_fn=_same,
+                    num_workers=self.workers,
+                    pin_memory=self.device.type == "cuda",
+                    generator=torch.Generator(),
+                    **options,
+                )
+            )
 
-    def _piece(self, batch: Batch, items: npt.NDArray[np.int64]) -> Pixels:
-        if self.fixed is not None:
-            assert isinstance(self.fixed, np.ndarray)
-            return self.fixed[items]
-        assert self.augment is not None
-        return np.stack(
-            [self.augment(self._image(i), f"{self.seed}/{batch.epoch}/{i}") for i in items.tolist()]
-        )
 
-    def _image(self, i: int) -> "Image.Image":
-        kept = self._images.get(i)
-        if kept is not None:
-            return kept
-        image = self.split.image(i)
-        size = image.width * image.height * 3
-        if self._kept + size <= KEPT_BYTES:
-            self._images[i] = image
-            self._kept += size
-        return image
+def _same(batch: Any) -> Any:
+    return batch
 
-    def _moved(self, pieces: list[Pixels]) -> "Tensor":
-        whole = torch.from_numpy(pieces[0] if len(pieces) == 1 else np.concatenate(pieces))
-        if self.device.type != "cuda":
-            return whole.to(self.device)
-        return whole.pin_memory().to(self.device, non_blocking=True)
+
+def _copy(pixels: Tensor, device: torch.device, stream: "torch.cuda.Stream | None") -> Tensor:
+    """Copy a pinned batch on a stream of its own, beside the kernels of the step before it."""
+    if stream is None:
+        return pixels.to(device)
+    with torch.cuda.stream(stream):
+        copied = pixels.to(device, non_blocking=True)
+    compute = torch.cuda.current_stream(device)
+    compute.wait_stream(stream)
+    copied.record_stream(compute)  # so that its memory is not given away before the step has read it
+    return copied
+
+
+def to_device(numbers: Ints, device: torch.device) -> Tensor:
+    """Copy a few numbers to the device without waiting for it."""
+    tensor = torch.from_numpy(np.ascontiguousarray(numbers))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

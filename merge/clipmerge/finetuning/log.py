@@ -1,22 +1,19 @@
-"""What happened, one JSON object a line, beside the checkpoint."""
+"""What happened during a run: one JSON object a line, beside the checkpoint."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 from clipmerge.errors import MissingExtraError
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+__all__ = ["Event", "Log", "read"]
 
-__all__ = ["Log", "read"]
-
-Event = Mapping[str, Any]
+Event: TypeAlias = Mapping[str, Any]
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
-    """The events of a training log; a last line that was cut off is left out."""
+    """Return the events of a training log; a last line that was cut off is left out."""
     events = []
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         try:
@@ -27,7 +24,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
 
 
 class Log:
-    """Appends events to a JSONL file, to TensorBoard where asked, and hands them to whoever listens.
+    """Append events to a JSONL file, to TensorBoard where asked, and hand them to `on_event`.
 
     Args:
         path: None writes no file (ranks other than the first).
@@ -39,7 +36,7 @@ class Log:
         path: Path | None,
         *,
         tensorboard: str | Path | None = None,
-        on_event: "Callable[[Event], None] | None" = None,
+        on_event: Callable[[Event], None] | None = None,
     ) -> None:
         self.path = path
         self.on_event = on_event
@@ -53,7 +50,7 @@ class Log:
             self.path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
     def __call__(self, event: str, step: int, **values: Any) -> None:
-        """One event of one step."""
+        """Record an event of a step."""
         line = {"event": event, "step": step, **values}
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-__all__ = ["context_divergence", "contrastive", "cross_entropy", "mixed"]
+__all__ = ["context_divergence", "contrastive", "cross_entropy"]
 
 
 def contrastive(
@@ -22,7 +22,7 @@ def contrastive(
     groups: Int[Tensor, " batch"] | None = None,
     label_smoothing: float = 0.0,
 ) -> Float[Tensor, ""]:
-    """The symmetric loss of CLIP and FLYP between images and the prompt drawn for each.
+    """Compute the symmetric loss of CLIP and FLYP between images and the prompt drawn for each.
 
     Args:
         image, text: row i of one belongs to row i of the other.
@@ -48,27 +48,21 @@ def cross_entropy(
     logits: Float[Tensor, "batch classes"],
     labels: Int[Tensor, " batch"],
     *,
+    mixed: tuple[Int[Tensor, " batch"], float] | None = None,
     label_smoothing: float = 0.0,
 ) -> Float[Tensor, ""]:
-    """Cross-entropy over the classes of a head, mean over the batch."""
-    return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    """Compute the cross-entropy over the classes of a head, mean over the batch.
 
+    Args:
+        mixed: after mixup, the labels of each image's partner, and the weight of the image's own label.
 
-def mixed(
-    logits: Float[Tensor, "batch classes"],
-    labels: Int[Tensor, " batch"],
-    partners: Int[Tensor, " batch"],
-    weight: float,
-    *,
-    label_smoothing: float = 0.0,
-) -> Float[Tensor, ""]:
-    """Cross-entropy of mixup: `weight` of each image's own label, the rest of its partner's.
-
-    Source: Zhang et al. 2018, arXiv 1710.09412.
+    Source of mixup: Zhang et al. 2018, arXiv 1710.09412.
     """
-    own = cross_entropy(logits, labels, label_smoothing=label_smoothing)
-    other = cross_entropy(logits, partners, label_smoothing=label_smoothing)
-    return weight * own + (1 - weight) * other
+    loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    if mixed is None:
+        return loss
+    partners, weight = mixed
+    return weight * loss + (1 - weight) * F.cross_entropy(logits, partners, label_smoothing=label_smoothing)
 
 
 def context_divergence(
@@ -77,7 +71,7 @@ def context_divergence(
     contexts: Float[Tensor, "contexts dim"],
     scale: Float[Tensor, ""] | float,
 ) -> Float[Tensor, ""]:
-    """KL(p_base(context | x) ‖ p(context | x)), mean over the batch: what CAR-FT adds to the cross-entropy.
+    """Compute KL(p_base(context | x) ‖ p(context | x)), mean over the batch: CAR-FT's addition to the cross-entropy.
 
     Args:
         image: features of the model that trains; base_image: features of the frozen base.

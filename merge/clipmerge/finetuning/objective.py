@@ -1,26 +1,39 @@
-"""From a batch to gradients: the two objectives that every method is made of, and what stays frozen beside them."""
+"""From a batch to gradients: the two objectives that every method is made of, and what stays frozen beside them.
+
+Every rank knows the whole batch, encodes its share of the images and of the distinct prompts, and gathers the other
+ranks' features; so every rank computes the same loss over the same rows.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from functools import partial
+from typing import Protocol, TypeAlias, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipmerge.distributed import gather, rank, world
+from clipmerge.distributed import gather, rank, share, world
+from clipmerge.evaluate.heads import class_logits
 from clipmerge.finetuning import gradient_cache, losses
-from clipmerge.finetuning.batches import Batch, Ints, Prompts, distinct
-from clipmerge.finetuning.towers import HEAD, Towers
+from clipmerge.finetuning.batches import Batch
+from clipmerge.finetuning.loader import to_device
+from clipmerge.finetuning.prompts import Prompts, unique_prompts
+from clipmerge.finetuning.towers import Towers
 
-__all__ = ["Classification", "Contrastive", "Objective"]
+__all__ = ["BaseContexts", "Classification", "Contrastive", "Objective"]
 
-Scale = Callable[[Tensor], Tensor]
+Scale: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class Objective(Protocol):
-    """Adds the gradients of one micro-batch and returns its loss, detached."""
+    """Adds the gradients of one micro-batch and returns its loss, detached.
+
+    `pixels` are this rank's share of the batch. `scale` is applied to the loss before its backward pass.
+    """
+
+    module: nn.Module
 
     def backward(self, batch: Batch, pixels: Tensor, scale: Scale) -> Tensor: ...
 
@@ -29,12 +42,10 @@ class Objective(Protocol):
 class Contrastive:
     """Images against the prompts drawn for them: CLIP's pretraining, FLYP, LiT.
 
-    Distinct prompts of the batch are encoded once, a share on each rank, and gathered; a frozen tower's features
-    are looked up where they could be computed once.
-
     Attributes:
         towers, module: the towers, and the towers as this world wraps them.
-        image_table, text_table: features by item or by prompt, of a tower that does not train.
+        image_table: features by item, of an image tower that does not train and sees nothing random.
+        text_table: features by prompt, of a text tower that does not train.
         chunk: pieces of so many images or prompts, the exact loss over all of them; None encodes all at once.
         multiple: distinct prompts are padded to a multiple of this (compiled kernels like few shapes).
     """
@@ -53,78 +64,86 @@ class Contrastive:
 
     def backward(self, batch: Batch, pixels: Tensor, scale: Scale) -> Tensor:
         device = pixels.device
-        rows, where = distinct(batch.prompts, world(), self.multiple)
-        share = len(rows) // world()
-        mine = rows[rank() * share : (rank() + 1) * share]
-        tokens = self.prompts.tokens[on(mine, device)]
-        length = int(self.prompts.lengths[rows].max())
-        target = on(where, device)
-        groups = (
-            on(batch.labels if self.prompts.classes else batch.prompts, device)
-            if self.multi_positive
-            else None
-        )
+        # Each distinct prompt is encoded once, a share of them on each rank, cut at the longest of all of them.
+        unique, positions = unique_prompts(batch.prompts, world(), self.multiple)
+        tokens = self.prompts.tokens[to_device(unique[share(len(unique))], device)]
+        length = int(self.prompts.lengths[unique].max())
+        prompt_of_image = to_device(positions, device)
+        groups = None
+        if self.multi_positive:
+            groups = to_device(batch.labels if self.prompts.classes else batch.prompts, device)
 
-        def loss(image: Tensor, text: Tensor) -> Tensor:
-            text = (
-                self._drawn(batch, device)
-                if self.text_table is not None
-                else F.embedding(target, gather(text))
-            )
-            exp_scale = cast("Tensor", self.towers.model.logit_scale).exp()
+        def loss(image: Tensor, text: Tensor | None) -> Tensor:
+            if text is None:
+                assert self.text_table is not None
+                text_of_image = self.text_table[to_device(batch.prompts, device)]
+            else:
+                # Images that drew the same prompt share its row: the lookup's gradient is the sum over them.
+                text_of_image = F.embedding(prompt_of_image, gather(text))
             return losses.contrastive(
-                gather(image), text, exp_scale, groups=groups, label_smoothing=self.label_smoothing
+                gather(image),
+                text_of_image,
+                self.towers.exp_scale,
+                groups=groups,
+                label_smoothing=self.label_smoothing,
             )
 
         if self.chunk is not None:
-            return self._in_pieces(pixels, tokens, length, batch, loss, scale)
-        image, text = self._encoded(batch, pixels, tokens, length)
-        value = loss(image, text)
+            return self._in_pieces(batch, pixels, tokens, length, loss, scale)
+        image, text = self.module(
+            pixels if self.trains_image else None, *((tokens, length) if self.trains_text else ())
+        )
+        value = loss(image if self.trains_image else self._frozen_images(batch, pixels), text)
         scale(value).backward()  # type: ignore[no-untyped-call]
         return value.detach()
 
-    def _encoded(self, batch: Batch, pixels: Tensor, tokens: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        if self.trains_image and self.trains_text:
-            return cast("tuple[Tensor, Tensor]", self.module(pixels, tokens, length))
-        if self.trains_image:
-            image, _ = self.module(pixels)
-            return image, image
-        _, text = self.module(None, tokens, length)
-        return self._frozen_images(batch, pixels), text
-
     def _frozen_images(self, batch: Batch, pixels: Tensor) -> Tensor:
         if self.image_table is not None:
-            size = len(batch.items) // world()
-            return self.image_table[on(batch.items[rank() * size : (rank() + 1) * size], pixels.device)]
+            return self.image_table[to_device(batch.items[share(len(batch.items))], pixels.device)]
         with torch.no_grad():
             return cast("Tensor", self.towers(pixels)[0])
 
-    def _drawn(self, batch: Batch, device: torch.device) -> Tensor:
-        assert self.text_table is not None
-        return self.text_table[on(batch.prompts, device)]
-
     def _in_pieces(
         self,
+        batch: Batch,
         pixels: Tensor,
         tokens: Tensor,
         length: int,
-        batch: Batch,
-        loss: Callable[[Tensor, Tensor], Tensor],
+        loss: Callable[[Tensor, Tensor | None], Tensor],
         scale: Scale,
     ) -> Tensor:
         assert self.chunk is not None
-        images = [_call(self.module, (piece,), 0) for piece in torch.split(pixels, self.chunk)]
-        texts = [_call(self.module, (None, piece, length), 1) for piece in torch.split(tokens, self.chunk)]
+        images = [partial(self._encode, 0, piece) for piece in torch.split(pixels, self.chunk)]
+        texts = [partial(self._encode, 1, None, piece, length) for piece in torch.split(tokens, self.chunk)]
         if self.trains_image and self.trains_text:
-            return gradient_cache.backward([images, texts], lambda f: loss(f[0], f[1]), scale=scale)
+            return gradient_cache.backward(
+                [images, texts], lambda f: loss(f[0], f[1]), pixels.device, scale=scale
+            )
         if self.trains_image:
-            return gradient_cache.backward([images], lambda f: loss(f[0], f[0]), scale=scale)
+            return gradient_cache.backward([images], lambda f: loss(f[0], None), pixels.device, scale=scale)
         frozen = self._frozen_images(batch, pixels)
-        return gradient_cache.backward([texts], lambda f: loss(frozen, f[0]), scale=scale)
+        return gradient_cache.backward([texts], lambda f: loss(frozen, f[0]), pixels.device, scale=scale)
+
+    def _encode(self, side: int, *inputs: Tensor | int | None) -> Tensor:
+        return cast("Tensor", self.module(*inputs)[side])
 
 
-def _call(module: nn.Module, arguments: tuple[Any, ...], side: int) -> Callable[[], Tensor]:
-    return lambda: cast("Tensor", module(*arguments)[side])
+@dataclass
+class BaseContexts:
+    """CAR-FT's frozen side, whose context distribution is kept.
+
+    Attributes:
+        vectors: one unit vector for each context.
+        scale: the base's exp(logit_scale).
+        towers: the base's, frozen; `table` its image features by item, where nothing is random.
+        weight: of the term in the loss.
+    """
+
+    vectors: Tensor
+    scale: float
+    towers: Towers
+    weight: float = 1.0
+    table: Tensor | None = None
 
 
 @dataclass
@@ -132,9 +151,7 @@ class Classification:
     """A trained head over image features: CE, LP-FT's second stage, and CAR-FT with its term.
 
     Attributes:
-        contexts: CAR-FT's frozen context vectors; None leaves the term out.
-        base: the frozen base's image tower; base_table: its features by item, where nothing is random.
-        mixup: α of the Beta distribution that mixes images; 0 mixes nothing.
+        mixup: a of the Beta(a, a) distribution that mixes images; 0 mixes nothing.
     """
 
     towers: Towers
@@ -142,46 +159,32 @@ class Classification:
     seed: int
     label_smoothing: float = 0.0
     mixup: float = 0.0
-    contexts: Tensor | None = None
-    context_scale: float = 1.0
-    context_weight: float = 1.0
-    base: Towers | None = None
-    base_table: Tensor | None = None
+    base: BaseContexts | None = None
 
     def backward(self, batch: Batch, pixels: Tensor, scale: Scale) -> Tensor:
-        size = len(batch.items) // world()
-        at = slice(rank() * size, (rank() + 1) * size)
-        labels = on(batch.labels[at], pixels.device)
-        partners, weight = labels, 1.0
+        own = share(len(batch.items))
+        labels = to_device(batch.labels[own], pixels.device)
+        mixed = None
         if self.mixup:
-            pixels, partners, weight = self._mixed(batch, pixels, labels)
+            pixels, mixed = self._mix(batch, pixels, labels)
         image = cast("Tensor", self.module(pixels)[0])
-        logits = cast("nn.Linear", getattr(self.towers.model, HEAD))(image)
-        value = losses.mixed(logits, labels, partners, weight, label_smoothing=self.label_smoothing) if self.mixup \
-            else losses.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)  # fmt: skip
-        if self.contexts is not None:
-            before = self._base_features(on(batch.items[at], pixels.device), pixels)
-            term = losses.context_divergence(image, before, self.contexts, self.context_scale)
-            value = value + self.context_weight * term
+        logits = class_logits(self.towers.model, image, None)
+        value = losses.cross_entropy(logits, labels, mixed=mixed, label_smoothing=self.label_smoothing)
+        if self.base is not None:
+            if self.base.table is not None:
+                before = self.base.table[to_device(batch.items[own], pixels.device)]
+            else:
+                with torch.no_grad():
+                    before = self.base.towers(pixels)[0]
+            term = losses.context_divergence(image, before, self.base.vectors, self.base.scale)
+            value = value + self.base.weight * term
         scale(value).backward()  # type: ignore[no-untyped-call]
         return value.detach()
 
-    def _base_features(self, items: Tensor, pixels: Tensor) -> Tensor:
-        if self.base_table is not None and not self.mixup:
-            return self.base_table[items]
-        assert self.base is not None
-        with torch.no_grad():
-            return cast("Tensor", self.base(pixels)[0])
-
-    def _mixed(self, batch: Batch, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, float]:
+    def _mix(self, batch: Batch, pixels: Tensor, labels: Tensor) -> tuple[Tensor, tuple[Tensor, float]]:
+        """Mix each image with a partner of this rank, all with one weight, drawn from the seed and the batch."""
         generator = np.random.default_rng([self.seed, batch.step, int(batch.items[0]), rank()])
         weight = float(generator.beta(self.mixup, self.mixup))
-        partner = on(generator.permutation(len(pixels)), pixels.device)
+        partner = to_device(generator.permutation(len(pixels)), pixels.device)
         scaled = pixels.float()
-        return weight * scaled + (1 - weight) * scaled[partner], labels[partner], weight
-
-
-def on(numbers: Ints, device: torch.device) -> Tensor:
-    """The numbers on the device, without waiting for it."""
-    tensor = torch.from_numpy(np.ascontiguousarray(numbers))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+        return weight * scaled + (1 - weight) * scaled[partner], (labels[partner], weight)

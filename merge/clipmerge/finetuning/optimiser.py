@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MovingAverage", "adamw", "clip_gradients", "learning_rate"]
 
-CLAMP = math.log(100)
+LOG_SCALE_LIMIT = math.log(100)
 """open_clip and the CLIP paper keep exp(logit_scale) at 100 or below."""
 
 

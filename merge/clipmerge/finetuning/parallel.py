@@ -47,7 +47,7 @@ def _shard(towers: Towers) -> None:
     The mesh follows the towers' device; torch's default would follow the machine's accelerator.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     whole = {p for name, p in towers.model.named_parameters() if is_outside(name)}
     mesh = init_device_mesh(towers.mean.device.type, (world(),))
@@ -56,7 +56,6 @@ def _shard(towers: Towers) -> None:
         if type(module).__name__ in ("ResidualAttentionBlock", "Block"):
             fully_shard(module, mesh=mesh, mp_policy=policy)
     fully_shard(towers, mesh=mesh, mp_policy=policy, ignored_params=whole, reshard_after_forward=False)
-    register_fsdp_forward_method(towers, "zero_shot_head")
 
 
 def unsynced(module: nn.Module) -> AbstractContextManager[object]:

@@ -2,17 +2,19 @@
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from clipmerge.errors import TrainingError
+from clipmerge.finetuning.settings import RECORDED
+from clipmerge.text import did_you_mean
 
-__all__ = ["Range", "Space", "load_space"]
+__all__ = ["SOUPS", "Range", "Space", "draw", "load_space", "options"]
 
-Value = float | int | str | bool
+Value: TypeAlias = float | int | str | bool
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ SOUPS = Space(
 
 
 def load_space(space: str | Path) -> Space:
-    """ "soups", or a TOML file: a table for each hyperparameter of `finetune`, and [fixed] for the others.
+    """Return "soups", or the space in a TOML file: a table for each hyperparameter, and [fixed] for the others.
 
         [lr]
         low = 1e-6
@@ -71,73 +73,66 @@ def load_space(space: str | Path) -> Space:
         batch_size = 256
 
     Raises:
-        TrainingError: no such file, or a range that means nothing.
+        TrainingError: no such file, a name that is no hyperparameter, or a range without values.
     """
-    if str(space) == "soups":
+    if space == "soups":
         return SOUPS
     path = Path(space)
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise TrainingError(
-            f"the space {space} cannot be read: {error.strerror}", hint="name a TOML file, or soups"
+            f"{path} cannot be read: {error.strerror}", hint="soups, or a TOML file"
         ) from error
-    except tomllib.TOMLDecodeError as error:
-        raise TrainingError(f"{space} is not TOML: {error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise TrainingError(f"{path} is not TOML: {error}", hint="look at the line it names") from error
     fixed = tables.pop("fixed", {})
-    ranges = {name: _range(path, name, table) for name, table in tables.items()}
-    _refuse_unknown(path, {*ranges, *fixed})
-    return Space(ranges, fixed)
+    known = {*RECORDED, "randaugment_m", "randaugment_n"}
+    for name in [*tables, *fixed]:
+        if name not in known:
+            hint = did_you_mean(name, known, f"known: {', '.join(sorted(known))}")
+            raise TrainingError(f"{path}: {name} is no hyperparameter", hint=hint)
+    return Space({name: _range(f"{path}: [{name}]", table) for name, table in tables.items()}, fixed)
 
 
-def _range(path: Path, name: str, table: Any) -> Range:
-    hint = "give low and high (and log, whole, zero), or choices"
-    if not isinstance(table, dict):
-        raise TrainingError(f"{path}: {name} is no table", hint=hint)
-    try:
-        given: dict[str, Any] = {k: tuple(v) if k == "choices" else v for k, v in table.items()}
-        found = Range(**given)
-    except TypeError as error:
-        raise TrainingError(f"{path}: [{name}] has {', '.join(table)}", hint=hint) from error
+def _range(where: str, table: Any) -> Range:
+    known = [field.name for field in fields(Range)]
+    if not isinstance(table, dict) or set(table) - set(known):
+        unknown = ", ".join(sorted(set(table) - set(known))) if isinstance(table, dict) else "no keys"
+        raise TrainingError(f"{where} has unknown keys: {unknown}", hint=f"allowed: {', '.join(known)}")
+    values: dict[str, Any] = {k: tuple(v) if k == "choices" else v for k, v in table.items()}
+    found = Range(**values)
     if not found.choices and (found.low > found.high or (found.log and found.low <= 0)):
-        raise TrainingError(f"{path}: [{name}] has no values between {found.low} and {found.high}", hint=hint)
+        hint = "low must not be above high, and with log it must be above 0"
+        raise TrainingError(f"{where} has no values between {found.low} and {found.high}", hint=hint)
     return found
 
 
-def _refuse_unknown(path: Path, names: set[str]) -> None:
-    from clipmerge.finetuning.methods import RECORDED
-
-    unknown = sorted(names - RECORDED - {"randaugment_m", "randaugment_n"})
-    if unknown:
-        raise TrainingError(
-            f"{path}: {', '.join(unknown)} is no hyperparameter", hint=f"known: {', '.join(sorted(RECORDED))}"
-        )
+def draw(space: Space, seed: int, number: int) -> dict[str, Value]:
+    """Return the values of a trial of a random search: the same whichever worker asks."""
+    generator = np.random.default_rng([seed, number])
+    return {name: _value(one, generator) for name, one in space.ranges.items()}
 
 
-def draw(space: Space, seed: int, slot: int) -> dict[str, Value]:
-    """The values of trial `slot` of a random search: the same whichever worker asks."""
-    generator = np.random.default_rng([seed, slot])
-    return {name: _drawn(found, generator) for name, found in space.ranges.items()}
-
-
-def _drawn(found: Range, generator: np.random.Generator) -> Value:
-    position, zero = generator.random(), generator.random() < found.zero
-    if found.choices:
-        return found.choices[int(position * len(found.choices))]
+def _value(one: Range, generator: np.random.Generator) -> Value:
+    position, zero = generator.random(), generator.random() < one.zero
+    if one.choices:
+        return one.choices[int(position * len(one.choices))]
     if zero:
         return 0.0
-    if found.whole:
-        return int(found.low + position * (found.high - found.low + 1))
-    if found.log:
-        return float(np.exp(np.log(found.low) + position * (np.log(found.high) - np.log(found.low))))
-    return float(found.low + position * (found.high - found.low))
+    if one.whole:
+        return int(one.low + position * (one.high - one.low + 1))
+    if one.log:
+        return float(np.exp(np.log(one.low) + position * (np.log(one.high) - np.log(one.low))))
+    return float(one.low + position * (one.high - one.low))
 
 
 def options(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `finetune`: the drawn values with RandAugment's two joined into `augment`."""
-    found = {**space.fixed, **values}
-    m, n = found.pop("randaugment_m", None), found.pop("randaugment_n", None)
-    if m is not None and n is not None:
-        base = found.get("augment", "crop")
-        found["augment"] = f"{base}+randaugment:{n},{m}" if n else base
-    return found
+    """Return keywords of `finetune`: the drawn values, with RandAugment's two joined into `augment`."""
+    keywords = {**space.fixed, **values}
+    m, n = keywords.pop("randaugment_m", None), keywords.pop("randaugment_n", None)
+    if m is not None and n:
+        keywords["augment"] = f"{keywords.get('augment', 'crop')}+randaugment:{n},{m}"
+    elif n == 0:
+        keywords.setdefault("augment", "crop")
+    return keywords

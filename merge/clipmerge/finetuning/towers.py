@@ -1,15 +1,15 @@
 """The two towers as one module whose forward pass is a training step's, so that DDP, FSDP and compile can wrap it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clipmerge.data.pixels import normalise
+from clipmerge.data.pixels import mean_and_std, normalise
 from clipmerge.device import Precision, autocast
-from clipmerge.evaluate import heads
+from clipmerge.evaluate.heads import encode_prompts, encode_text
 from clipmerge.types import Pixels, Progress
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ class Towers(nn.Module):
         channels_last: memory layout of the pixels (convolutional towers on a GPU).
     """
 
-    mean: Tensor
-    std: Tensor
+    mean: "Float[Tensor, '3 1 1']"
+    std: "Float[Tensor, '3 1 1']"
 
     def __init__(
         self,
@@ -45,10 +45,9 @@ class Towers(nn.Module):
         self.model = model
         self.precision = precision
         self.format = torch.channels_last if channels_last else torch.contiguous_format
-        device = next(model.parameters()).device
-        for name in ("mean", "std"):
-            numbers = torch.tensor(preprocess[name], dtype=torch.float32, device=device)
-            self.register_buffer(name, numbers, persistent=False)
+        mean, std = mean_and_std(preprocess, next(model.parameters()).device)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
 
     def forward(
         self,
@@ -62,22 +61,20 @@ class Towers(nn.Module):
             if pixels is not None:
                 image = self.model.encode_image(self.prepare(pixels))  # type: ignore[operator]
             if tokens is not None:
-                text = heads.encode_text(self.model, tokens, normalize=False, length=length)
+                text = encode_text(self.model, tokens, normalize=False, length=length)
         return _unit(image), _unit(text)
 
     def prepare(self, pixels: Tensor) -> Tensor:
         """Do what ToTensor and Normalize do, on the device."""
         return normalise(pixels, self.mean, self.std).contiguous(memory_format=self.format)
 
-    def zero_shot_head(
-        self, tokenizer: Callable[[list[str]], Tensor], classes: Sequence[str], templates: Sequence[str]
-    ) -> "Float[Tensor, 'classes d']":
-        """Return the zero-shot head of the text tower as it is, in fp32."""
-        return heads.zero_shot_head(self.model, tokenizer, classes, templates)
+    def prompt_features(self, tokens: "Int[Tensor, 'prompts context']") -> "Float[Tensor, 'prompts d']":
+        """Return unit features of every prompt, without gradient."""
+        return encode_prompts(self.model, tokens, encode=lambda batch, length: self(None, batch, length)[1])
 
     @property
-    def scale(self) -> "Float[Tensor, '']":
-        """What logits are multiplied by."""
+    def exp_scale(self) -> "Float[Tensor, '']":
+        """What logits are multiplied by: exp(logit_scale)."""
         return cast("Tensor", self.model.logit_scale).exp()
 
 

@@ -31,7 +31,7 @@ def base(tiny_checkpoints: Any) -> Any:
 @pytest.fixture
 def tune(base: Any, train: Any, tiny_spec: Any, tmp_path: Path) -> Callable[..., Any]:
     """`finetune` with small settings; a name and what is to be different."""
-    from clipmerge.finetuning.methods import finetune
+    from clipmerge.finetuning.finetune import finetune
 
     def run(name: str = "ft", **changed: Any) -> Any:
         options = {"lr": 1e-3, "batch_size": 16, "steps": 6, "augment": "none", "model": tiny_spec, **changed}

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from clipmerge.errors import TrainingError
-from clipmerge.finetuning.augment import _crop_box, augmenter
-from clipmerge.finetuning.batches import Batch, Sampler, fitted_batch
+from clipmerge.finetuning.augment import Crop, parse_augmentation
+from clipmerge.finetuning.batches import Batch, Sampler, fit_batch
 from clipmerge.finetuning.images import Images
 from clipmerge.finetuning.towers import Towers
 
@@ -32,9 +32,9 @@ def test_the_crop_is_torchvisions_given_its_box() -> None:
     """What torchvision's RandomResizedCrop does with the box that we drew."""
     from torchvision.transforms import functional as tf
 
-    make = augmenter("crop:0.3", PREPROCESS)
+    make = parse_augmentation("crop:0.3", PREPROCESS)
     assert make is not None
-    top, left, height, width = _crop_box(40, 60, random.Random("s"), (0.3, 1.0), (3 / 4, 4 / 3))
+    top, left, height, width = Crop((0.3, 1.0)).draw(40, 60, random.Random("s"))
     expected = tf.resized_crop(noise(), top, left, height, width, [32, 32], tf.InterpolationMode.BICUBIC)
     assert np.array_equal(make(noise(), "s"), np.asarray(expected).transpose(2, 0, 1))
 
@@ -42,7 +42,7 @@ def test_the_crop_is_torchvisions_given_its_box() -> None:
 def test_boxes_are_distributed_as_torchvisions() -> None:
     from torchvision.transforms import RandomResizedCrop
 
-    ours = np.array([_crop_box(48, 64, random.Random(i), (0.2, 1.0), (3 / 4, 4 / 3)) for i in range(2000)])
+    ours = np.array([Crop((0.2, 1.0)).draw(48, 64, random.Random(i)) for i in range(2000)])
     torch.manual_seed(0)
     image = torch.zeros(3, 48, 64)
     theirs = np.array([RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(2000)])
@@ -52,8 +52,8 @@ def test_boxes_are_distributed_as_torchvisions() -> None:
 
 def test_a_cfg_of_open_clip_is_the_same_crop() -> None:
     by_text, by_cfg = (
-        augmenter("crop:0.5+gray:0.2", PREPROCESS),
-        augmenter({"scale": [0.5, 1.0], "gray_scale_prob": 0.2}, PREPROCESS),
+        parse_augmentation("crop:0.5+gray:0.2", PREPROCESS),
+        parse_augmentation({"scale": [0.5, 1.0], "gray_scale_prob": 0.2}, PREPROCESS),
     )
     assert by_text is not None
     assert by_cfg is not None
@@ -66,7 +66,7 @@ def test_a_cfg_of_open_clip_is_the_same_crop() -> None:
      {"use_timm": True, "scale": [0.5, 1.0], "auto_augment": "rand-m9-n2"}],
 )  # fmt: skip
 def test_an_image_depends_on_its_seed_alone(augment: Any) -> None:
-    make = augmenter(augment, PREPROCESS)
+    make = parse_augmentation(augment, PREPROCESS)
     assert make is not None
     state = random.getstate(), torch.get_rng_state()
     image = noise(50, 50)
@@ -81,9 +81,9 @@ def test_an_image_depends_on_its_seed_alone(augment: Any) -> None:
 
 
 def test_nothing_random_is_no_augmentation() -> None:
-    assert augmenter("none", PREPROCESS) is None
+    assert parse_augmentation("none", PREPROCESS) is None
     with pytest.raises(TrainingError, match="magnitude is 31"):
-        augmenter("randaugment:2,31", PREPROCESS)
+        parse_augmentation("randaugment:2,31", PREPROCESS)
 
 
 def test_pixels_are_to_tensor_and_normalise(tiny_spec: Any) -> None:
@@ -92,7 +92,7 @@ def test_pixels_are_to_tensor_and_normalise(tiny_spec: Any) -> None:
     towers = Towers(build_model(tiny_spec, seed=0), tiny_spec.preprocess)
     image = noise(16, 16)
     pixels = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())[None]
-    assert torch.equal(towers.prepared(pixels)[0], eval_transform(tiny_spec)(image))
+    assert torch.equal(towers.prepare(pixels)[0], eval_transform(tiny_spec)(image))
 
 
 def test_an_epoch_visits_each_item_once_and_draws_a_prompt_of_its_class() -> None:
@@ -120,20 +120,24 @@ def test_the_sampler_starts_anywhere() -> None:
 
 
 def test_batches_shrink_to_few_images() -> None:
-    assert fitted_batch(512, 1, 1, 60) == 60
-    assert fitted_batch(16, 2, 2, 60) == 30
-    assert fitted_batch(16, 2, 1, 60) == 32
+    assert fit_batch(512, 1, 1, 60) == 60
+    assert fit_batch(16, 2, 2, 60) == 30
+    assert fit_batch(16, 2, 1, 60) == 32
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("augment", ["none", "crop"])
-def test_ranks_share_a_batch_in_order(train: Any, tiny_spec: Any, workers: int, augment: str) -> None:
-    images = Images(train, None, tiny_spec.preprocess, CPU, augmenter(augment, tiny_spec.preprocess))
+def test_ranks_share_a_batch_in_order(
+    train: Any, tiny_spec: Any, workers: int, augment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = Images(train, None, tiny_spec.preprocess, CPU, parse_augmentation(augment, tiny_spec.preprocess))
     order = np.array([5, 3, 9, 1], dtype=np.int64)
     batches = [Batch(0, 0, order, order, order), Batch(1, 0, order[::-1].copy(), order, order)]
-    whole = [p for _, p in images.loader(0, workers=0, rank=0, ranks=1)(batches)]
+    whole = [p for _, p in images.loader(0, 0)(batches)]
     for rank in range(2):
-        loader = images.loader(0, workers=workers, rank=rank, ranks=2)
+        own = slice(2 * rank, 2 * rank + 2)
+        monkeypatch.setattr("clipmerge.finetuning.loader.share", lambda n, own=own: own)
+        loader = images.loader(0, workers)
         for (_, pixels), expected in zip(loader(batches), whole, strict=True):
             assert torch.equal(pixels, expected[2 * rank : 2 * rank + 2])
     if augment == "none":

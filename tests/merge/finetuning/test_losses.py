@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from clipmerge.finetuning.losses import context_divergence, contrastive, cross_entropy, mixed
+from clipmerge.finetuning.losses import context_divergence, contrastive, cross_entropy
 
 EYE = torch.eye(3, dtype=torch.float64)
 ONE = torch.tensor(1.0, dtype=torch.float64)
@@ -77,7 +77,7 @@ def test_cross_entropy_smooths_labels() -> None:
 def test_mixup_weighs_both_labels() -> None:
     logits = torch.tensor([[2.0, 0.0, 0.0]], dtype=torch.float64)
     total = math.log(math.exp(2) + 2)
-    value = mixed(logits, torch.tensor([0]), torch.tensor([1]), 0.25)
+    value = cross_entropy(logits, torch.tensor([0]), mixed=(torch.tensor([1]), 0.25))
     assert value.item() == pytest.approx(0.25 * (total - 2) + 0.75 * total)
 
 

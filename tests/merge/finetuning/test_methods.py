@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from clipmerge.errors import DataError, TrainingError
-from clipmerge.finetuning import setup
-from clipmerge.finetuning.features import context_vectors, image_features, prompt_features, zero_shot
+from clipmerge.finetuning.finetune import starting_model
+from clipmerge.finetuning.images import Images
+from clipmerge.finetuning.methods import base_contexts
 from clipmerge.finetuning.optimiser import adamw, learning_rate
 from clipmerge.finetuning.probe import linear_probe
-from clipmerge.finetuning.towers import Towers
+from clipmerge.finetuning.prompts import tokenizer_of, training_prompts
+from clipmerge.finetuning.towers import Towers, image_features
 from clipmerge.weights.weights import load
 
 HEAD = {"classification_head.weight", "classification_head.bias"}
@@ -83,27 +85,24 @@ def test_ce_starts_from_the_zero_shot_head(
     tune(method="ce", start=True)
     started = load(tmp_path / "ft.run/ft.start.safetensors").state_dict()
     assert moved(base, load(tmp_path / "ft.run/ft.start.safetensors")) == {"head"}
-    model, spec = setup.starting_model(base, tiny_spec, 0, CPU)
-    tokens = setup.training_prompts(model, spec, train, None, CPU).tokens
+    model, spec = starting_model(base, tiny_spec, 0, CPU)
+    tokens = training_prompts(model, tokenizer_of(spec), train, None, CPU).tokens
     features = model.encode_text(tokens, normalize=True).view(10, -1, 16)
     expected = model.logit_scale.exp() * torch.nn.functional.normalize(features.mean(1), dim=-1)
     torch.testing.assert_close(started["classification_head.weight"], expected.detach(), rtol=1e-4, atol=1e-5)
     assert not started["classification_head.bias"].any()
 
 
-def test_contexts_are_normalised_one_by_one(base: Any, train: Any) -> None:
+def test_contexts_are_normalised_one_by_one(base: Any, train: Any, tiny_spec: Any) -> None:
     """CAR-FT's W[class, context]: each prompt a unit vector, each mean a unit vector, never the whole matrix."""
-    features = torch.nn.functional.normalize(
-        torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), dim=1
-    )
-    by_class = features.view(3, 2, 4)
-    contexts, heads = context_vectors(features, 3), zero_shot(features, 3)
-    for c in range(2):
-        mean = by_class[:, c].mean(0)
-        torch.testing.assert_close(contexts[c], mean / mean.norm())
-    for k in range(3):
-        mean = by_class[k].mean(0)
-        torch.testing.assert_close(heads[k], mean / mean.norm())
+    model, spec = starting_model(base, tiny_spec, 0, CPU)
+    towers = Towers(model, spec.preprocess)
+    images = Images(train, None, spec.preprocess, CPU, None)
+    contexts = base_contexts(towers, tokenizer_of(spec), images, ["photo", "sketch"], 1.0)
+    for vector, template in zip(contexts.vectors, ["a photo of a {}.", "a sketch of a {}."], strict=True):
+        prompts = training_prompts(model, tokenizer_of(spec), train, [template], CPU)
+        mean = model.encode_text(prompts.tokens, normalize=True).mean(0)
+        torch.testing.assert_close(vector, (mean / mean.norm()).detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_car_fts_term_keeps_the_bases_contexts(
@@ -116,15 +115,16 @@ def test_car_fts_term_keeps_the_bases_contexts(
 
         found = []
         for weights in (base, tuned):
-            model, spec = setup.starting_model(weights, tiny_spec, 0, CPU)
+            model, spec = starting_model(weights, tiny_spec, 0, CPU)
             towers = Towers(model, spec.preprocess)
             if weights is base:
-                vectors, scale, _ = setup.context_start(towers, spec, train, None, CPU)
+                images = Images(train, None, spec.preprocess, CPU, None)
+                contexts = base_contexts(towers, tokenizer_of(spec), images, None, 1.0)
             pixels = np.stack(
                 [np.asarray(train.image(i).resize((16, 16))).transpose(2, 0, 1) for i in range(40)]
             )
             found.append(image_features(towers, pixels, CPU, 40))
-        return float(context_divergence(found[1], found[0], vectors, scale))
+        return float(context_divergence(found[1], found[0], contexts.vectors, contexts.scale))
 
     free, kept = (
         tune("free", method="car-ft", car_weight=0.0, steps=20),
@@ -220,13 +220,12 @@ def test_decay_of_matrices_leaves_out_gains_biases_and_logit_scale() -> None:
 
 
 def test_prompt_features_come_back_in_order(base: Any, train: Any, tiny_spec: Any) -> None:
-    model, spec = setup.starting_model(base, tiny_spec, 0, CPU)
-    prompts = setup.training_prompts(
-        model, spec, train, ["a {}", "a rather long prompt about the digit {}"], CPU
-    )
+    model, spec = starting_model(base, tiny_spec, 0, CPU)
+    templates = ["a {}", "a rather long prompt about the digit {}"]
+    prompts = training_prompts(model, tokenizer_of(spec), train, templates, CPU)
     with torch.no_grad():
         expected = model.encode_text(prompts.tokens, normalize=True)
-    found = prompt_features(Towers(model, spec.preprocess), prompts, batch_size=3)
+    found = Towers(model, spec.preprocess).prompt_features(prompts.tokens)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -248,7 +247,9 @@ def test_tensorboard_gets_the_same_events(tune: Callable[..., Any], tmp_path: Pa
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"method": "flip"}, "'flip' is no method"),
+        ({"method": "flip"}, "method cannot be 'flip'"),
+        ({"learning_rate": 1.0}, "learning_rate is no hyperparameter"),
+        ({"label_smoothing": 1.5}, "label_smoothing cannot be 1.5"),
         ({"method": "ce", "towers": "text"}, "ce trains a head over images"),
         ({"mixup": 0.2}, "flyp has no label to mix"),
         ({"method": "ce", "chunk": 4}, "ce has no contrastive batch"),

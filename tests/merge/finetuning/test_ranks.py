@@ -17,40 +17,35 @@ import open_clip, sklearn.datasets, torch, torch.distributed as dist, torchvisio
 torch.set_num_threads(1)
 folder, base, model = sys.argv[1:]
 from clipmerge.data.open import open_split
-from clipmerge.finetuning import setup
 from clipmerge.finetuning.batches import Sampler
 from clipmerge.distributed import average_gradients, rank, world
+from clipmerge.finetuning.finetune import finetune, starting_model
 from clipmerge.finetuning.images import Images
-from clipmerge.finetuning.methods import finetune
-from clipmerge.finetuning.towers import Towers, freeze, is_outside, trained_parameters, wrapped
+from clipmerge.finetuning.methods import apply_method
+from clipmerge.finetuning.prompts import tokenizer_of, training_prompts
+from clipmerge.finetuning.settings import Settings
+from clipmerge.finetuning.towers import Towers, is_outside, trained_parameters
 from clipmerge.model import resolve_model
 from clipmerge.weights.weights import load
 
 cpu = torch.device("cpu")
 
 def gradients(case, name):
-    ranks = world()
-    net, spec = setup.starting_model(load(base), model, 0, cpu)
+    net, spec = starting_model(load(base), model, 0, cpu)
     texts = ["a photo of a {}.", "a drawing of the number {}."]
-    prompts = setup.training_prompts(net, spec, train, texts, cpu)
-    body = Towers(net, spec.preprocess)
-    if case == "ce":
-        setup.give_head(net, torch.randn(10, 16, generator=torch.Generator().manual_seed(1)))
-    freeze(net, image=True, text=case != "ce", scale=case != "ce")
+    tokenizer = tokenizer_of(spec)
+    prompts = training_prompts(net, tokenizer, train, texts, cpu)
+    more = {"chunk": {"chunk": 3}, "ce": {"method": "ce", "label_smoothing": 0.1}}
+    settings = Settings.create(None, more.get(case, {}))
     images = Images(train, None, spec.preprocess, cpu, None)
-    synced = ranks > 1 and case != "chunk"
-    module = wrapped(body, sharded=False, synced=synced, compiled=False)
-    if case == "ce":
-        objective = setup.classification(body, module, images, None, 8, seed=0, label_smoothing=0.1, mixup=0.0,
-                                         weight=1.0)
-    else:
-        objective = setup.contrastive(body, module, prompts, images, "both", 8, chunk=3 if case == "chunk" else None)
-    loader = images.loader(0, workers=0, rank=rank(), ranks=ranks)
+    objective = apply_method(Towers(net, spec.preprocess), tokenizer, prompts, images, settings)
+    synced = world() > 1 and case != "chunk"
+    loader = images.loader(0, workers=0)
     (batch, pixels), = loader(Sampler(train.labels, prompts.first, prompts.count, 0, 16).batches(0, 1))
     loss = objective.backward(batch, pixels, lambda x: x)
-    if case == "ce" and ranks > 1:
+    if case == "ce" and world() > 1:
         dist.all_reduce(loss)
-        loss /= ranks
+        loss /= world()
     trained = trained_parameters(net)
     average_gradients([p for n, p in trained.items() if not synced or is_outside(n)])
     if rank() == 0:

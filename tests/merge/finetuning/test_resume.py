@@ -18,9 +18,8 @@ KILLED = """
 import os, random, signal, sys
 import open_clip, sklearn.datasets, torch, torchvision
 from clipmerge.data.open import open_split
-from clipmerge.finetuning.methods import finetune
+from clipmerge.finetuning.finetune import finetune
 import clipmerge.device, clipmerge.distributed
-import clipmerge.finetuning.keeper, clipmerge.finetuning.loop, clipmerge.finetuning.setup
 from clipmerge.weights.weights import load
 
 torch.set_num_threads(1)
@@ -151,18 +150,18 @@ def test_nothing_to_resume_and_nothing_overwritten(tune: Callable[..., Any], tmp
 def test_the_state_before_survives_a_write_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from clipmerge.finetuning.resume import load_state, save_state
+    from clipmerge.finetuning.state import read_state, write_state
 
     path = tmp_path / "ft.state"
-    save_state(path, {"settings": {}, "step": 1})
+    write_state(path, {"settings": {}, "step": 1})
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OutputError, match="No space left"):
-        save_state(path, {"settings": {}, "step": 2})
-    assert load_state(path, {})["step"] == 1
+        write_state(path, {"settings": {}, "step": 2})
+    assert read_state(path, {})["step"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["ft.state"]
 
 

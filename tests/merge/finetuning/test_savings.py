@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from clipmerge.finetuning import gradient_cache, losses
-from clipmerge.finetuning.batches import Batch, distinct
+from clipmerge.finetuning.batches import Batch
 from clipmerge.finetuning.objective import Contrastive
-from clipmerge.finetuning.setup import training_prompts
+from clipmerge.finetuning.prompts import tokenizer_of, training_prompts, unique_prompts
 from clipmerge.finetuning.towers import Towers, freeze
 
 
@@ -25,7 +25,7 @@ def towers(tiny_spec: Any) -> Towers:
 @pytest.fixture
 def prompts(towers: Towers, tiny_spec: Any, train: Any) -> Any:
     texts = ["a photo of a {}.", "a drawing of the number {}."]
-    return training_prompts(towers.model, tiny_spec, train, texts, torch.device("cpu"))
+    return training_prompts(towers.model, tokenizer_of(tiny_spec), train, texts, torch.device("cpu"))
 
 
 def batch_of(prompts: Any, train: Any, n: int = 24) -> tuple[Batch, torch.Tensor]:
@@ -48,7 +48,7 @@ def plain(
     towers: Towers, prompts: Any, batch: Batch, pixels: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The step as the papers write it: each image's prompt through open_clip's own text tower, whole context."""
-    image = towers.model.encode_image(towers.prepared(pixels), normalize=True)
+    image = towers.model.encode_image(towers.prepare(pixels), normalize=True)
     text = towers.model.encode_text(prompts.tokens[torch.from_numpy(batch.prompts)], normalize=True)
     loss = losses.contrastive(image, text, towers.model.logit_scale.exp())
     loss.backward()
@@ -90,7 +90,7 @@ def test_padding_of_distinct_prompts_has_no_gradient(towers: Towers, prompts: An
 
 def test_distinct_prompts_point_back() -> None:
     drawn = np.array([7, 3, 7, 9, 3])
-    rows, where = distinct(drawn, ranks=2)
+    rows, where = unique_prompts(drawn, ranks=2)
     assert rows.tolist() == [3, 7, 9, 3]
     assert rows[where].tolist() == drawn.tolist()
 
@@ -100,14 +100,15 @@ def test_features_of_a_frozen_tower_are_looked_up(
     towers: Towers, prompts: Any, train: Any, trains: Any, tiny_spec: Any
 ) -> None:
     from clipmerge.finetuning.images import Images
-    from clipmerge.finetuning.setup import contrastive
+    from clipmerge.finetuning.methods import contrastive
+    from clipmerge.finetuning.settings import Settings
 
     images = Images(train, None, tiny_spec.preprocess, torch.device("cpu"), None)
     batch, _ = batch_of(prompts, train)
     pixels = torch.from_numpy(images.plain()[batch.items])
     freeze(towers.model, image=trains == "image", text=trains == "text", scale=True)
     _, expected = plain(towers, prompts, batch, pixels)
-    objective = contrastive(towers, towers, prompts, images, trains, 32)
+    objective = contrastive(towers, prompts, images, Settings(towers=trains))
     table = objective.text_table if trains == "image" else objective.image_table
     assert table is not None
     objective.backward(batch, pixels, lambda x: x)
@@ -124,6 +125,7 @@ def test_gradient_caching_repeats_dropout() -> None:
         seen.append(layer(piece))
         return seen[-1]
 
-    gradient_cache.backward([[lambda p=p: encode(p) for p in x.split(2)]], lambda f: f[0].square().sum())
+    pieces = [lambda p=p: encode(p) for p in x.split(2)]
+    gradient_cache.backward([pieces], lambda f: f[0].square().sum(), x.device)
     for first, second in zip(seen[:3], seen[3:], strict=True):
         torch.testing.assert_close(first, second, rtol=0, atol=0)

@@ -8,7 +8,7 @@ import pytest
 
 from clipmerge.errors import TrainingError
 from clipmerge.finetuning.space import SOUPS, Range, Space, draw, load_space, options
-from clipmerge.finetuning.trials import finetune_sweep
+from clipmerge.finetuning.sweep import finetune_sweep
 
 SMALL = Space(
     {"lr": Range(1e-4, 1e-2, log=True), "seed": Range(0, 3, whole=True)}, {"method": "flyp", "steps": 2}
@@ -56,7 +56,7 @@ def test_a_space_in_toml(tmp_path: Path) -> None:
     [
         ("[lr]\nlow = 1\nhigh = 0.5", r"\[lr\] has no values between 1 and 0\.5"),
         ("[lrr]\nlow = 1\nhigh = 2", "lrr is no hyperparameter"),
-        ("[lr]\nlowest = 1", r"\[lr\] has lowest"),
+        ("[lr]\nlowest = 1", r"\[lr\] has unknown keys: lowest"),
         ("[lr", "is not TOML"),
     ],
 )
@@ -109,17 +109,17 @@ def test_the_papers_trials_start_from_one_probe(
 def test_a_trial_that_dies_is_tried_again(
     base: Any, train: Any, val: Any, tiny_spec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from clipmerge.finetuning import trials
+    from clipmerge.finetuning import sweep as module
 
-    run, calls = trials._run, []
+    run, calls = module.finetune, []
 
-    def shaky(*arguments: Any) -> float:
-        calls.append(arguments[-1])
+    def shaky(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(keywords["out"])
         if len(calls) in (1, 3):
             raise RuntimeError("CUDA out of memory")
-        return run(*arguments)
+        return run(*arguments, **keywords)
 
-    monkeypatch.setattr(trials, "_run", shaky)
+    monkeypatch.setattr(module, "finetune", shaky)
     done = sweep(base, train, val, tmp_path, model=tiny_spec, trials=2)
     assert {t.number for t in done} == {0, 1}
     assert len(calls) == 4
@@ -141,10 +141,10 @@ def test_a_killed_workers_trial_is_taken_over(
     """A worker that was killed leaves a running trial without a heartbeat."""
     import optuna
 
-    from clipmerge.finetuning import trials
+    from clipmerge.finetuning.sweep import _study
 
-    study = trials._study(f"sqlite:///{tmp_path / 'sweep.db'}", "random", 0, 2, 1)
-    trials._queue(study, SMALL, 0, 1)
+    study, _ = _study(f"sqlite:///{tmp_path / 'sweep.db'}", "random", 0, 2, 1)
+    study.enqueue_trial(draw(SMALL, 0, 0), {"slot": 0})
     with pytest.warns(UserWarning, match="Heartbeat"):
         dead = study.ask()
     study._storage._backend.record_heartbeat(dead._trial_id)

@@ -1,0 +1,206 @@
+"""Finetune a model: what each method starts from, what it trains, and its loss; everything else is the one loop."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+from torch import nn
+
+from clipmerge import distributed
+from clipmerge.data.choose import few_shot
+from clipmerge.data.split import Split
+from clipmerge.device import float32_matmul, resolve_device, resolve_precision
+from clipmerge.errors import DeviceError, TrainingError
+from clipmerge.finetuning.augment import parse_augmentation
+from clipmerge.finetuning.batches import Sampler, fit_batch
+from clipmerge.finetuning.checkpointing import Checkpoints, Files
+from clipmerge.finetuning.images import Images, check_images, keep_on_device
+from clipmerge.finetuning.log import Event, Log
+from clipmerge.finetuning.loop import train_steps
+from clipmerge.finetuning.methods import apply_method
+from clipmerge.finetuning.optimiser import MovingAverage, adamw
+from clipmerge.finetuning.prompts import Tokenizer, tokenizer_of, training_prompts
+from clipmerge.finetuning.settings import Settings
+from clipmerge.finetuning.state import TrainingState
+from clipmerge.finetuning.towers import HEAD, Towers, trained_parameters
+from clipmerge.finetuning.validation import held_out_scores
+from clipmerge.model import ModelSpec, build_model, load_weights, resolve_model
+from clipmerge.types import Progress
+from clipmerge.weights.digest import content_digest
+from clipmerge.weights.weights import Weights, load
+
+__all__ = ["finetune", "starting_model"]
+
+
+def finetune(
+    base: Weights | str | Path | None,
+    train: Split,
+    *,
+    out: str | Path,
+    model: str | Path | ModelSpec | None = None,
+    val: Split | None = None,
+    head: Weights | str | Path | None = None,
+    settings: Settings | None = None,
+    resume: bool = False,
+    tensorboard: str | Path | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    force: bool = False,
+    on_progress: Progress | None = None,
+    on_event: Callable[[Event], None] | None = None,
+    **hyperparameters: Any,
+) -> Weights:
+    """Finetune a model and write it to `out`, in open_clip's names, with the hyperparameters in its metadata.
+
+    Beside `out` (ft.safetensors) stand the log (ft.log.jsonl), the state of an unfinished run (ft.state), and what
+    was asked for, in ft.run/: ft.best, ft.step000100, ft.start (.safetensors). Under torchrun all ranks
+    call it; rank 0 writes.
+
+    Args:
+        base: where training starts; None trains from scratch, which needs `model`.
+        train: images with labels (or, for flyp, with captions).
+        model: read from the base's metadata where left out.
+        val: held-out images: scored every `score_every` steps (each epoch by default) and at the end.
+        head: take `classification_head.*` from these weights (model recycling: the shared head).
+        settings: the hyperparameters as a value; None takes the defaults.
+        resume: go on from the state of an unfinished run with the same settings.
+        tensorboard: folder for TensorBoard's event files, besides the log.
+        metadata: added to the checkpoint's own.
+        hyperparameters: fields of `Settings` that are changed: `method="ce", lr=1e-5, epochs=5`.
+
+    Raises:
+        TrainingError: settings that do not fit together, a loss that is not finite, or a signal to stop.
+        DataError: images without what the method needs.
+    """
+    settings = Settings.create(settings, hyperparameters)
+    check_images(settings, train, val)
+    device = resolve_device(settings.device)
+    precision = resolve_precision(settings.precision, device)
+    distributed.start(device)
+    if settings.fsdp and distributed.world() == 1:
+        raise DeviceError(
+            "--fsdp needs several processes", hint="start it with torchrun --nproc-per-node N -m clipmerge"
+        )
+    with float32_matmul(precision):
+        # The model, its images and prompts.
+        base, head = (load(w) if isinstance(w, (str, Path)) else w for w in (base, head))
+        if settings.shots is not None:
+            train = few_shot(train, settings.shots, settings.seed)
+        net, spec = starting_model(base, model, settings.seed, device)
+        files = Files(Path(out))
+        files.check(force=force, resume=resume)
+        augment = parse_augmentation(settings.augment, spec.preprocess)
+        at_once = min(settings.batch_size, 256)
+        images = Images(train, val, spec.preprocess, device, augment, at_once, on_progress)
+        tokenizer = tokenizer_of(spec)
+        prompts = training_prompts(net, tokenizer, train, settings.templates, device)
+
+        # What trains, in what order, for how long.
+        recorded = {**settings.recorded(), "precision": precision}
+        identity = {**recorded, "processes": distributed.world(), "start": _fingerprint(net, train)}
+        layout = _channels_last(net, settings, device)
+        towers = Towers(net, spec.preprocess, precision=precision, channels_last=layout)
+        objective = apply_method(towers, tokenizer, prompts, images, settings, head)
+        batch = fit_batch(settings.batch_size, distributed.world(), settings.accumulate, len(train))
+        sampler = Sampler(
+            train.labels, prompts.first, prompts.count, settings.seed, batch, settings.accumulate
+        )
+        epochs = 10 if settings.epochs is None else settings.epochs
+        steps = settings.steps or max(1, round(sampler.steps_per_epoch * epochs))
+
+        # What changes, and what is kept of it.
+        state = _training_state(towers, settings, device)
+        log = Log(files.log if distributed.is_first() else None, tensorboard=tensorboard, on_event=on_event)
+        checkpoints = Checkpoints(
+            files,
+            state,
+            log,
+            settings,
+            steps=steps if settings.row.steps else 0,
+            steps_per_epoch=sampler.steps_per_epoch,
+            identity=identity,
+            record={
+                "training": {**recorded, "base": _parents(base), "images": len(train)},
+                **(metadata or {}),
+            },
+            spec=spec,
+            score=_scorer(towers, tokenizer, images, settings),
+        )
+        done = checkpoints.resume() if resume else 0
+        log.begin(done)
+        if settings.start and not done:
+            checkpoints.write(files.beside("start"), 0)
+        loader = images.loader(settings.seed, settings.workers)
+        train_steps(objective, state, sampler, loader, checkpoints, settings, done, on_progress)
+        written = checkpoints.finish()
+        log.close()
+        distributed.barrier()
+    return load(written)
+
+
+def starting_model(
+    base: Weights | None, model: str | Path | ModelSpec | None, seed: int, device: torch.device
+) -> tuple[nn.Module, ModelSpec]:
+    """Return the base's towers in memory, or open_clip's random initialisation where there is no base.
+
+    Raises:
+        TrainingError: there is neither a base nor a model.
+    """
+    if base is None and model is None:
+        raise TrainingError("training from scratch needs to know the model", hint="name it with --model")
+    spec = resolve_model(model, *([] if base is None else [base]))
+    if base is None:
+        return build_model(spec, device, seed=seed), spec
+    net = build_model(spec, device)
+    load_weights(net, base)
+    if hasattr(net, HEAD):
+        delattr(net, HEAD)  # a run starts a head of its own, or none
+    return net, spec
+
+
+def _fingerprint(net: nn.Module, train: Split) -> str:
+    """Return what a resumed run must share besides its settings: the weights it started from, items and labels."""
+    hasher = blake3(repr((train.classes, train.names, train.labels.tolist())).encode())
+    for name, value in sorted(net.state_dict().items()):
+        hasher.update(name.encode())
+        hasher.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
+    return hasher.hexdigest()
+
+
+def _parents(base: Weights | None) -> list[dict[str, str | None]]:
+    """Return what the base was read from, by file name and content, for the record of what is trained from it."""
+    checkpoints = base.checkpoints if base is not None else ()
+    return [{"file": c.path.name if c.path else None, "digest": content_digest(c)} for c in checkpoints]
+
+
+def _channels_last(net: nn.Module, settings: Settings, device: torch.device) -> bool:
+    """Return whether pixels lie channels last: by default before convolutions beyond the patches, on a GPU."""
+    if settings.channels_last is not None:
+        return settings.channels_last
+    return device.type == "cuda" and sum(isinstance(module, nn.Conv2d) for module in net.modules()) > 1
+
+
+def _training_state(towers: Towers, settings: Settings, device: torch.device) -> TrainingState:
+    trained = trained_parameters(towers.model)
+    return TrainingState(
+        towers.model,
+        trained,
+        adamw(trained, lr=settings.lr, wd=settings.wd, decay=settings.decay),
+        device,
+        None if settings.ema is None else MovingAverage(trained.values(), settings.ema),
+        torch.amp.GradScaler(device.type) if towers.precision == "fp16" else None,
+        sharded=settings.fsdp,
+    )
+
+
+def _scorer(
+    towers: Towers, tokenizer: Tokenizer, images: Images, settings: Settings
+) -> Callable[[], dict[str, float]] | None:
+    """Return what scores the model as it is; None without held-out images."""
+    if images.val is None:
+        return None
+    prompts = training_prompts(towers.model, tokenizer, images.val, settings.templates, images.device)
+    pixels = keep_on_device(images.held_out(), images.device)
+    return partial(held_out_scores, towers, images.val, pixels, prompts, images.batch_size)
