@@ -10,7 +10,7 @@ from blake3 import blake3
 from torch import nn
 
 from clipmerge import distributed
-from clipmerge.data.choose import few_shot
+from clipmerge.data.sampling import few_shot
 from clipmerge.data.split import Split
 from clipmerge.device import float32_matmul, resolve_device, resolve_precision
 from clipmerge.errors import DeviceError, TrainingError
