@@ -11,9 +11,9 @@ from clipmerge.checkpoint.huggingface import to_huggingface
 from clipmerge.checkpoint.output import check_folder, check_target, new_files, whole_folder, write_at
 from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.safetensors import header
-from clipmerge.checkpoint.tensors import Bytes, Checkpoint, Tensor
+from clipmerge.checkpoint.tensors import Checkpoint, Tensor
 from clipmerge.errors import CheckpointError, MismatchError
-from clipmerge.types import Progress
+from clipmerge.types import Bytes, Progress
 
 LAYOUTS = ("open_clip", "huggingface")
 BLOCK = 1 << 20

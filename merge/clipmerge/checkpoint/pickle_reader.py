@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from clipmerge.checkpoint.tensors import Bytes
+from clipmerge.types import Bytes
 
 MAX_LINE = 4096
 MAX_NUMBER = 1024

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clipmerge.checkpoint.tensors import Bytes, Checkpoint, Stamp, Tensor, stamp, storage_dtype
+from clipmerge.checkpoint.tensors import Checkpoint, Stamp, Tensor, stamp
+from clipmerge.dtypes import storage_dtype
 from clipmerge.errors import CheckpointError
+from clipmerge.types import Bytes
 
 
 class Reader:

@@ -10,7 +10,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
 
-from clipmerge.checkpoint.tensors import ITEMSIZE, Extent, Tensor
+from clipmerge.checkpoint.tensors import Extent, Tensor
+from clipmerge.dtypes import ITEMSIZE
 from clipmerge.errors import CheckpointError, OutputError
 
 MAX_HEADER = 100_000_000

@@ -14,26 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from clipmerge.dtypes import FLOATS, ITEMSIZE, storage_dtype
 from clipmerge.errors import CheckpointError
-
-Bytes = npt.NDArray[np.uint8]
-
-ITEMSIZE: Mapping[str, int] = {
-    "F64": 8, "I64": 8, "U64": 8, "C64": 8,
-    "F32": 4, "I32": 4, "U32": 4,
-    "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-    "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
-}  # fmt: skip
-"""Bytes of one element, by safetensors' dtype names."""
-
-FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
-
-_NUMPY: Mapping[str, str] = {
-    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1",
-    "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
-    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?", "C64": "<c8",
-}  # fmt: skip
-
+from clipmerge.types import Bytes
 
 Stamp = tuple[int, int, int, int]
 
@@ -41,11 +24,6 @@ Stamp = tuple[int, int, int, int]
 def stamp(stat: os.stat_result) -> Stamp:
     """Device, inode, size and time of modification: a file with the same stamp holds the same bytes."""
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-
-def storage_dtype(dtype: str) -> np.dtype[Any]:
-    """The numpy dtype of the same width; BF16 and F8 come as the unsigned integers that hold their bits."""
-    return np.dtype(_NUMPY[dtype])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from clipmerge.checkpoint.pickle_reader import Malformed, Span, Unsafe
-from clipmerge.checkpoint.tensors import ITEMSIZE, Extent
+from clipmerge.checkpoint.tensors import Extent
 from clipmerge.checkpoint.unpickler import Global, Stub, dict_of, key, new
+from clipmerge.dtypes import ITEMSIZE
 
 STORAGES: Mapping[str, str] = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",

@@ -17,10 +17,11 @@ from clipmerge.checkpoint import torchscript, zip_file
 from clipmerge.checkpoint.pickle_reader import Malformed, Reader, Span, Unsafe
 from clipmerge.checkpoint.safetensors import check_shape
 from clipmerge.checkpoint.state_dict import Found, find_state_dict
-from clipmerge.checkpoint.tensors import ITEMSIZE, Extent, Tensor
+from clipmerge.checkpoint.tensors import Extent, Tensor
 from clipmerge.checkpoint.torch_calls import RawTensor, Storage, TorchCalls, Unreadable, persistent
 from clipmerge.checkpoint.unpickler import Budget, Machine
 from clipmerge.checkpoint.views import row_major
+from clipmerge.dtypes import ITEMSIZE
 from clipmerge.errors import CheckpointError, UnsafeFileError
 
 MAX_PICKLE = 256 << 20

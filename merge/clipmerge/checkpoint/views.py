@@ -5,7 +5,9 @@ from math import prod
 
 import numpy as np
 
-from clipmerge.checkpoint.tensors import ITEMSIZE, Bytes, Extent, Mapped, Tensor
+from clipmerge.checkpoint.tensors import Extent, Mapped, Tensor
+from clipmerge.dtypes import ITEMSIZE
+from clipmerge.types import Bytes
 
 
 def row_major(shape: Sequence[int], strides: Sequence[int]) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from clipmerge.checkpoint.tensors import Checkpoint, Mapped
+from clipmerge.dtypes import torch_dtype
 from clipmerge.errors import MismatchError
 from clipmerge.evaluate.heads import text_digest
 from clipmerge.model import ModelSpec, build_model, load_weights
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from clipmerge.weights.weights import Weights
 
 __all__ = ["Resident", "tensors_of"]
-
-_RAW = {"BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 
 class Resident:
@@ -112,4 +111,4 @@ def _mapped_tensor(mapped: Mapped, checkpoint: Checkpoint, name: str) -> Tensor:
         # torch warns that the pages cannot be written; nothing writes to them.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
         found = torch.from_numpy(array)
-    return found.view(_RAW[tensor.dtype]) if tensor.dtype in _RAW else found
+    return found.view(torch_dtype(tensor.dtype))

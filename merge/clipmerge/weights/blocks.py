@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from clipmerge.checkpoint.read import Reader
-from clipmerge.checkpoint.tensors import ITEMSIZE, Bytes, Extent, Tensor, storage_dtype
-from clipmerge.ops.cast import F32, F64, Rounded, finite, narrow, scratch_for, widen
+from clipmerge.checkpoint.tensors import Extent, Tensor
+from clipmerge.dtypes import ITEMSIZE, Singles, finite, narrow, scratch_for, storage_dtype, widen
+from clipmerge.types import Bytes, Floats
 from clipmerge.weights.digest import Digests, StreamDigest
-from clipmerge.weights.fp16_sum import SUMMED, Fp16Sum
+from clipmerge.weights.fp16_sum import Fp16Sum
 from clipmerge.weights.steps import Step
 
 BLOCK = 1 << 18
@@ -258,8 +259,8 @@ def _block_length(run: Run) -> int:
 
 def _fits_float32(run: Run) -> bool:
     """Whether the whole sum may be had in float32 (see `fp16_sum`)."""
-    dtype = run.head.dtype
-    return bool(run.terms) and dtype in SUMMED and all(f == 1 and t.dtype == dtype for f, t in run.terms)
+    is_fp16 = run.head.dtype == "F16" and all(f == 1 and t.dtype == "F16" for f, t in run.terms)
+    return is_fp16 and bool(run.terms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,8 +282,7 @@ class _Block:
             self._read(0, out.view(np.uint8))
             is_finite = finite(out, dtype)
         else:
-            numbers, rounded = self._sum()
-            is_finite = narrow(numbers, dtype, out, self.buffers.scratch, rounded)
+            is_finite = narrow(self._sum(), dtype, out, self.buffers.scratch)
         if not is_finite:
             not_finite(self.run, self.low, self.high)
         return out.view(np.uint8)
@@ -301,12 +301,12 @@ class _Block:
             stream.update(raw)
         return raw.view(storage_dtype(tensor.dtype))
 
-    def _sum(self) -> tuple[F32 | F64, Rounded | None]:
+    def _sum(self) -> Singles | Floats:
         """Σ factor·input / divisor, in the thread's buffers, as `narrow` takes it."""
         count, divisor = self.high - self.low, self.run.head.divisor
         total, term, halves = self.buffers.total[:count], self.buffers.term[:count], self.buffers.fp16_sum
         in_float32 = _fits_float32(self.run)
-        halves.begin(count, self.run.head.dtype)
+        halves.begin(count)
         for i, (factor, tensor) in enumerate(self.run.terms):
             raw = self._read(i)
             if in_float32:
@@ -325,7 +325,7 @@ class _Block:
                 np.multiply(values, factor, out=term, dtype=np.float64)
                 np.add(total, term, out=total)
         if in_float32:
-            if mean := halves.over(divisor):
+            if (mean := halves.over(divisor)) is not None:
                 return mean
             halves.spill(total, term)
         if not self.run.terms:
@@ -334,4 +334,4 @@ class _Block:
             np.multiply(total, 1 / divisor, out=total) if divisor != 1 else None
         else:
             np.divide(total, divisor, out=total)
-        return total, None
+        return total

@@ -14,9 +14,9 @@ from blake3 import blake3
 from clipmerge.checkpoint.cache import cache_dir
 from clipmerge.checkpoint.output import whole_file
 from clipmerge.checkpoint.read import Reader
-from clipmerge.checkpoint.tensors import Bytes, Checkpoint, Tensor, names_digest
+from clipmerge.checkpoint.tensors import Checkpoint, Tensor, names_digest
 from clipmerge.errors import OutputError
-from clipmerge.types import Progress
+from clipmerge.types import Bytes, Progress
 
 PIECE = 1 << 20
 """Bytes read and hashed at a time."""

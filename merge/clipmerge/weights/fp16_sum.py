@@ -1,17 +1,19 @@
-"""Sums of fp16 and fp8 in float32: twice as fast as in float64, and exact.
+"""Sums of fp16 in float32: twice as fast as in float64, and exact.
 
-Why float32 rounds nothing here, with fp16's numbers (the fp8 types have fewer digits):
+Why float32 rounds nothing here:
 
 - Every finite fp16 is a whole multiple of its smallest number, 2**-24.
-- Float32 has 24 bits of mantissa, so it holds every multiple of 2**-24 up to 1 (`float32_limit`).
-- Multiples of 2**-24 add up to multiples of 2**-24. While the largest magnitudes of the terms add up to at most 1
-  (each term's `float32_share`), no partial sum in any order leaves that range, and each addition is exact.
+- Float32 has 24 bits of mantissa, so it holds every multiple of 2**-24 up to 1.
+- Multiples of 2**-24 add up to multiples of 2**-24. While the largest magnitudes of the terms add up to at most 1, no
+  partial sum in any order leaves that range, and each addition is exact.
 
 Where the magnitudes outgrow that, the rest goes into a second array, and after that all of it into float64, which is
-exact up to 2**29. What the division rounds, `narrow` is told (`Rounded`) and decides in float64.
+exact up to 2**29. A power of two divides exactly too; other divisors wait for float64. Sums of the two arrays that
+float32 may have rounded are rounded to odd instead, so that rounding them again to fp16 is right (`round_to_odd`).
 
-The arrays hold fp16's bits moved into a float32's place, which is the number times 2**-112: a power of two that is
-multiplied back together with the divisor. Float32 subnormals are numbers here (`blocks.in_threads` sees to that).
+Without torch the arrays hold fp16's bits moved into a float32's place, which is the number times 2**-112: a power of
+two that is multiplied back together with the divisor. Float32 subnormals are numbers here (`blocks.in_threads` sees to
+that).
 """
 
 from math import frexp
@@ -20,10 +22,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clipmerge.ops.cast import F32, F64, FINEST, Rounded, Scratch, float32_limit, float32_share, widen_finite
+from clipmerge.dtypes import SPREAD, Scratch, Singles, largest_code, round_to_odd, spread_halves
+from clipmerge.types import Floats
 
-SUMMED = ("F16", "F8_E4M3", "F8_E5M2")
-"""Dtypes with so few digits that float32 adds many of them without rounding."""
+FINEST = 4096
+"""Sums are divided by powers of two up to here in float32: far from where it has fewer digits."""
 
 
 class Fp16Sum:
@@ -37,70 +40,70 @@ class Fp16Sum:
     def __init__(self, numel: int, scratch: Scratch) -> None:
         self._memory = [np.empty(numel, np.float32) for _ in range(3)]
         self._scratch = scratch
-        self.begin(0, "")
+        self._scale = 1.0 if scratch.torch else float(SPREAD)
+        self.begin(0)
 
     @property
     def nbytes(self) -> int:
         """Its own memory, without the scratch."""
         return sum(array.nbytes for array in self._memory)
 
-    def begin(self, numel: int, dtype: str) -> None:
-        """Forget the last block; `numel` elements of `dtype` follow."""
-        self._dtype, self._parts, self._room, self._scale = dtype, list[F32](), -1.0, 1.0
+    def begin(self, numel: int) -> None:
+        """Forget the last block; `numel` elements follow."""
+        self._parts, self._room, self._spilled = list[Singles](), -1.0, False
         self._arrays = [array[:numel] for array in self._memory]
-        self._spilled = False
 
-    def add(self, raw: npt.NDArray[Any], total: F64, term: F64) -> bool:
+    def add(self, raw: npt.NDArray[Any], total: Floats, term: Floats) -> bool:
         """Add stored numbers, all of them or, where float32 cannot hold them, none.
 
         Args:
             total: where the sum goes when it outgrows float32 (see `spill`).
             term: float64 to work in.
         """
-        share = float32_share(raw, self._dtype)
-        if share > 1:
+        largest = float(np.uint16(largest_code(raw)).view(np.float16))
+        if not largest <= 1:
             return False
-        if share <= self._room:
-            other = self._scratch.single[: raw.size]
-            widen_finite(raw, self._dtype, other, self._scratch.torch)
+        if largest <= self._room:
+            other = self._widen(raw, self._scratch.single[: raw.size])
             np.add(self._parts[-1], other, out=self._parts[-1])
-            self._room -= share
+            self._room -= largest
             return True
         if len(self._parts) == 2:
             self.spill(total, term)
-        part = self._arrays[len(self._parts)]
-        self._scale = widen_finite(raw, self._dtype, part, self._scratch.torch)
-        self._parts.append(part)
-        self._room = 1.0 - share
+        self._parts.append(self._widen(raw, self._arrays[len(self._parts)]))
+        self._room = 1.0 - largest
         return True
 
-    def over(self, divisor: float) -> tuple[F32, Rounded | None] | None:
-        """The sum / divisor as `narrow` takes it for the same dtype; None where that wants float64."""
-        power = frexp(divisor)[0] == 0.5 and divisor <= FINEST
-        if self._spilled or not self._parts or not (power or (len(self._parts) == 1 and divisor < 2**24)):
-            return None
-        scale, first, out = self._scale, self._parts[0], self._arrays[2]
-        if power and len(self._parts) == 1:
-            return np.multiply(first, np.float32(scale / divisor), out=out), None
-        if power:
-            second = self._parts[1]
-            np.add(first, second, out=out)
-            limit = np.float32(float32_limit(self._dtype) / scale)
-            large = np.flatnonzero(np.abs(out, out=self._scratch.single[: out.size]) > limit)
-            np.multiply(out, np.float32(scale / divisor), out=out)
-            return out, Rounded(
-                lambda some: (first[some].astype(np.float64) + second[some]) * (scale / divisor), large
-            )
-        np.multiply(first, np.float32(scale), out=first)
-        np.divide(first, np.float32(divisor), out=out)
-        return out, Rounded(lambda some: first[some] / np.float64(divisor))
+    def _widen(self, raw: npt.NDArray[Any], out: Singles) -> Singles:
+        """The numbers divided by `_scale`, which is put right once, in `over` or `spill`."""
+        if self._scratch.torch:
+            self._scratch.torch.from_numpy(out).copy_(self._scratch.torch.from_numpy(raw))
+        else:
+            spread_halves(raw, out)
+        return out
 
-    def spill(self, total: F64, term: F64) -> None:
+    def over(self, divisor: float) -> Singles | None:
+        """The sum / divisor, exact or rounded to odd, as `narrow` takes it; None where that wants float64."""
+        if self._spilled or not self._parts or frexp(divisor)[0] != 0.5 or divisor > FINEST:
+            return None
+        out, first, factor = self._arrays[2], self._parts[0], np.float32(self._scale / divisor)
+        if len(self._parts) == 1:
+            return np.multiply(first, factor, out=out)
+        second, magnitude = self._parts[1], self._scratch.single[: out.size]
+        np.add(first, second, out=out)
+        large = np.flatnonzero(np.abs(out, out=magnitude) > np.float32(1 / self._scale))
+        np.multiply(out, factor, out=out)
+        if large.size:  # sums above 1 may have been rounded
+            exact = (first[large].astype(np.float64) + second[large]) * float(factor)
+            rounded = np.empty(large.size, np.float32)
+            round_to_odd(exact, rounded, np.empty(large.size))
+            out[large] = rounded
+        return out
+
+    def spill(self, total: Floats, term: Floats) -> None:
         """Move the sum to float64: into `total`, or onto what was moved there before."""
         for part in self._parts:
-            if self._scale != 1:
-                np.multiply(part, np.float32(self._scale), out=part)
-            np.copyto(term if self._spilled else total, part)
+            np.multiply(part, self._scale, out=term if self._spilled else total, dtype=np.float64)
             if self._spilled:
                 np.add(total, term, out=total)
             self._spilled = True

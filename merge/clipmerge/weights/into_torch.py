@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from clipmerge.checkpoint.tensors import Bytes, Extent, Tensor
+from clipmerge.checkpoint.tensors import Extent, Tensor
+from clipmerge.dtypes import BY_TORCH_NAME, torch_dtype
 from clipmerge.errors import MismatchError, ModelError, RecipeError
 from clipmerge.text import and_more
-from clipmerge.types import Progress
+from clipmerge.types import Bytes, Progress
 from clipmerge.weights.check import SHOWN, missing_names
 from clipmerge.weights.expression import Expression
 from clipmerge.weights.plan import make_plan
@@ -16,14 +17,6 @@ from clipmerge.weights.run import into_arrays
 
 if TYPE_CHECKING:
     import torch
-
-_TORCH: Mapping[str, str] = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
-    "U16": "uint16", "U32": "uint32", "U64": "uint64", "C64": "complex64",
-}  # fmt: skip
-_NAMES = {torch_name: name for name, torch_name in _TORCH.items()}
 
 
 def state_dict(
@@ -34,8 +27,7 @@ def state_dict(
 
     plan = make_plan(weights, dtype=dtype)
     tensors = {
-        name: torch.empty(step.shape, dtype=getattr(torch, _TORCH[step.dtype]))
-        for name, step in plan.steps.items()
+        name: torch.empty(step.shape, dtype=torch_dtype(step.dtype)) for name, step in plan.steps.items()
     }
     into_arrays(plan, lambda name: _bytes(tensors[name]), on_progress=on_progress)
     return tensors
@@ -56,7 +48,7 @@ def load_into(weights: Expression, module: "torch.nn.Module", *, strict: bool = 
     staged: dict[str, torch.Tensor] = {}
 
     def destination(name: str) -> Bytes:
-        want = getattr(torch, _TORCH[plan.steps[name].dtype])
+        want = torch_dtype(plan.steps[name].dtype)
         target = targets.get(name)
         if (
             target is not None
@@ -84,7 +76,7 @@ def stored(name: str, tensor: "torch.Tensor") -> Tensor:
     """
     import torch
 
-    dtype = _NAMES.get(str(tensor.dtype).removeprefix("torch."))
+    dtype = BY_TORCH_NAME.get(str(tensor.dtype).removeprefix("torch."))
     if dtype is None or tensor.layout != torch.strided:
         raise MismatchError(
             f"tensor {name!r} is {tensor.dtype}, {tensor.layout}: it cannot be stored",

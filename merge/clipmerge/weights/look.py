@@ -12,7 +12,7 @@ import numpy as np
 
 from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import Checkpoint, Tensor, iter_blocks
-from clipmerge.ops.cast import finite, to_float64
+from clipmerge.dtypes import finite, to_float64
 from clipmerge.types import Floats, Progress
 from clipmerge.weights.check import check
 from clipmerge.weights.describe import count_words

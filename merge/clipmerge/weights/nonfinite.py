@@ -7,9 +7,9 @@ import numpy as np
 import numpy.typing as npt
 
 from clipmerge.checkpoint.read import Reader
-from clipmerge.checkpoint.tensors import ITEMSIZE, Tensor, iter_blocks, storage_dtype
+from clipmerge.checkpoint.tensors import Tensor, iter_blocks
+from clipmerge.dtypes import ITEMSIZE, TABLE, finite, storage_dtype, to_float64
 from clipmerge.errors import NonFiniteError
-from clipmerge.ops.cast import LARGEST, finite, to_float64
 from clipmerge.types import Floats
 from clipmerge.weights.steps import Step
 
@@ -57,7 +57,7 @@ def explain(step: Step, reader: Reader, numbers: Floats | None = None) -> None:
     """
     refuse_inputs(step, reader)
     worst = _largest(numbers) if numbers is not None else _largest_of_sum(step, reader)
-    if not worst <= LARGEST[step.dtype]:
+    if not worst <= (TABLE[step.dtype].largest or 0.0):
         refuse_overflow(step, worst)
 
 
@@ -65,7 +65,7 @@ def refuse_overflow(step: Step, worst: float) -> NoReturn:
     """Refuse an output that its dtype cannot hold."""
     wider = step.dtype not in ("F64", "F32")
     raise NonFiniteError(
-        f"tensor {step.name!r} reaches {worst:.6g}, more than {step.dtype} holds ({LARGEST[step.dtype]:.6g})",
+        f"tensor {step.name!r} reaches {worst:.6g}, more than {step.dtype} holds ({TABLE[step.dtype].largest:.6g})",
         hint="write a wider dtype: --dtype fp32" if wider else "use smaller scales",
     )
 

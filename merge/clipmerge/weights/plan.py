@@ -7,7 +7,8 @@ from math import lcm
 from blake3 import blake3
 
 from clipmerge.checkpoint.read import Reader
-from clipmerge.checkpoint.tensors import FLOATS, Checkpoint
+from clipmerge.checkpoint.tensors import Checkpoint
+from clipmerge.dtypes import FLOATS
 from clipmerge.errors import RecipeError
 from clipmerge.text import did_you_mean
 from clipmerge.weights.check import check

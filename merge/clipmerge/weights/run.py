@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from clipmerge.checkpoint.read import Reader
-from clipmerge.checkpoint.tensors import Bytes, Checkpoint, storage_dtype
+from clipmerge.checkpoint.tensors import Checkpoint
+from clipmerge.dtypes import finite, narrow, scratch_for, storage_dtype, to_float64
 from clipmerge.errors import MismatchError, NonFiniteError
-from clipmerge.ops.cast import finite, narrow, scratch_for, to_float64
-from clipmerge.types import Floats, Progress
+from clipmerge.types import Bytes, Floats, Progress
 from clipmerge.weights.blocks import Buffers, Run, Sink, default_threads, in_threads, join, run_blocks
 from clipmerge.weights.digest import Digests
 from clipmerge.weights.expression import Expression, Leaf

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-from clipmerge.checkpoint.tensors import ITEMSIZE, Checkpoint, Tensor
+from clipmerge.checkpoint.tensors import Checkpoint, Tensor
+from clipmerge.dtypes import ITEMSIZE
 from clipmerge.weights.expression import Leaf
 
 Kind = Literal["sum", "agree", "largest", "computed"]

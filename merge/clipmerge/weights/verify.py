@@ -12,9 +12,10 @@ import numpy as np
 
 from clipmerge.checkpoint.open import open_checkpoint
 from clipmerge.checkpoint.read import Reader
-from clipmerge.checkpoint.tensors import ITEMSIZE, Bytes, Checkpoint, Tensor
+from clipmerge.checkpoint.tensors import Checkpoint, Tensor
+from clipmerge.dtypes import ITEMSIZE
 from clipmerge.errors import CheckpointError, ClipmergeError
-from clipmerge.types import Progress
+from clipmerge.types import Bytes, Progress
 from clipmerge.weights.blocks import Sink
 from clipmerge.weights.digest import content_digest
 from clipmerge.weights.parse import parse

@@ -15,9 +15,9 @@ from weakref import WeakValueDictionary
 from clipmerge.checkpoint.open import open_checkpoint
 from clipmerge.checkpoint.output import new_files, write_at
 from clipmerge.checkpoint.read import Reader
-from clipmerge.checkpoint.tensors import Bytes, Checkpoint, identifiers
+from clipmerge.checkpoint.tensors import Checkpoint, identifiers
 from clipmerge.errors import CheckpointError, RecipeError
-from clipmerge.types import Progress
+from clipmerge.types import Bytes, Progress
 from clipmerge.weights import into_torch
 from clipmerge.weights.coefficient import Coefficient
 from clipmerge.weights.digest import Digests

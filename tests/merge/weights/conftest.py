@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clipmerge.checkpoint.tensors import Checkpoint, Extent, Tensor, storage_dtype
-from clipmerge.ops.cast import narrow, scratch_for
+from clipmerge.checkpoint.tensors import Checkpoint, Extent, Tensor
+from clipmerge.dtypes import narrow, scratch_for, storage_dtype
 from clipmerge.weights.coefficient import Coefficient
 from clipmerge.weights.plan import make_plan
 from clipmerge.weights.record import write_record

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from clipmerge.checkpoint.tensors import Checkpoint, Extent, Tensor
+from clipmerge.dtypes import narrow, scratch_for, to_float64
 from clipmerge.errors import MismatchError, NonFiniteError, RecipeError
 from clipmerge.weights import blocks
 from clipmerge.weights.coefficient import Coefficient
@@ -39,7 +40,6 @@ def test_values_by_hand(point: Point, arrays: Arrays) -> None:
 def test_any_float_dtype_in_any_out(point: Point, arrays: Arrays, dtype: str) -> None:
     a, b = point("a", x=(dtype, [1.0, -2.0, 0.5])), point("b", x=[2.0, 4.0, 0.5])
     np.testing.assert_array_equal(arrays(interpolate(a, b, 0.5), "F32")["x"], np.float32([1.5, 1.0, 0.5]))
-    from clipmerge.ops.cast import to_float64
 
     stored = arrays(interpolate(a, b, 0.5))["x"]
     np.testing.assert_array_equal(to_float64(stored, dtype), [1.5, 1.0, 0.5])
@@ -117,7 +117,6 @@ def test_blocks_and_chunks_do_not_show(point: Point, arrays: Arrays, monkeypatch
 def test_narrow_sums_are_exact_whatever_they_are_summed_in(
     point: Point, arrays: Arrays, dtype: str, size: float, helped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from clipmerge.ops.cast import to_float64
 
     if not helped:
         monkeypatch.setitem(sys.modules, "torch", None)
@@ -309,7 +308,6 @@ def test_any_sum_is_that_of_float64_rounded_once(
     point: Point, arrays: Arrays, dtype: str, helped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Random expressions against a plain loop: whatever is summed in float32 on the way, in blocks of any length."""
-    from clipmerge.ops.cast import narrow, scratch_for, to_float64
     from clipmerge.weights.plan import make_plan
 
     if not helped:
