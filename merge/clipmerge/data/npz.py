@@ -1,7 +1,7 @@
 """Read an .npz of labels and images, decoded or encoded."""
 
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,9 +34,6 @@ class NpzImages:
     def __reduce__(self) -> tuple[Any, ...]:
         return _images, (self.path,)
 
-    def __len__(self) -> int:
-        return len(self.images)
-
     def fetch(self, i: int) -> Stored:
         return self.images.fetch(i)
 
@@ -49,7 +46,7 @@ def npz(place: str, pick: Pick) -> RawSplit:
     arrays = _load(place)
     images, labels = _images(place, arrays), arrays["labels"]
     wrong = [key for key in ("split", "groups") if key in arrays and arrays[key].shape != labels.shape]
-    if wrong or not _fit(arrays) or labels.ndim != 1 or len(images) != len(labels):
+    if wrong or not _fit(arrays):
         shapes = ", ".join(f"{key} {array.dtype} {array.shape}" for key, array in arrays.items())
         length = f"{', '.join(wrong)} of another length; " if wrong else ""
         raise DataError(f"{place}: its arrays do not fit together ({length}{shapes})", hint=_HINT)
@@ -81,21 +78,21 @@ def _load(path: str) -> Arrays:
 
 
 def _images(path: str, arrays: Arrays | None = None) -> NpzImages:
-    arrays = _load(path) if arrays is None else arrays
-    if "images" in arrays:
-        return NpzImages(path, InMemory(arrays["images"]))
-    return NpzImages(path, InMemory(arrays["blob"], arrays["offsets"].astype(np.int64)))
+    arrays = arrays or _load(path)
+    offsets = None if "images" in arrays else arrays["offsets"].astype(np.int64)
+    return NpzImages(path, InMemory(arrays["blob"] if offsets is not None else arrays["images"], offsets))
 
 
 def _fit(arrays: Arrays) -> bool:
     """Return whether labels and images have the dtypes and shapes that they should have."""
-    if arrays["labels"].dtype.kind not in "iuU":
+    labels, data = arrays["labels"], arrays["images"] if "images" in arrays else arrays["blob"]
+    if labels.dtype.kind not in "iuU" or labels.ndim != 1 or data.dtype != np.uint8:
         return False
     if "images" in arrays:
-        shape = arrays["images"].shape
-        return arrays["images"].dtype == np.uint8 and (len(shape) == 3 or (len(shape) == 4 and shape[3] == 3))
-    offsets, blob = arrays["offsets"].astype(np.int64), arrays["blob"]
-    return blob.dtype == np.uint8 and bool((np.diff(offsets, prepend=0, append=len(blob)) >= 0).all())
+        return len(data) == len(labels) and (data.ndim == 3 or (data.ndim == 4 and data.shape[3] == 3))
+    offsets = arrays["offsets"].astype(np.int64)
+    rising = bool((np.diff(offsets, prepend=0, append=len(data)) >= 0).all())
+    return len(offsets) == len(labels) + 1 and rising
 
 
 def _part(numbers: npt.NDArray[Any] | None, count: int, pick: Pick) -> Ints:
@@ -104,7 +101,6 @@ def _part(numbers: npt.NDArray[Any] | None, count: int, pick: Pick) -> Ints:
         pick([""])
         return np.arange(count)
     values = np.unique(numbers)
-    names: Sequence[str] = [str(value) for value in values]
-    if numbers.dtype.kind in "iu":
-        names = [dict(enumerate(("train", "val", "test"))).get(int(n), str(n)) for n in values]
+    known = {0: "train", 1: "val", 2: "test"}
+    names = [known.get(value, str(value)) for value in values.tolist()]
     return np.flatnonzero(numbers == values[names.index(pick(names))])

@@ -30,9 +30,6 @@ class RowImages:
     rows: Sequence[tuple[int, int, int]]
     """For each image: number of the file, row group, row in it."""
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
     def fetch(self, i: int) -> bytes:
         file, group, row = self.rows[i]
         with _reading:
@@ -71,8 +68,12 @@ def parquet(place: str, pick: Pick) -> RawSplit:
     paths = list(map(str, part_files(Path(place), "parquet", pick)))
     where, values = list[tuple[int, int, int]](), list[dict[str, Any]]()
     try:
-        columns = _columns(place, pq.read_schema(paths[0]))
-        wanted = [name for name in (columns.path, columns.label, columns.caption) if name]
+        schema = pq.read_schema(paths[0])
+        features = _features(schema)
+        image, label, caption = _columns(place, schema.names, features)
+        kind = schema.field(image).type
+        has_path = hasattr(kind, "get_field_index") and kind.get_field_index("path") >= 0
+        wanted = [name for name in (f"{image}.path" if has_path else None, label, caption) if name]
         for number, path in enumerate(paths):
             with pq.ParquetFile(path) as file:
                 for group in range(file.num_row_groups):
@@ -81,48 +82,42 @@ def parquet(place: str, pick: Pick) -> RawSplit:
                     values += rows
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{place} cannot be read as Parquet: {error}", hint=_HINT) from error
-    names = [(row.get(columns.image) or {}).get("path") if columns.path else None for row in values]
+    names = [(row.get(image) or {}).get("path") if has_path else None for row in values]
+    classes = features.get(label, {}).get("names") if label else None
     return RawSplit(
-        RowImages(columns.image, paths, list(map(file_stamp, paths)), where),
+        RowImages(image, paths, list(map(file_stamp, paths)), where),
         [name or f"row {i:06d}" for i, name in enumerate(names)],
-        _labels([row[columns.label] for row in values]) if columns.label else None,
-        columns.classes,
-        captions=[str(row[columns.caption]) for row in values] if columns.caption else None,
+        _labels([row[label] for row in values]) if label else None,
+        None if classes is None else tuple(classes),
+        captions=[str(row[caption]) for row in values] if caption else None,
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Columns:
-    image: str
-    path: str | None
-    label: str | None
-    caption: str | None
-    classes: tuple[str, ...] | None
-
-
-def _columns(place: str, schema: Any) -> _Columns:
-    """Return which columns are which, by the features that Hugging Face writes, else by name."""
+def _features(schema: Any) -> dict[str, Any]:
+    """Return what Hugging Face writes about the columns."""
     stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     features = stored.get("info", {}).get("features", {})
-    kinds = {name: f.get("_type") for name, f in features.items() if isinstance(f, dict)}
+    return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
 
-    def first(kind: str, names: Sequence[str]) -> str | None:
-        typed = [name for name in schema.names if kinds.get(name) == kind]
-        listed = [name for name in names if name in schema.names]
+
+def _columns(
+    place: str, names: Sequence[str], features: dict[str, Any]
+) -> tuple[str, str | None, str | None]:
+    """Return which columns hold images, labels and captions: by the features, else by name."""
+
+    def first(kind: str, usual: Sequence[str]) -> str | None:
+        typed = [name for name in names if features.get(name, {}).get("_type") == kind]
+        listed = [name for name in usual if name in names]
         return next((n for n in listed if n in typed), None) or (typed + listed + [None])[0]
 
     image = first("Image", ("image", "img", "jpg", "png", "webp"))
     label = first("ClassLabel", ("label", "labels", "fine_label", "cls", "target"))
     caption = first("Caption", ("caption", "text"))
     if image is None or not (label or caption):
-        listed = ", ".join(schema.names)
-        raise DataError(f"{place} has no images with labels or captions, its columns: {listed}", hint=_HINT)
-    kind = schema.field(image).type
-    has_path = hasattr(kind, "get_field_index") and kind.get_field_index("path") >= 0
-    names = features.get(label, {}).get("names") if label else None
-    return _Columns(
-        image, f"{image}.path" if has_path else None, label, caption, None if names is None else tuple(names)
-    )
+        raise DataError(
+            f"{place} has no images with labels or captions, its columns: {', '.join(names)}", hint=_HINT
+        )
+    return image, label, caption
 
 
 def _labels(values: Sequence[Any]) -> Ints | list[str]:

@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from blake3 import blake3
 from clipmerge.checkpoint.cache import cache_dir
 from clipmerge.checkpoint.output import whole_file
 from clipmerge.data.split import Split
-from clipmerge.data.survey import Unusable, refuse, why_unreadable
+from clipmerge.data.survey import Unusable, in_threads, refuse, why_unreadable
 from clipmerge.errors import DataError, OutputError
 from clipmerge.types import Pixels, Progress
 
@@ -56,13 +55,8 @@ def pixels(
     cached = _open(path, shape)
     if cached is None:
         transform = eval_transform_uint8(preprocess_cfg)
-        try:
-            with whole_file(path, parents=True) as sibling:
-                _decode(split, transform, sibling, shape, workers or os.cpu_count() or 1, on_progress)
-        except OutputError as error:
-            raise OutputError(
-                error.message, hint="make room, or choose another folder for caches with CLIPMERGE_CACHE"
-            ) from error
+        with whole_file(path, parents=True) as sibling:
+            _decode(split, transform, sibling, shape, workers or os.cpu_count() or 1, on_progress)
         cached = _open(path, shape)
     if cached is None:
         raise OutputError(f"{path} does not hold what was written to it", hint="look at the cache's disk")
@@ -159,8 +153,7 @@ def _decode(
     """Fill `path` with transformed images and their digest."""
     size = int(np.prod(shape[1:]))
     unreadable: dict[int, str] = {}
-
-    with path.open("r+b") as file, ThreadPoolExecutor(workers) as pool:
+    with path.open("r+b") as file:
         if hasattr(os, "posix_fallocate"):  # a full disk is met before anything is decoded
             os.posix_fallocate(file.fileno(), 0, size * len(split) + _TAIL)
 
@@ -172,9 +165,7 @@ def _decode(
             else:
                 os.pwrite(file.fileno(), row, i * size)
 
-        for done, _ in enumerate(pool.map(write, range(len(split))), 1):
-            if on_progress is not None and (done % 64 == 0 or done == len(split)):
-                on_progress("decoding images", done, len(split))
+        in_threads(write, len(split), workers, "decoding images", on_progress)
         refuse(split.source, [Unusable(split.names[i], unreadable[i]) for i in sorted(unreadable)])
         written = np.memmap(path, np.uint8, mode="r", shape=size * len(split))
         digest = blake3(written.data, max_threads=blake3.AUTO).digest()

@@ -25,8 +25,6 @@ class Source(Protocol):
     A source pickles without open files and without what it can read again, so that worker processes may have it.
     """
 
-    def __len__(self) -> int: ...
-
     def fetch(self, i: int) -> Stored:
         """Return image `i` as it is stored."""
 
@@ -70,9 +68,6 @@ class Files:
     paths: Sequence[str]
     runs: Sequence[tuple[int, int]] | None = None
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
     def fetch(self, i: int) -> bytes:
         if self.runs is None:
             return Path(self.paths[i]).read_bytes()
@@ -93,9 +88,6 @@ class InMemory:
     data: Bytes
     offsets: npt.NDArray[np.int64] | None = None
 
-    def __len__(self) -> int:
-        return len(self.data) if self.offsets is None else max(len(self.offsets) - 1, 0)
-
     def fetch(self, i: int) -> Stored:
         if self.offsets is None:
             pixels: Bytes = self.data[i]
@@ -111,9 +103,6 @@ class Dataset:
     """A map-style data set of (image, label) pairs, as torchvision has them."""
 
     pairs: Any
-
-    def __len__(self) -> int:
-        return len(self.pairs)
 
     def fetch(self, i: int) -> Image.Image:
         image: Image.Image = self.pairs[i][0]

@@ -5,7 +5,7 @@ The result is remembered by the files' paths, sizes and times, so that unchanged
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ from clipmerge.errors import DataError, OutputError
 from clipmerge.text import and_more
 from clipmerge.types import Bytes, Ints, Progress
 
-__all__ = ["Survey", "Unusable", "refuse", "survey", "why_unreadable"]
+_CHUNK, _REPORT = 8, 64
 
-_CHUNK = 64
+__all__ = ["Survey", "Unusable", "in_threads", "refuse", "survey", "why_unreadable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,27 +72,40 @@ def survey(
         return known
     keys, unreadable = np.zeros((len(index), 32), np.uint8), dict[int, str]()
 
-    def look(start: int) -> None:
-        for position, i in enumerate(index[start : start + _CHUNK].tolist(), start):
-            try:
-                stored = images.fetch(i)
-                if fully:
-                    decode(stored)
-                elif isinstance(stored, bytes):
-                    Image.open(io.BytesIO(stored)).close()
-                keys[position] = np.frombuffer(content_key(stored), np.uint8)
-            except Exception as error:  # Pillow's decoders raise anything from SyntaxError to struct.error
-                unreadable[position] = why_unreadable(error)
+    def look(position: int) -> None:
+        try:
+            stored = images.fetch(int(index[position]))
+            if fully:
+                decode(stored)
+            elif isinstance(stored, bytes):
+                Image.open(io.BytesIO(stored)).close()
+            keys[position] = np.frombuffer(content_key(stored), np.uint8)
+        except Exception as error:  # Pillow's decoders raise anything from SyntaxError to struct.error
+            unreadable[position] = why_unreadable(error)
 
-    with ThreadPoolExecutor(8) as pool:
-        for done, _ in enumerate(pool.map(look, range(0, len(index), _CHUNK)), 1):
-            if on_progress is not None:
-                on_progress("checking images", min(done * _CHUNK, len(index)), len(index))
+    in_threads(look, len(index), 8, "checking images", on_progress)
     if path is not None:
         content = keys.tobytes() + json.dumps(unreadable).encode()
         with suppress(OutputError), whole_file(path, parents=True) as sibling:  # a full disk only costs time
             sibling.write_bytes(content + blake3(content).digest())
     return Survey(keys, unreadable)
+
+
+def in_threads(
+    work: Callable[[int], None], count: int, threads: int, what: str, on_progress: Progress | None
+) -> None:
+    """Call `work` for 0 … count - 1 in threads, a few at a time, and report progress now and then."""
+
+    def chunk(start: int) -> int:
+        end = min(start + _CHUNK, count)
+        for i in range(start, end):
+            work(i)
+        return end
+
+    with ThreadPoolExecutor(threads) as pool:
+        for done in pool.map(chunk, range(0, count, _CHUNK)):
+            if on_progress is not None and (done % _REPORT == 0 or done == count):
+                on_progress(what, done, count)
 
 
 def why_unreadable(error: Exception) -> str:
