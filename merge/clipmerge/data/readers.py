@@ -99,29 +99,21 @@ def folder(place: str, pick: Pick) -> RawSplit:
     """Read a folder of class folders, or of parts (`train`, `val`, `test`) that hold class folders."""
     root = Path(place)
     parts = [name for name in _subfolders(root) if is_part(name) and _subfolders(root / name)]
-    part = pick(parts or [""])
-    root = root / part
+    root = root / pick(parts or [""])
     classes = _subfolders(root)
-    files = {
-        name: sorted(
-            path.relative_to(root).as_posix()
-            for path in (root / name).rglob("*")
-            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-        )
+    names = [
+        path.relative_to(root).as_posix()
         for name in classes
-    }
-    names = [path for name in classes for path in files[name]]
+        for path in sorted((root / name).rglob("*"))
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    ]
     if not names:
         raise DataError(
             f"{root} holds no images in class folders", hint=f"put them where {root}/CLASS/image.jpg would be"
         )
-    return RawSplit(
-        Files([str(root / name) for name in names]),
-        names,
-        [name for name in classes for _ in files[name]],
-        tuple(classes),
-        empty=tuple(name for name in classes if not files[name]),
-    )
+    labels = [name.partition("/")[0] for name in names]
+    empty = tuple(sorted(set(classes) - set(labels)))
+    return RawSplit(Files([str(root / name) for name in names]), names, labels, tuple(classes), empty=empty)
 
 
 def _subfolders(root: Path) -> list[str]:

@@ -224,3 +224,11 @@ def test_a_subset_keeps_what_belongs_together(folder: MakeFolder) -> None:
 
 def test_decoding_is_pillows_convert() -> None:
     assert np.array_equal(np.asarray(decode(encoded(picture(3), "PNG"))), np.asarray(picture(3)))
+
+
+def test_images_in_folders_of_a_class_folder_come_in_the_order_of_paths(folder: MakeFolder) -> None:
+    root = folder(cat=1, dog=1)
+    for place in ("a-b", "a"):
+        (root / "cat" / place).mkdir()
+        picture(5).save(root / "cat" / place / "x.jpg")
+    assert open_split(root).names == ("cat/0.jpg", "cat/a/x.jpg", "cat/a-b/x.jpg", "dog/0.jpg")
