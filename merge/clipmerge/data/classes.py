@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from clipmerge.data.source import RawSplit
+from clipmerge.data.raw_split import RawSplit
 from clipmerge.data.survey import Unusable
 from clipmerge.data.text_lists import read_list
 from clipmerge.errors import DataError

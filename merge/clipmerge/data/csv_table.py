@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from clipmerge.data.source import Pick, RawSplit
-from clipmerge.data.stored import Files
+from clipmerge.data.raw_split import Pick, RawSplit
+from clipmerge.data.stored import FileImages
 from clipmerge.data.survey import Unusable
 from clipmerge.errors import DataError
 from clipmerge.types import Ints
@@ -53,7 +53,7 @@ def table(place: str, pick: Pick) -> RawSplit:
     group_names = _in_order({row["group"] for row in all_rows}) if "group" in columns else ()
     labels, classes = _labels(rows, all_rows, label_columns)
     return RawSplit(
-        Files([str(Path(place).parent / row["path"]) for row in rows]),
+        FileImages([str(Path(place).parent / row["path"]) for row in rows]),
         _names([row["path"] for row in rows], [row["path"] for row in all_rows]),
         labels,
         classes,

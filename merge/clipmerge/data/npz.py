@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clipmerge.data.source import Pick, RawSplit
-from clipmerge.data.stored import InMemory, Stored, file_stamp
+from clipmerge.data.raw_split import Pick, RawSplit
+from clipmerge.data.stored import ArrayImages, Stored, file_stamp
 from clipmerge.errors import DataError
 from clipmerge.types import Ints
 
@@ -29,7 +29,7 @@ class NpzImages:
     """The images of an .npz. A worker process reads the file again instead of getting a copy of the arrays."""
 
     path: str
-    images: InMemory
+    images: ArrayImages
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _images, (self.path,)
@@ -80,7 +80,7 @@ def _load(path: str) -> Arrays:
 def _images(path: str, arrays: Arrays | None = None) -> NpzImages:
     arrays = arrays or _load(path)
     offsets = None if "images" in arrays else arrays["offsets"].astype(np.int64)
-    return NpzImages(path, InMemory(arrays["blob"] if offsets is not None else arrays["images"], offsets))
+    return NpzImages(path, ArrayImages(arrays["blob"] if offsets is not None else arrays["images"], offsets))
 
 
 def _fit(arrays: Arrays) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from clipmerge.data.source import Pick, RawSplit, part_files
+from clipmerge.data.raw_split import Pick, RawSplit, part_files
 from clipmerge.data.stored import file_stamp
 from clipmerge.errors import DataError, MissingExtraError
 from clipmerge.types import Ints
@@ -22,7 +22,7 @@ _HINT = "a column image (bytes, or bytes with a path) and a column label (number
 
 @dataclass(frozen=True, slots=True)
 class RowImages:
-    """Encoded images in one column, each in a row of a row group of a file. Files are opened where they are read."""
+    """Encoded images in one column, each in a row of a row group of a file; files are opened when read."""
 
     column: str
     paths: Sequence[str]

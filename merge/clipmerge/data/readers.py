@@ -11,9 +11,9 @@ import numpy as np
 from clipmerge.data.csv_table import table
 from clipmerge.data.npz import npz
 from clipmerge.data.parquet import parquet
+from clipmerge.data.raw_split import Pick, RawSplit, is_part, pick_part
 from clipmerge.data.sampling import name_hash
-from clipmerge.data.source import Pick, RawSplit, is_part, pick_part
-from clipmerge.data.stored import Dataset, Files, InMemory
+from clipmerge.data.stored import ArrayImages, DatasetImages, FileImages
 from clipmerge.data.webdataset import webdataset
 from clipmerge.errors import DataError
 from clipmerge.text import did_you_mean
@@ -92,7 +92,7 @@ def digits(place: str, pick: Pick) -> RawSplit:
     index = np.flatnonzero(parts == pick(["train", "val", "test"]))
     pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
     names = [f"digits/{i:04d}" for i in index]
-    return RawSplit(InMemory(pixels), names, labels[index], tuple("0123456789"), index)
+    return RawSplit(ArrayImages(pixels), names, labels[index], tuple("0123456789"), index)
 
 
 def folder(place: str, pick: Pick) -> RawSplit:
@@ -113,7 +113,9 @@ def folder(place: str, pick: Pick) -> RawSplit:
         )
     labels = [name.partition("/")[0] for name in names]
     empty = tuple(sorted(set(classes) - set(labels)))
-    return RawSplit(Files([str(root / name) for name in names]), names, labels, tuple(classes), empty=empty)
+    return RawSplit(
+        FileImages([str(root / name) for name in names]), names, labels, tuple(classes), empty=empty
+    )
 
 
 def _subfolders(root: Path) -> list[str]:
@@ -142,7 +144,7 @@ def torchvision(place: str, pick: Pick) -> RawSplit:
         ) from error
     classes = getattr(data, "classes", None) or getattr(data, "categories", None)
     return RawSplit(
-        Dataset(data),
+        DatasetImages(data),
         [f"{i:06d}" for i in range(len(labels))],
         labels,
         None if classes is None else tuple(n if isinstance(n, str) else str(n[0]) for n in classes),

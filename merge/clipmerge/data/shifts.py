@@ -11,11 +11,11 @@ from PIL import Image, ImageChops, ImageEnhance, ImageFilter
 from clipmerge.errors import DataError
 from clipmerge.text import did_you_mean
 
-__all__ = ["SHIFTS", "Kind", "Shift", "parse_shift"]
+__all__ = ["SHIFTS", "Shift", "ShiftKind", "parse_shift"]
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class ShiftKind:
     """A change of an RGB image by a value in [low, high], with a seed that only noise uses."""
 
     change: Callable[[Image.Image, float, int], Image.Image]
@@ -43,26 +43,26 @@ def _jpeg(image: Image.Image, quality: float, seed: int) -> Image.Image:
     return Image.open(encoded).convert("RGB")
 
 
-SHIFTS: Mapping[str, Kind] = {
-    "rotate": Kind(
+SHIFTS: Mapping[str, ShiftKind] = {
+    "rotate": ShiftKind(
         lambda image, degrees, _: image.rotate(degrees, Image.Resampling.BICUBIC),
         20, -45, 45, "degrees, counter-clockwise",
     ),
-    "invert": Kind(lambda image, *_: ImageChops.invert(image), 1, 1, 1, "no value"),
-    "blur": Kind(
+    "invert": ShiftKind(lambda image, *_: ImageChops.invert(image), 1, 1, 1, "no value"),
+    "blur": ShiftKind(
         lambda image, sigma, _: image.filter(ImageFilter.GaussianBlur(sigma)),
         1, 0, 100, "standard deviation in pixels of the stored image",
     ),
-    "noise": Kind(_noise, 0.2, 0, 1, "standard deviation, white is 1"),
-    "contrast": Kind(
+    "noise": ShiftKind(_noise, 0.2, 0, 1, "standard deviation, white is 1"),
+    "contrast": ShiftKind(
         lambda image, factor, _: ImageEnhance.Contrast(image).enhance(factor), 0.4, 0.05, 20, "factor"
     ),
-    "brightness": Kind(
+    "brightness": ShiftKind(
         lambda image, factor, _: ImageEnhance.Brightness(image).enhance(factor), 0.4, 0.05, 20, "factor"
     ),
-    "gray": Kind(lambda image, *_: image.convert("L").convert("RGB"), 1, 1, 1, "no value"),
-    "pixelate": Kind(_pixelate, 2, 1, 100, "how many times smaller"),
-    "jpeg": Kind(_jpeg, 10, 1, 95, "quality"),
+    "gray": ShiftKind(lambda image, *_: image.convert("L").convert("RGB"), 1, 1, 1, "no value"),
+    "pixelate": ShiftKind(_pixelate, 2, 1, 100, "how many times smaller"),
+    "jpeg": ShiftKind(_jpeg, 10, 1, 95, "quality"),
 }  # fmt: skip
 """Name → kind. Values are bounded so that labels stay meaningful: a 6 turned by 180° is a 9."""
 

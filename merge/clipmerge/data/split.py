@@ -10,7 +10,7 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from clipmerge.data.shifts import Shift
-from clipmerge.data.stored import Source, content_key, decode
+from clipmerge.data.stored import StoredImages, content_key, decode
 from clipmerge.data.survey import Unusable, refuse, survey
 from clipmerge.types import Bytes, Ints
 
@@ -48,7 +48,7 @@ class Split:
     classes: tuple[str, ...]
     labels: Ints
     names: tuple[str, ...]
-    images: Source
+    images: StoredImages
     index: Ints
     shifts: tuple[Shift, ...] = ()
     groups: Ints | None = None

@@ -13,13 +13,22 @@ from PIL import Image
 
 from clipmerge.types import Bytes
 
-__all__ = ["Dataset", "Files", "InMemory", "Source", "Stored", "content_key", "decode", "file_stamp"]
+__all__ = [
+    "ArrayImages",
+    "DatasetImages",
+    "FileImages",
+    "Stored",
+    "StoredImages",
+    "content_key",
+    "decode",
+    "file_stamp",
+]
 
 Stored = bytes | Bytes | Image.Image
 """Encoded bytes (JPEG, PNG …); a decoded array, (height, width) grey or (height, width, 3); or Pillow's image."""
 
 
-class Source(Protocol):
+class StoredImages(Protocol):
     """Numbered images that several threads may read at once.
 
     A source pickles without open files and without what it can read again, so that worker processes may have it.
@@ -62,7 +71,7 @@ def file_stamp(path: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Files:
+class FileImages:
     """Encoded images that are files, or runs of bytes (offset, size) in files: members of tar archives."""
 
     paths: Sequence[str]
@@ -82,7 +91,7 @@ class Files:
 
 
 @dataclass(frozen=True, slots=True)
-class InMemory:
+class ArrayImages:
     """Images in one array: decoded, (n, height, width[, 3]); or encoded ones end to end, cut at `offsets` (n + 1)."""
 
     data: Bytes
@@ -99,7 +108,7 @@ class InMemory:
 
 
 @dataclass(frozen=True, slots=True)
-class Dataset:
+class DatasetImages:
     """A map-style data set of (image, label) pairs, as torchvision has them."""
 
     pairs: Any

@@ -17,7 +17,7 @@ from PIL import Image
 
 from clipmerge.checkpoint.cache import cache_dir
 from clipmerge.checkpoint.output import whole_file
-from clipmerge.data.stored import Source, content_key, decode
+from clipmerge.data.stored import StoredImages, content_key, decode
 from clipmerge.errors import DataError, OutputError
 from clipmerge.text import and_more
 from clipmerge.types import Bytes, Ints, Progress
@@ -63,7 +63,7 @@ def refuse(source: str, unusable: Sequence[Unusable]) -> None:
 
 
 def survey(
-    images: Source, index: Ints, *, fully: bool = False, on_progress: Progress | None = None
+    images: StoredImages, index: Ints, *, fully: bool = False, on_progress: Progress | None = None
 ) -> Survey:
     """Read the images at `index` once: check their headers, or `fully` decode them, and digest their content."""
     path = _cache_path(images, index, fully)
@@ -119,7 +119,7 @@ def why_unreadable(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _cache_path(images: Source, index: Ints, fully: bool) -> Path | None:
+def _cache_path(images: StoredImages, index: Ints, fully: bool) -> Path | None:
     """Return where a survey of files that look like these is kept; None where some images are in no file."""
     hasher = blake3(b"clipmerge survey 1 fully" if fully else b"clipmerge survey 1")
     for i in index.tolist():

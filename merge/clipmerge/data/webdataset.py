@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from clipmerge.data.prompts import check_templates
-from clipmerge.data.source import Pick, RawSplit, is_part, part_files
-from clipmerge.data.stored import Files
+from clipmerge.data.raw_split import Pick, RawSplit, is_part, part_files
+from clipmerge.data.stored import FileImages
 from clipmerge.data.survey import Unusable
 from clipmerge.errors import DataError
 
@@ -42,7 +42,7 @@ def webdataset(place: str, pick: Pick) -> RawSplit:
     templates = _lines_beside(root, _TEMPLATES)
     captions = [item.get("txt", "") for item in good.values()]
     return RawSplit(
-        Files([v["image"][0] for v in good.values()], [v["image"][1:] for v in good.values()]),
+        FileImages([v["image"][0] for v in good.values()], [v["image"][1:] for v in good.values()]),
         list(good),
         np.array([int(v["cls"]) for v in good.values()], np.int64) if labelled else None,
         _lines_beside(root, "classnames.txt"),

@@ -432,11 +432,11 @@ def test_each_file_is_read_once_to_open_it_and_once_to_decode_it(
     folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from clipmerge.data.pixels import pixels
-    from clipmerge.data.stored import Files
+    from clipmerge.data.stored import FileImages
 
     reads: list[int] = []
-    plain = Files.fetch
-    monkeypatch.setattr(Files, "fetch", lambda self, i: (reads.append(i), plain(self, i))[1])
+    plain = FileImages.fetch
+    monkeypatch.setattr(FileImages, "fetch", lambda self, i: (reads.append(i), plain(self, i))[1])
     split = open_split(folder(cat=2, dog=1))
     assert sorted(reads) == [0, 1, 2]
     assert len(split.digest) == 64

@@ -203,7 +203,7 @@ def test_the_digest_of_unchanged_files_is_remembered(
 ) -> None:
     root = folder(cat=2, dog=2)
     digest = open_split(root).digest
-    monkeypatch.setattr("clipmerge.data.stored.Files.fetch", None)
+    monkeypatch.setattr("clipmerge.data.stored.FileImages.fetch", None)
     assert open_split(root).digest == digest
 
 

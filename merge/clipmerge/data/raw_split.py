@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clipmerge.data.stored import Source
+from clipmerge.data.stored import StoredImages
 from clipmerge.data.survey import Unusable
 from clipmerge.errors import DataError
 from clipmerge.text import did_you_mean
@@ -41,7 +41,7 @@ class RawSplit:
         unusable: items that the source names but does not describe well enough to use.
     """
 
-    images: Source
+    images: StoredImages
     names: Sequence[str]
     labels: Ints | Sequence[str] | None
     classes: tuple[str, ...] | None = None
