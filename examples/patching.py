@@ -11,6 +11,6 @@ judge = cm.Evaluator(
 patched = cm.patch(base, blurred, judge, grid=(0, 0.25, 0.5, 0.75, 1))
 for point in patched.history:
     scores = {name: f"{100 * score.value:.1f}" for name, score in point.scores.items()}
-    print(point.alpha, scores, "chosen" if point.alpha == patched.alpha else "")
+    print(point.coefficient, scores, "chosen" if point is patched.chosen else "")
 
 patched.weights.save("clipmerge-demo/example-patched.safetensors", force=True)

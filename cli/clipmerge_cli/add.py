@@ -23,6 +23,7 @@ from clipmerge_cli.writing import Output, load_models
 if TYPE_CHECKING:
     from clipmerge.evaluate.evaluator import Evaluator
     from clipmerge.types import Progress
+    from clipmerge.weights.coefficient import Scalar
     from clipmerge.weights.weights import Weights
 
 
@@ -71,7 +72,7 @@ def add(
     start, *tuned = load_models(base, *finetuned)
     splits = named(val or [], "--val", [w.checkpoints[-1].name for w in tuned])
 
-    def at(scale: float) -> "Weights":
+    def at(scale: "Scalar") -> "Weights":
         return start + scale * sum((w - start for w in tuned[1:]), tuned[0] - start)
 
     def search(evaluator: "Evaluator", on_progress: "Progress | None") -> Any:
@@ -80,8 +81,8 @@ def add(
         from clipmerge.search.sweep import reference_scores, sweep
 
         models = dict(zip(splits, tuned, strict=True))
-        options: dict[str, Any] = {"journal": choosing.open_journal(), "on_progress": on_progress}
-        rule = normalised_mean(reference_scores(models, evaluator, journal=options["journal"]))
+        options: dict[str, Any] = {"on_progress": on_progress}
+        rule = normalised_mean(reference_scores(models, evaluator))
         if per == "all":
             return sweep(at, grid, evaluator, rule=rule, refine=refine, name="add", **options)
         names, family = task_family(start, models, per)

@@ -10,6 +10,7 @@ from clipmerge_cli.scoring import Choosing, choose
 from clipmerge_cli.writing import Output, load_models
 
 if TYPE_CHECKING:
+    from clipmerge.weights.coefficient import Scalar
     from clipmerge.weights.weights import Weights
 
 
@@ -44,7 +45,7 @@ def analogy(
     models = load_models(base, a, b, c)
     start, first, second, third = models
 
-    def at(scale: float) -> "Weights":
+    def at(scale: "Scalar") -> "Weights":
         return start + scale * ((third - start) + (second - start) - (first - start))
 
     splits, rule = {"val": val or ""}, mean_of(["val"])

@@ -138,7 +138,7 @@ class Study:
                 lambda alpha: interpolate(self.base, best, alpha),
                 alphas, self.evaluator, rule=rule, splits=rule.splits, on_progress=on_progress,
             )  # fmt: skip
-            self.keep(f"WiSE-FT, α = {found.alpha:g}", "wise-ft", found.weights, "wise-ft.safetensors")
+            self.keep(f"WiSE-FT, α = {found.coefficient:g}", "wise-ft", found.weights, "wise-ft.safetensors")
             self.documents["wise_ft"] = found.to_json()
             self.documents["curve"] = [
                 {"alpha": alpha, "scores": self.score(interpolate(self.base, best, alpha), "test", "shift")}
@@ -170,11 +170,16 @@ class Study:
             )  # fmt: skip
             for name, weights in (("low", low), ("high", high), ("blurred", blurred)):
                 self.add_row(f"{name} alone", "task", weights, f"tasks/{name}.safetensors")
-            self.keep(f"low + high, scale {add.alpha:g}", "added", add.weights, "added.safetensors")
+            self.keep(f"low + high, scale {add.coefficient:g}", "added", add.weights, "added.safetensors")
             self.keep(
-                f"low forgotten, scale {forget.alpha:g}", "negated", forget.weights, "forgot.safetensors"
+                f"low forgotten, scale {forget.coefficient:g}",
+                "negated",
+                forget.weights,
+                "forgot.safetensors",
             )
-            self.keep(f"patched, α = {patched.alpha:g}", "patched", patched.weights, "patched.safetensors")
+            self.keep(
+                f"patched, α = {patched.coefficient:g}", "patched", patched.weights, "patched.safetensors"
+            )
         self.documents |= {
             "addition": add.to_json(), "negation": forget.to_json(), "patching": patched.to_json(),
         }  # fmt: skip
@@ -218,13 +223,9 @@ class Study:
         return {split: self.evaluator.score(weights, split).value for split in splits}
 
     def add_row(self, name: str, role: str, weights: "Weights", file: str) -> None:
-        from clipmerge.search.judge import mark_document
-
         compared = () if role in TASK_ROLES else COMPARED
         taskwise = TASKWISE if role in ("base", *TASK_ROLES) else ()
-        scores = {
-            split: mark_document(self.evaluator.score(weights, split)) for split in (*compared, *taskwise)
-        }
+        scores = {split: self.evaluator.score(weights, split).to_json() for split in (*compared, *taskwise)}
         self.rows.append(Row(name, role, file, scores))
 
     def keep(self, name: str, role: str, weights: "Weights", file: str) -> None:

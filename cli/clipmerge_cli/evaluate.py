@@ -53,7 +53,7 @@ def evaluate(
             "name": name,
             "path": path,
             "scores": {
-                split: {**score.to_dict(), "p": score.p_value(scores[0][split])}
+                split: {**score.to_json(), "p": score.p_value(scores[0][split])}
                 for split, score in row.items()
             },
         }

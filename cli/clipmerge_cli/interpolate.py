@@ -11,6 +11,7 @@ from clipmerge_cli.writing import Output, load_models
 
 if TYPE_CHECKING:
     from clipmerge.search.rules import Rule
+    from clipmerge.weights.coefficient import Scalar
     from clipmerge.weights.weights import Weights
 
 RuleName = Literal["best-mean", "best-id"]
@@ -64,7 +65,7 @@ def interpolate(
     value = None if eval else 0.5 if alpha is None else alpha
     start, end = load_models(base, finetuned)
 
-    def at(alpha: float) -> "Weights":
+    def at(alpha: "Scalar") -> "Weights":
         return between(start, end, alpha)
 
     chosen_by = _rule(rule, list(splits)) if eval else None

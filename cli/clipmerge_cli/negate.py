@@ -10,6 +10,7 @@ from clipmerge_cli.scoring import Choosing, choose
 from clipmerge_cli.writing import Output, load_models
 
 if TYPE_CHECKING:
+    from clipmerge.weights.coefficient import Scalar
     from clipmerge.weights.weights import Weights
 
 
@@ -47,7 +48,7 @@ def negate(
         raise typer.BadParameter("--scale auto needs --target and --control", param_hint="--target")
     start, tuned = load_models(base, finetuned)
 
-    def at(scale: float) -> "Weights":
+    def at(scale: "Scalar") -> "Weights":
         return start - scale * (tuned - start)
 
     splits = {"target": target or "", "control": control or ""}

@@ -12,6 +12,7 @@ from clipmerge_cli.writing import Output, load_models
 if TYPE_CHECKING:
     from clipmerge.evaluate.evaluator import Evaluator
     from clipmerge.types import Progress
+    from clipmerge.weights.coefficient import Scalar
     from clipmerge.weights.weights import Weights
 
 Mode = Literal["single", "sequential", "joint", "parallel"]
@@ -56,15 +57,15 @@ def patch(
     splits = named([*supported, *patching], "--patch", roles)
     start, *tuned = load_models(base, *finetuned)
 
-    def at(alpha: float) -> "Weights":
+    def at(alpha: "Scalar") -> "Weights":
         return interpolate(start, tuned[0], alpha)
 
     def search(evaluator: "Evaluator", on_progress: "Progress | None") -> Any:
         from clipmerge.search.patch import patch as patch_models
 
         old, new = list(splits)[: len(supported)], list(splits)[len(supported) :]
-        options: dict[str, Any] = {"journal": choosing.open_journal(), "on_progress": on_progress}
-        options |= {"mode": mode or usual, "grid": grid, "refine": refine, **vars(several)}
-        return patch_models(start, tuned, evaluator, patching=new, supported=old, **options)
+        options: dict[str, Any] = {"mode": mode or usual, "grid": grid, "refine": refine, **vars(several)}
+        options |= {"patching": new, "supported": old, "on_progress": on_progress}
+        return patch_models(start, tuned, evaluator, **options)
 
     choose("patch", [start, *tuned], at, None, grid, splits, choosing, out, search=search)

@@ -13,10 +13,11 @@ from clipmerge_cli.writing import Output
 
 if TYPE_CHECKING:
     from clipmerge.evaluate.evaluator import Evaluator
+    from clipmerge.evaluate.journal import Journal
     from clipmerge.evaluate.score import Score
-    from clipmerge.search.journal import Journal
     from clipmerge.search.rules import Rule
     from clipmerge.types import Progress
+    from clipmerge.weights.coefficient import Scalar
     from clipmerge.weights.weights import Weights
 
 Metric = Literal["top1", "top5", "mean_per_class", "macro_f1", "worst_group", "ece"]
@@ -47,6 +48,10 @@ class Scoring(Images):
     ] = "auto"
     device: Annotated[str, opt("cpu, cuda, cuda:1, mps; auto: the GPU where there is one.", SCORING)] = "auto"
     batch_size: Annotated[int, opt("Images at once.", SCORING, min=1)] = 256
+
+    def open_journal(self) -> "Journal | None":
+        """Return where scores are remembered: nowhere, but for searches."""
+        return None
 
     @contextmanager
     def evaluator(
@@ -83,6 +88,7 @@ class Scoring(Images):
                     batch_size=self.batch_size,
                     templates=self.templates,
                     metric=self.metric,
+                    journal=self.open_journal(),
                     on_progress=on_progress,
                 )
                 talk.say(f"scoring on {describe(device, precision)}")
@@ -105,7 +111,7 @@ class Choosing(Scoring):
     def open_journal(self) -> "Journal":
         """Open the journal that --journal names, or the one in the cache folder."""
         from clipmerge.checkpoint.cache import cache_dir
-        from clipmerge.search.journal import Journal
+        from clipmerge.evaluate.journal import Journal
 
         return Journal(self.journal or cache_dir() / "scores.jsonl", fresh=self.fresh)
 
@@ -113,7 +119,7 @@ class Choosing(Scoring):
 def choose(
     name: str,
     models: "Sequence[Weights]",
-    at: "Callable[[float], Weights]",
+    at: "Callable[[Scalar], Weights]",
     value: float | None,
     grid: Sequence[float],
     data: Mapping[str, str],
@@ -149,8 +155,7 @@ def choose(
         from clipmerge.search.sweep import sweep
 
         assert rule is not None
-        options: dict[str, Any] = {"journal": choosing.open_journal(), "on_progress": on_progress}
-        return sweep(at, grid, evaluator, rule=rule, refine=refine, name=name, **options)
+        return sweep(at, grid, evaluator, rule=rule, refine=refine, name=name, on_progress=on_progress)
 
     run_search(search or sweep_grid, data, models, choosing, out, coefficient)
 
@@ -199,7 +204,11 @@ def _selection(result: Any, evaluator: "Evaluator", data: Mapping[str, str]) -> 
 
 def _show(result: Any, output: Path | None, plot: Path | None, talk: Talk) -> None:
     """Print a search's table or document, and draw its figure where one was asked for."""
-    drawn = [str(path) for path in result.plot(plot)] if plot else []
+    drawn: list[str] = []
+    if plot:
+        from clipmerge.report.figures import plot as draw
+
+        drawn = [str(path) for path in draw(result.to_json(), plot)]
     if talk.json:
         show.document(result.to_json() | {"output": output} | ({"figures": drawn} if drawn else {}))
     else:
@@ -216,13 +225,11 @@ def _remarks(result: Any, coefficient: str | None) -> Iterator[str]:
         images = getattr(result, "images", None)
         if images and images["saved"]:
             yield f"scored {images['scored']} images; stopping early spared {images['saved']}"
-    elif (numbers := getattr(result, "coefficients", None)) is not None:
-        yield "chose " + ", ".join(f"{name} {number:g}" for name, number in numbers.items())
-    elif isinstance(result.alpha, tuple):
-        yield f"chose {coefficient} = {', '.join(f'{x:g}' for x in result.alpha)}"
+    elif len(result.coefficients) > 1:
+        yield "chose " + ", ".join(f"{name} {number:g}" for name, number in result.coefficients.items())
     else:
         ends = {0: " (the base)", 1: " (the finetuned model)" if coefficient == "alpha" else ""}
-        yield f"chose {coefficient} = {result.alpha:g}{ends.get(result.alpha, '')}"
+        yield f"chose {coefficient} = {result.coefficient:g}{ends.get(result.coefficient, '')}"
 
 
 def held_out(score: "Score") -> str:

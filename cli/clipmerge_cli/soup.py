@@ -88,9 +88,8 @@ def soup(
         if kind == "learned":
             descent: dict[str, Any] = {"epochs": epochs, "lr": lr, "batch_size": choosing.batch_size}
             return learned_soup(weights, evaluator, per=per, seed=seed, on_progress=on_progress, **descent)
-        journal = choosing.open_journal()
         if kind == "greedy":
-            return greedy_soup(weights, evaluator, journal=journal, **greedily)
-        return uniform_soup(weights, evaluator, journal=journal)
+            return greedy_soup(weights, evaluator, **greedily)
+        return uniform_soup(weights, evaluator)
 
     run_search(search, {"val": val}, weights, choosing, out)

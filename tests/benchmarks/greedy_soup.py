@@ -242,8 +242,8 @@ def clipmerge(args: list[str]) -> None:
     with clock("imports"):
         import open_clip  # noqa: F401
 
-        from clipmerge.data import split
-        from clipmerge.evaluate import evaluator, forward, resident
+        from clipmerge.data import open as opening
+        from clipmerge.evaluate import forward, resident
         from clipmerge_cli.app import main
 
     def timed(owner: Any, name: str, what: str) -> None:
@@ -255,14 +255,14 @@ def clipmerge(args: list[str]) -> None:
 
         setattr(owner, name, call)
 
-    timed(evaluator, "pixels", "pixels")
-    timed(evaluator, "zero_shot_head", "head")
-    timed(evaluator, "get_tokenizer", "tokenizer")
-    timed(split, "open_split", "opening the data")
+    timed(forward, "pixels", "pixels")
+    timed(forward, "zero_shot_head", "head")
+    timed(forward, "get_tokenizer", "tokenizer")
+    timed(opening, "open_split", "opening the data")
     timed(resident.Resident, "__init__", "building the model")
     timed(resident.Resident, "load", "weights into the model")
     timed(resident.Resident, "lerp", "weights into the model")
-    timed(forward.Forward, "predict", "forward")
+    timed(forward.ClipPredictor, "_logits", "forward")
     code = main(args)
     if code:
         sys.exit(code)

@@ -165,13 +165,13 @@ def test_scales_are_chosen_where_asked(
         "--keep", "0.5",
     )[0])  # fmt: skip
     assert negated["rule"]["name"] == "keep-control"
-    allowed = [p["alpha"] for p in negated["points"] if p["allowed"]]
-    assert negated["alpha"] == max(allowed)
+    allowed = [p["coefficient"] for p in negated["points"] if p["allowed"]]
+    assert negated["coefficient"] == max(allowed)
     solved = json.loads(run(
         capsys, "analogy", ckpt["base"], "--a", ckpt["ft0"], "--b", ckpt["ft1"], "--c", ckpt["ft2"], *grid,
         "--val", VAL,
     )[0])  # fmt: skip
-    assert [p["alpha"] for p in solved["points"]] == [0, 0.5, 1]
+    assert [p["coefficient"] for p in solved["points"]] == [0, 0.5, 1]
 
 
 def test_addition_with_one_scale_a_tower(
@@ -211,7 +211,7 @@ def test_a_search_that_was_killed_goes_on_where_it_was(
     journal = tmp_path / "scores.jsonl"
     die = (
         "import os, signal, sys\n"
-        "from clipmerge.search.journal import Journal\n"
+        "from clipmerge.evaluate.journal import Journal\n"
         "from clipmerge_cli.app import main\n"
         "put, left = Journal.put, [3]\n"
         "def dying(self, key, record):\n"

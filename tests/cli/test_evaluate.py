@@ -43,7 +43,7 @@ def test_json_holds_what_the_library_says(files, tiny_model_file, tiny_spec, cap
     for row, path in zip(document["checkpoints"], files, strict=True):
         score = evaluator.score(load(path))
         assert row["scores"]["digits#val"] == {
-            **score.to_dict(),
+            **score.to_json(),
             "p": pytest.approx(row["scores"]["digits#val"]["p"]),
         }
     assert document["metric"] == "macro_f1"

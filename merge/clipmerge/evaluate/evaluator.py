@@ -1,92 +1,243 @@
-"""The Evaluator: one resident model that scores weights on splits."""
+"""The Evaluator: one resident model that scores weights on splits, and remembers every score."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
-import numpy.typing as npt
+import torch
 from blake3 import blake3
 from torch import Tensor
 
 from clipmerge import distributed
-from clipmerge.checkpoint.cache import cache_dir
-from clipmerge.data.pixels import pixels
-from clipmerge.data.prompts import templates as resolve_templates
-from clipmerge.device import resolve_device
-from clipmerge.errors import DataError, ModelError, SelectionError
-from clipmerge.evaluate.forward import Forward, Head
-from clipmerge.evaluate.heads import zero_shot_head
-from clipmerge.evaluate.resident import Resident
-from clipmerge.evaluate.score import Score, check_metric, score_of
-from clipmerge.evaluate.trial import Outcome, Trial
-from clipmerge.model import ModelSpec, get_tokenizer, resolve_model
-from clipmerge.text import nearest
-from clipmerge.types import Progress
+from clipmerge.checkpoint.tensors import Checkpoint
+from clipmerge.data.open import open_split
+from clipmerge.data.split import Split
+from clipmerge.device import resolve_device, resolve_precision
+from clipmerge.errors import NonFiniteError, SelectionError
+from clipmerge.evaluate.forward import ClipPredictor, Predictor
+from clipmerge.evaluate.journal import Journal, recipe_digest
+from clipmerge.evaluate.metrics import METRICS, Predictions
+from clipmerge.evaluate.score import Score, Stopped, check_metric, is_better, read_result, score_of
+from clipmerge.evaluate.sources import Source, as_weights, open_all
+from clipmerge.model import ModelSpec
+from clipmerge.text import did_you_mean
+from clipmerge.types import Bools, Ints, Progress
+from clipmerge.weights.digest import content_digest
+from clipmerge.weights.weights import Weights, mean
 
-if TYPE_CHECKING:
-    from clipmerge.data.split import Split
-    from clipmerge.weights.weights import Weights
+__all__ = ["Evaluator", "score"]
 
-__all__ = ["Evaluator", "Outcome", "Score", "Trial"]
+_anonymous = count()
 
 
 class Evaluator:
     """Scores weights on splits with one model that stays in memory.
 
     Making one reads nothing. Weights are copied into the model in place; images are decoded once, to pixels
-    on disk; a zero-shot head is built once for all weights with the same text tower. Under torchrun each
-    process scores its share of the images, and every process has the whole answer.
+    on disk; a zero-shot head is built once for all weights with the same text tower. A score is paid for once: asked
+    again for the same sum of the same checkpoints, it is remembered. Under torchrun each process scores its share of
+    the images, and every process has the whole answer.
 
     Args:
         model: an open_clip name, a JSON configuration, a ModelSpec; None: what the first weights record.
         splits: name → split; a split alone is called "val".
         device: "cpu", "cuda", "cuda:1" …; None: the GPU, where there is one (each process's own).
-        precision: "fp32", or "bf16" or "fp16" for autocast in the image tower. Weights and heads stay fp32.
+        precision: what the image tower computes in: "fp32", "tf32", or "bf16" or "fp16" by autocast; None: "bf16" on
+            a GPU, "fp32" on a CPU. Weights, heads, logits and probabilities are fp32 or wider.
         batch_size: images at a time, at most.
         templates: prompts for zero-shot heads, as `data.prompts.templates` takes them; None: the split's own.
         metric: the one that decides: a key of `metrics.METRICS`.
         cache: the folder for pixels and heads, None for the user's cache folder.
+        journal: a file of scores already paid for, read and appended to, so that a killed search goes on from it.
+            Under torchrun the first process's answers for all.
         on_progress: called as (what, done, total).
+        predictor: what predicts in place of an open_clip model.
 
     Attributes:
-        images_scored, images_saved: images through the model so far, and spared by stopping early.
+        images_scored, images_saved: images through the model so far, and spared by stopping early and remembering.
     """
 
     def __init__(
         self,
-        model: "ModelSpec | str | Path | None",
-        splits: "Mapping[str, Split] | Split",
+        model: ModelSpec | str | Path | None,
+        splits: Mapping[str, Split] | Split,
         *,
-        device: str | None = None,
-        precision: str = "fp32",
+        device: str | torch.device | None = None,
+        precision: str | None = None,
         batch_size: int = 256,
         templates: str | Path | Sequence[str] | None = None,
         metric: str = "top1",
         cache: Path | None = None,
+        journal: Journal | str | os.PathLike[str] | None = None,
         on_progress: Progress | None = None,
+        predictor: Predictor | None = None,
     ) -> None:
         self.splits: Mapping[str, Split] = dict(splits) if isinstance(splits, Mapping) else {"val": splits}
-        grouped = all(split.groups is not None for split in self.splits.values())
-        self.metric = check_metric(metric, grouped=grouped)
-        self.device = str(resolve_device(device))
-        self.precision = check_precision(precision)
-        self.batch_size = batch_size
+        self.metric = check_metric(metric, grouped=all(s.groups is not None for s in self.splits.values()))
         self.images_scored = 0
         self.images_saved = 0
-        self._asked = model
-        self._spec: ModelSpec | None = None
-        self._resident: Resident | None = None
+        if predictor is None:
+            place = resolve_device(device)
+            predictor = ClipPredictor(
+                model,
+                self.splits,
+                device=place,
+                precision=resolve_precision(precision, place),
+                batch_size=batch_size,
+                templates=templates,
+                cache=cache,
+                on_progress=on_progress,
+            )
+        self.predictor = predictor
+        self._journal = journal if isinstance(journal, Journal) or journal is None else Journal(journal)
         self._loaded: Weights | None = None
-        self._templates = templates
-        self._cache = cache
-        self._progress = on_progress
-        self._pixels: dict[str, npt.NDArray[np.uint8]] = {}
-        self._heads: dict[tuple[str, str], Head] = {}
-        self._tokenizer: Any = None
+        self._mean = ""
+        self._results: dict[str, Score | Stopped] = {}
+        self._difficulty: dict[str, _Difficulty] = {}
+        self._data_keys: dict[str, str] = {}
+        self._digests: WeakKeyDictionary[Checkpoint, str] = WeakKeyDictionary()
 
-    # -- what is scored -----------------------------------------------------------------------------------
+    # -- scores -------------------------------------------------------------------------------------------
+
+    def score(self, weights: Source, split: str | None = None) -> Score:
+        """Compute every metric of weights on one split (the only one, or "val", where none is named)."""
+        weights, name = as_weights(weights), self.split_name(split)
+        key = self._key(weights, name)
+        result = self._recall(key, name)
+        if isinstance(result, Score):
+            self.images_saved += result.n
+            return result
+        self.load(weights)
+        return cast("Score", self._remember(key, weights, name, self._run(name)))
+
+    def scores(self, weights: Source, splits: Sequence[str] | None = None) -> dict[str, Score]:
+        """Score weights on several splits, by default on all; they are loaded once."""
+        weights = as_weights(weights)
+        return {name: self.score(weights, name) for name in (self.splits if splits is None else splits)}
+
+    def score_with(
+        self,
+        members: Sequence[Weights],
+        candidate: Weights,
+        split: str | None = None,
+        *,
+        incumbent: Score,
+        strict: bool = False,
+        early_stop: bool = True,
+    ) -> Score | Stopped:
+        """Score the mean of members and a candidate, stopping as soon as it cannot be better than the incumbent.
+
+        The mean of the members is computed exactly and held beside the model; each candidate is one lerp per tensor
+        from there, so that rounding never adds up and a resumed search computes what an unbroken one does. Images
+        that were often wrong come first, so that a hopeless candidate is known early.
+
+        Args:
+            incumbent: the score of the members' mean. strict: as in `is_better`.
+            early_stop: the answer that matters, whether the candidate is better, is the same without.
+        """
+        name = self.split_name(split)
+        proposed = mean([*members, candidate])
+        key = self._key(proposed, name)
+        known = self._recall(key, name)
+        if isinstance(known, Score) or (known and not is_better(known, incumbent, strict=strict)):
+            self.images_saved += known.n
+            return known
+        held = mean(members)
+        try:
+            if self._mean != (recipe := recipe_digest(held, self._digest)):
+                self.load(held)
+                self.predictor.hold()
+                self._mean = recipe
+            self._loaded = None
+            self.predictor.lerp(candidate, 1 / (len(members) + 1))
+            result = self._run(name, incumbent, strict=strict, early_stop=early_stop)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"with {candidate!r}, {error.message}", hint=error.hint) from error
+        return self._remember(key, proposed, name, result)
+
+    def _run(
+        self, name: str, incumbent: Score | None = None, *, strict: bool = False, early_stop: bool = True
+    ) -> Score | Stopped:
+        """Predict a split with what the model now holds, until all is seen or the incumbent is out of reach."""
+        split, difficulty = self.splits[name], self._difficulty_of(name)
+        n, metric = len(split), METRICS[self.metric]
+        # Images that were not seen count as right: no metric that may stop a pass falls when an image becomes right,
+        # so what loses now would lose in full as well (README.md).
+        best_case = Predictions(split.labels, split.labels.copy(), np.ones(n, bool), np.ones(n), split.groups)
+        seen, stopped = np.zeros(n, bool), None
+        for indices, rows in self.predictor.rows(
+            name, np.arange(n) if incumbent is None else difficulty.order()
+        ):
+            best_case.predicted[indices] = rows[:, 0].astype(np.int64)
+            best_case.in_top5[indices] = rows[:, 1] > 0
+            best_case.confidence[indices] = rows[:, 2]
+            seen[indices] = True
+            if incumbent is not None and early_stop and metric.higher_is_better and not seen.all():
+                stopped = Stopped(self.metric, metric.compute(best_case), n, int(seen.sum()))
+                if not is_better(stopped, incumbent, strict=strict):
+                    break
+        scored = int(seen.sum())
+        self.images_scored += scored
+        self.images_saved += n - scored
+        difficulty.add(best_case.right, seen)
+        return stopped if stopped is not None and scored < n else score_of(best_case, self.metric)
+
+    # -- what is remembered -------------------------------------------------------------------------------
+
+    def data_key(self, split: str | None = None, weights: Weights | None = None) -> str:
+        """Digest everything that a score depends on beside the weights."""
+        name = self.split_name(split)
+        parts = [self.splits[name].digest, *self.predictor.key(name, weights)]
+        return blake3(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+    def _key(self, weights: Weights, name: str) -> str:
+        """Name what a score is filed under: the recipe, and all that it depends on beside the weights."""
+        if name not in self._data_keys:
+            self._data_keys[name] = name if self._journal is None else self.data_key(name, weights)
+        return f"{recipe_digest(weights, self._digest)}:{self._data_keys[name]}"
+
+    def _digest(self, checkpoint: Checkpoint) -> str:
+        """Digest a checkpoint's content; without a journal nobody else will compare, and any name of its own does."""
+        if checkpoint not in self._digests:
+            alone = self._journal is None
+            self._digests[checkpoint] = f"#{next(_anonymous)}" if alone else content_digest(checkpoint)
+        return self._digests[checkpoint]
+
+    def _recall(self, key: str, name: str) -> Score | Stopped | None:
+        """Return what has been paid for under `key`."""
+        if key not in self._results and self._journal is not None:
+            record = distributed.broadcast_object(self._journal.get(key))
+            result = None if record is None else read_result(record, self.metric)
+            if result is not None and result.n == len(self.splits[name]):
+                self._results[key] = result
+                if isinstance(result, Score):
+                    self._difficulty_of(name).add(result.correct_mask, np.ones(result.n, bool))
+        return self._results.get(key)
+
+    def _remember(self, key: str, weights: Weights, name: str, result: Score | Stopped) -> Score | Stopped:
+        if isinstance(result, Score):
+            self._results[key] = Score(result.metric, result.metrics, result.interval, result.correct_mask)
+        else:
+            self._results[key] = Stopped(result.metric, result.at_most, result.n, 0)
+        if self._journal is not None:
+            record = result.to_json(mask=True) if isinstance(result, Score) else result.to_json()
+            if distributed.is_first():
+                self._journal.put(key, {"split": name, "weights": repr(weights), **record})
+        return result
+
+    # -- the model and the data ---------------------------------------------------------------------------
+
+    @property
+    def clip(self) -> ClipPredictor:
+        """The open_clip model that scores, with what it needs of the splits."""
+        if not isinstance(self.predictor, ClipPredictor):
+            raise SelectionError("this needs an open_clip model, and the evaluator has another predictor")
+        return self.predictor
 
     @property
     def model(self) -> ModelSpec:
@@ -95,178 +246,105 @@ class Evaluator:
         Raises:
             ModelError: it was left to the weights, and none have been loaded yet.
         """
-        if self._spec is None:
-            self._spec = resolve_model(self._asked)
-        return self._spec
+        return self.clip.spec()
 
-    def load(self, weights: "Weights") -> None:
+    def load(self, weights: Source) -> None:
         """Copy weights into the resident model.
 
         Raises:
             ModelError: they do not fit it.
         """
-        if self._loaded is weights:
-            return
-        if self._spec is None:
-            self._spec = resolve_model(self._asked, weights)
-        if self._resident is None:
-            self._resident = Resident(self.model, self.device)
-        self._loaded = None
-        self._resident.load(weights)
-        self._loaded = weights
+        weights = as_weights(weights)
+        if self._loaded is not weights:
+            self._loaded = None
+            self.predictor.load(weights)
+            self._loaded = weights
 
-    def score(self, weights: "Weights", split: str | None = None) -> Score:
-        """Every metric of the weights on one split (the only one, where none is named)."""
-        name = self.split_name(split)
+    def logits(self, weights: Source, split: str | None = None) -> Tensor:
+        """Return logits for every image, shape (n, classes), fp32 on the CPU; -inf where the data lacks a class."""
         self.load(weights)
-        return self.score_resident(name)
+        return self.clip.collect(self.split_name(split), "logits")
 
-    def scores(self, weights: "Weights") -> dict[str, Score]:
-        """The weights' score on every split; they are loaded once."""
-        return {name: self.score(weights, name) for name in self.splits}
-
-    def logits(self, weights: "Weights", split: str | None = None) -> Tensor:
-        """Logits for every image, shape (n, classes), fp32 on the CPU; -inf where the data lacks a class."""
-        name = self.split_name(split)
+    def features(self, weights: Source, split: str | None = None) -> Tensor:
+        """Return normalised image features for every image, shape (n, d), fp32 on the CPU."""
         self.load(weights)
-        return self._forward(name).collect("logits")
+        return self.clip.collect(self.split_name(split), "features")
 
-    def features(self, weights: "Weights", split: str | None = None) -> Tensor:
-        """Normalised image features for every image, shape (n, d), fp32 on the CPU."""
-        name = self.split_name(split)
-        self.load(weights)
-        return self._forward(name, headless=True).collect("features")
-
-    def trial(self, split: str | None = None, strict: bool = False) -> Trial:
-        """A running mean in the resident model, against which candidates are tried (greedy soups)."""
-        return Trial(self, self.split_name(split), strict=strict)
-
-    # -- what scores depend on ----------------------------------------------------------------------------
-
-    def labels(self, split: str | None = None) -> npt.NDArray[np.int64]:
-        """The true classes, shape (n,)."""
+    def labels(self, split: str | None = None) -> Ints:
+        """Return the true classes, shape (n,)."""
         return self.splits[self.split_name(split)].labels
 
-    def pixels(self, split: str | None = None) -> npt.NDArray[np.uint8]:
-        """The images as the model sees them before normalisation, shape (n, 3, H, W), decoded once."""
-        return self._pixels_of(self.split_name(split))
-
-    def templates(self, split: str | None = None) -> tuple[str, ...]:
-        """The prompt templates that make this split's zero-shot heads."""
-        return resolve_templates(self._templates, self.splits[self.split_name(split)])
-
-    def data_key(self, split: str | None = None) -> str:
-        """A digest of everything that a score depends on beside the weights."""
-        name = self.split_name(split)
-        parts = [self.splits[name].digest, self.model.to_metadata(), self.templates(name), self.precision]
-        return blake3(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
     def split_name(self, split: str | None) -> str:
-        """`split`, or the only one where None.
+        """Return `split`; where it is None, the only split or the one called "val".
 
         Raises:
             SelectionError: there is no such split, or several and none was named.
         """
-        if split is None and len(self.splits) == 1:
-            return next(iter(self.splits))
-        if split is not None and split in self.splits:
+        if split is None and (len(self.splits) == 1 or "val" in self.splits):
+            return "val" if "val" in self.splits else next(iter(self.splits))
+        if split is None:
+            raise SelectionError(f"say which split: {', '.join(self.splits)}")
+        if split in self.splits:
             return split
-        close = nearest(split or "", self.splits)
         raise SelectionError(
-            f"there is no split {split!r}; there are {', '.join(self.splits)}"
-            if split is not None
-            else f"say which split: {', '.join(self.splits)}",
-            hint=f"did you mean {close}?" if close else None,
+            f"there is no split {split!r}; there are {', '.join(self.splits)}",
+            hint=did_you_mean(split, self.splits, "give the evaluator a split of that name"),
         )
 
-    # -- used by Trial ------------------------------------------------------------------------------------
-
-    @property
-    def resident(self) -> Resident:
-        """The model that stays.
-
-        Raises:
-            ModelError: nothing has been loaded yet.
-        """
-        if self._resident is None:
-            raise ModelError("no weights are loaded", hint="call load(weights) first")
-        return self._resident
-
-    def score_resident(self, name: str) -> Score:
-        """The score of what the model now holds: a full pass."""
-        partial = self.run(name)
-        return score_of(partial.predictions, self.metric)
-
-    def run(self, name: str, **options: Any) -> Any:
-        """A pass over a split with what the model now holds; options as `Forward.predict` takes them."""
-        partial = self._forward(name).predict(**options)
-        self.images_scored += partial.seen
-        self.images_saved += len(partial.judged) - partial.seen
-        return partial
-
-    def forget_loaded(self) -> None:
-        """The model no longer holds what was last loaded."""
-        self._loaded = None
-
-    def _forward(self, name: str, *, headless: bool = False) -> Forward:
-        split = self.splits[name]
-        if (split.labels < 0).any() and not headless:
-            raise DataError(
-                f"{split.source} has images without a class", hint="scoring needs a label for each image"
-            )
-        return Forward(
-            self.resident,
-            self._pixels_of(name),
-            split,
-            None if headless else self._head(name),
-            self.model.preprocess,
-            self.precision,
-            self.batch_size,
-            name,
-            self._progress,
-        )
-
-    def _pixels_of(self, name: str) -> npt.NDArray[np.uint8]:
-        if name not in self._pixels:
-            self._pixels[name] = distributed.first_on_machine_first(
-                lambda: pixels(
-                    self.splits[name], self.model.preprocess, cache=self._cache, on_progress=self._progress
-                )
-            )
-        return self._pixels[name]
-
-    def _head(self, name: str) -> Head:
-        split = self.splits[name]
-        trained = Head.trained(self.resident.module)
-        if trained is not None:
-            if len(trained.weight) != len(split.classes):
-                raise ModelError(
-                    f"the head has {len(trained.weight)} classes, {split.source} has {len(split.classes)}",
-                    hint="score it on the data that the head was trained for",
-                )
-            return trained
-        key = (name, self.resident.text_digest())
-        if key not in self._heads:
-            self._heads = {k: v for k, v in self._heads.items() if k[0] != name}
-            self._heads[key] = Head(self._zero_shot(name, key[1]), None, zero_shot=True)
-        return self._heads[key]
-
-    def _zero_shot(self, name: str, digest: str) -> Tensor:
-        if self._tokenizer is None:
-            self._tokenizer = get_tokenizer(self.model)
-        return zero_shot_head(
-            self.resident.module,
-            self._tokenizer,
-            self.splits[name].classes,
-            self.templates(name),
-            cache=self._cache or cache_dir(),
-            digest=digest,
-            on_progress=self._progress,
-        )
+    def _difficulty_of(self, name: str) -> "_Difficulty":
+        return self._difficulty.setdefault(name, _Difficulty(len(self.splits[name])))
 
 
-def check_precision(precision: str) -> str:
-    """`precision`, where it is one that exists."""
-    if precision not in ("fp32", "bf16", "fp16"):
-        raise SelectionError(f"there is no precision {precision!r}", hint="use fp32, bf16 or fp16")
-    return precision
+class _Difficulty:
+    """How often each image was wrong, and so the order in which a hopeless candidate is known soonest."""
+
+    def __init__(self, n: int) -> None:
+        self._wrong = np.zeros(n)
+        self._seen = np.zeros(n)
+
+    def add(self, right: Bools, seen: Bools) -> None:
+        """Count one pass."""
+        self._wrong += seen & ~right
+        self._seen += seen
+
+    def order(self) -> Ints:
+        """Return images, those that were most often wrong first; ties in their own order."""
+        return np.argsort(-(self._wrong / np.maximum(self._seen, 1)), kind="stable")
+
+
+def score(
+    checkpoints: Source | Sequence[Source],
+    data: str | Split | Mapping[str, str | Split],
+    *,
+    model: ModelSpec | str | Path | None = None,
+    templates: str | Path | Sequence[str] | None = None,
+    metric: str = "top1",
+    device: str | torch.device | None = None,
+    precision: str | None = None,
+    batch_size: int = 256,
+    on_progress: Progress | None = None,
+) -> dict[str, dict[str, Score]]:
+    """Score checkpoints on labelled images: checkpoint → split → Score.
+
+    Args:
+        checkpoints: weights or paths; names are distinct whatever the files are called.
+        data: images as `open_split` takes them, or a Split; several by name. One alone is called "val".
+        model, templates, metric, device, precision, batch_size: as in `Evaluator`.
+    """
+    named = data if isinstance(data, Mapping) else {"val": data}
+    splits = {
+        name: split if isinstance(split, Split) else open_split(split, role="test", on_progress=on_progress)
+        for name, split in named.items()
+    }
+    evaluator = Evaluator(
+        model,
+        splits,
+        device=device,
+        precision=precision,
+        batch_size=batch_size,
+        templates=templates,
+        metric=metric,
+        on_progress=on_progress,
+    )
+    sources = [checkpoints] if isinstance(checkpoints, Weights | str | os.PathLike) else checkpoints
+    return {repr(weights): evaluator.scores(weights) for weights in open_all(sources)}

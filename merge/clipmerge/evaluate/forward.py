@@ -1,228 +1,325 @@
-"""Images through the resident model: batches in any order, shared between processes, stopped when certain."""
+"""Images through the resident model: batches in any order, shared between processes, read back one batch late."""
 
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipmerge import distributed
-from clipmerge.data.pixels import mean_and_std, normalise
-from clipmerge.errors import NonFiniteError
-from clipmerge.evaluate.metrics import Predictions
+from clipmerge.checkpoint.cache import cache_dir
+from clipmerge.data.pixels import pixels
+from clipmerge.data.prompts import templates as resolve_templates
+from clipmerge.data.split import Split
+from clipmerge.device import Precision, autocast, float32_matmul, out_of_memory_hint
+from clipmerge.errors import DataError, ModelError, NonFiniteError
+from clipmerge.evaluate.device_split import DeviceSplit
+from clipmerge.evaluate.heads import class_logits, zero_shot_head
+from clipmerge.evaluate.resident import Resident
+from clipmerge.model import ModelSpec, get_tokenizer, resolve_model
+from clipmerge.types import Floats, Ints, Progress
+from clipmerge.weights.weights import Weights
 
-if TYPE_CHECKING:
-    from clipmerge.data.split import Split
-    from clipmerge.evaluate.resident import Resident
+__all__ = ["ClipPredictor", "Predictor"]
 
-__all__ = ["Forward", "Head", "Partial"]
-
-Order = npt.NDArray[np.int64]
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _PASSES = 16
 """A small split is still cut into so many batches, so that stopping early has somewhere to stop."""
 _LEAST = 32
 
+T = TypeVar("T")
 
-@dataclass(frozen=True, eq=False)
-class Head:
-    """What turns normalised image features into logits.
+Arrive = Callable[[], Tensor]
+"""Waits until rows have come from the device, and returns them on the CPU."""
 
-    Attributes:
-        weight: (classes, d). bias: (classes,) or None.
-        zero_shot: rows are normalised prompts; logits take the model's logit_scale and logit_bias.
+Reduce = Callable[[Tensor, Tensor], Tensor]
+"""(indices, uint8 pixels) → rows (batch, columns), whose last column marks images with logits that are not finite."""
+
+
+class Predictor(Protocol):
+    """What an `Evaluator` asks of the model that it scores: `ClipPredictor`, or in tests a table of answers."""
+
+    def key(self, split: str, weights: Weights | None = None) -> list[Any]:
+        """Return all that predictions on a split depend on beside images and weights, ready for `json.dumps`."""
+
+    def load(self, weights: Weights) -> None:
+        """Take the weights' exact values."""
+
+    def hold(self) -> None:
+        """Keep the values as the mean that `lerp` starts from."""
+
+    def lerp(self, candidate: Weights, t: float) -> None:
+        """Take mean + t · (candidate - mean)."""
+
+    def rows(self, split: str, order: Ints) -> Iterator[tuple[Ints, Floats]]:
+        """Yield (images, their rows: predicted class, whether the true one is in the top five, confidence)."""
+
+
+class ClipPredictor:
+    """An open_clip model on its device, and splits for it to predict.
+
+    Pixels are decoded once, to disk; a zero-shot head is built once for all weights with the same text tower.
+
+    Args: as in `Evaluator`, with device and precision resolved.
     """
 
-    weight: Tensor
-    bias: Tensor | None
-    zero_shot: bool
+    def __init__(
+        self,
+        model: ModelSpec | str | Path | None,
+        splits: Mapping[str, Split],
+        *,
+        device: torch.device,
+        precision: Precision,
+        batch_size: int,
+        templates: str | Path | Sequence[str] | None,
+        cache: Path | None,
+        on_progress: Progress | None,
+    ) -> None:
+        self.splits = splits
+        self.device = device
+        self.precision = precision
+        self._batch_size = batch_size
+        self._asked = model
+        self._spec: ModelSpec | None = None
+        self._resident: Resident | None = None
+        self._templates = templates
+        self._cache = cache
+        self._progress = on_progress
+        self._tokenizer: Callable[[list[str]], Tensor] | None = None
+        self._pixels: dict[str, DeviceSplit] = {}
+        self._heads: dict[str, tuple[str, Tensor]] = {}
 
-    @classmethod
-    def trained(cls, module: nn.Module) -> "Head | None":
-        """The model's own classification head, None where it has none."""
-        head = getattr(module, "classification_head", None)
-        return None if head is None else cls(head.weight, head.bias, zero_shot=False)
+    # -- the model ----------------------------------------------------------------------------------------
 
-    def logits(self, features: Tensor, module: nn.Module) -> Tensor:
-        """(batch, classes) in fp32."""
-        out = F.linear(features, self.weight, self.bias)
-        if self.zero_shot:
-            model = cast("Any", module)
-            out = out * model.logit_scale.exp()
-            bias = getattr(model, "logit_bias", None)
-            out = out if bias is None else out + bias
-        return out
-
-
-@dataclass(frozen=True, eq=False)
-class Partial:
-    """A pass that may have been stopped.
-
-    Attributes:
-        predictions: of all n images; where an image was not judged, they take it as right.
-        judged: shape (n,): which images went through the model.
-    """
-
-    predictions: Predictions
-    judged: npt.NDArray[np.bool_]
-
-    @property
-    def seen(self) -> int:
-        return int(self.judged.sum())
+    def spec(self, weights: Weights | None = None) -> ModelSpec:
+        """Return the model that scores; where none was named, it is the one that the first weights record."""
+        if self._spec is None:
+            self._spec = resolve_model(self._asked, *([] if weights is None else [weights]))
+        return self._spec
 
     @property
-    def complete(self) -> bool:
-        return bool(self.judged.all())
+    def resident(self) -> Resident:
+        """The model that stays.
 
-
-@dataclass(frozen=True, eq=False)
-class Forward:
-    """One model, one split, one head: ready to run."""
-
-    resident: "Resident"
-    pixels: npt.NDArray[np.uint8]
-    split: "Split"
-    head: Head | None
-    preprocess: Mapping[str, Any]
-    precision: str
-    batch_size: int
-    name: str = "images"
-    on_progress: Callable[[str, int, int], None] | None = None
-
-    def predict(
-        self, order: Order | None = None, hopeless: Callable[[Predictions], bool] | None = None
-    ) -> Partial:
-        """Predictions for the images, in `order`, until `hopeless` says that the rest cannot matter.
-
-        Args:
-            hopeless: asked after each batch about predictions in which every image not yet judged is right.
+        Raises:
+            ModelError: nothing has been loaded yet.
         """
-        n = len(self.split)
-        labels = self.split.labels
-        said = Predictions(labels, labels.copy(), np.ones(n, bool), np.ones(n), self.split.groups)
-        judged = np.zeros(n, bool)
-        for chunk, found in self._chunks(order, self._reduce, 3):
-            columns = found.numpy()
-            said.predicted[chunk] = columns[:, 0].astype(np.int64)
-            said.in_top5[chunk] = columns[:, 1] > 0
-            said.confidence[chunk] = columns[:, 2]
-            judged[chunk] = True
-            if hopeless is not None and hopeless(said):
-                break
-        return Partial(said, judged)
+        if self._resident is None:
+            raise ModelError("no weights are loaded", hint="call load(weights) first")
+        return self._resident
 
-    def collect(self, what: Literal["logits", "features"]) -> Tensor:
-        """Logits or normalised features of every image, shape (n, classes or d), fp32 on the CPU."""
-        if what == "features":
-            make, width = self._features, _width(self.resident.module, self.pixels)
-        else:
-            make, width = self._masked, len(cast("Head", self.head).weight)
-        rows = torch.empty(len(self.split), width)
-        for chunk, found in self._chunks(None, make, width):
-            rows[torch.from_numpy(chunk)] = found.float()
-        return rows
+    def key(self, split: str, weights: Weights | None = None) -> list[Any]:
+        """Return what predictions on a split depend on beside images and weights.
 
-    @cached_property
-    def _mean_and_std(self) -> tuple[Tensor, Tensor]:
-        return mean_and_std(self.preprocess, self.resident.device)
+        A GPU's rounding is not a CPU's, so that the kind of device counts; "fp32" alone means fp32 on a CPU.
+        """
+        kind = self.device.type
+        computed = self.precision if kind == "cpu" else f"{self.precision} on {kind}"
+        return [self.spec(weights).to_metadata(), self.templates(split), computed]
+
+    def load(self, weights: Weights) -> None:
+        """Copy weights into the model.
+
+        Raises:
+            ModelError: they do not fit it.
+        """
+        if self._resident is None:
+            self._resident = Resident(self.spec(weights), self.device)
+        self._resident.load(weights)
+
+    def hold(self) -> None:
+        """Keep what the model holds as the mean that `lerp` starts from."""
+        self.resident.hold()
+
+    def lerp(self, candidate: Weights, t: float) -> None:
+        """Make the model mean + t · (candidate - mean)."""
+        self.resident.lerp(candidate, t)
+
+    # -- the data -----------------------------------------------------------------------------------------
+
+    def templates(self, split: str) -> tuple[str, ...]:
+        """Return the prompt templates that make this split's zero-shot heads."""
+        return resolve_templates(self._templates, self.splits[split])
+
+    def device_split(self, name: str) -> DeviceSplit:
+        """Return a split as the device sees it. Its images are decoded once on each machine."""
+        if name not in self._pixels:
+            split, preprocess = self.splits[name], self.spec().preprocess
+            decoded = distributed.first_on_machine_first(
+                lambda: pixels(split, preprocess, cache=self._cache, on_progress=self._progress)
+            )
+            self._pixels[name] = DeviceSplit(split, decoded, preprocess, self.device)
+        return self._pixels[name]
+
+    def head(self, name: str) -> Tensor | None:
+        """Return the zero-shot head for a split; None where the weights have a trained head, which must fit."""
+        split, module = self.splits[name], self.resident.module
+        trained = getattr(module, "classification_head", None)
+        if trained is not None:
+            if len(trained.weight) != len(split.classes):
+                raise ModelError(
+                    f"the head has {len(trained.weight)} classes, {split.source} has {len(split.classes)}",
+                    hint="score it on the data that the head was trained for",
+                )
+            return None
+        digest = self.resident.text_digest()
+        if self._heads.get(name, ("",))[0] != digest:
+            if self._tokenizer is None:
+                self._tokenizer = get_tokenizer(self.spec())
+            head = zero_shot_head(
+                module,
+                self._tokenizer,
+                split.classes,
+                self.templates(name),
+                cache=self._cache or cache_dir(),
+                digest=digest,
+                on_progress=self._progress,
+            )
+            self._heads[name] = (digest, head)
+        return self._heads[name][1]
 
     # -- one batch ----------------------------------------------------------------------------------------
 
-    def _features(self, indices: Order, images: Tensor) -> Tensor:
-        ready = normalise(images, *self._mean_and_std)
-        with self._autocast():
+    def rows(self, split: str, order: Ints) -> Iterator[tuple[Ints, Floats]]:
+        """Yield (images, their rows: predicted class, whether the true one is in the top five, confidence)."""
+        images, head = self._ready(split)
+
+        def reduce(indices: Tensor, batch: Tensor) -> Tensor:
+            logits = self._logits(images, batch, head)
+            finite = logits.isfinite().all(dim=-1)
+            logits = images.covered(logits).to(_wide(self.device))
+            true = logits.gather(1, images.labels[indices][:, None])
+            in_top5 = (logits > true).sum(dim=-1) < 5
+            confidence = logits.softmax(dim=-1).amax(dim=-1)
+            columns = (logits.argmax(dim=-1), in_top5, confidence, ~finite)
+            return torch.stack([column.to(confidence) for column in columns], dim=-1)
+
+        for chunk, rows in self._chunks(split, order, reduce, 4):
+            yield chunk, rows.numpy()
+
+    def collect(self, split: str, what: Literal["logits", "features"]) -> Tensor:
+        """Return logits (-inf for classes that the data lacks) or unit features of every image, fp32 on the CPU."""
+        images, head = self._ready(split, labelled=what == "logits")
+
+        def make(indices: Tensor, batch: Tensor) -> Tensor:
+            values = (
+                self._features(images, batch) if what == "features" else self._logits(images, batch, head)
+            )
+            finite = values.isfinite().all(dim=-1, keepdim=True)
+            values = values if what == "features" else images.covered(values)
+            return torch.cat([values, (~finite).to(values)], dim=-1)
+
+        n = len(self.splits[split])
+        classes = len(self.splits[split].classes)
+        width = classes if what == "logits" else _feature_width(self.resident.module, images)
+        collected = torch.empty(n, width)
+        for chunk, rows in self._chunks(split, np.arange(n), make, width + 1):
+            collected[torch.from_numpy(chunk)] = rows[:, :-1].float()
+        return collected
+
+    def _ready(self, split: str, *, labelled: bool = True) -> tuple[DeviceSplit, Tensor | None]:
+        if labelled and (self.splits[split].labels < 0).any():
+            raise DataError(
+                f"{self.splits[split].source} has images without a class",
+                hint="scoring needs a label for each image",
+            )
+        return self.device_split(split), self.head(split) if labelled else None
+
+    def _features(self, images: DeviceSplit, batch: Tensor) -> Tensor:
+        ready = images.normalise(batch)
+        with autocast(self.precision, self.device):
             features = cast("Any", self.resident.module).encode_image(ready, normalize=False)
         return F.normalize(features.float(), dim=-1)
 
-    def _logits(self, indices: Order, images: Tensor) -> Tensor:
-        head = cast("Head", self.head)
-        logits = head.logits(self._features(indices, images), self.resident.module)
-        if not torch.isfinite(logits).all():
-            raise NonFiniteError(
-                f"the model's logits for {self.name} are not finite",
-                hint="the weights hold NaN or infinity, or --precision fp16 overflows: try bf16 or fp32",
-            )
-        return logits
-
-    def _masked(self, indices: Order, images: Tensor) -> Tensor:
-        """Logits in which classes that the data does not cover are -inf."""
-        return self.split.covered(self._logits(indices, images))
-
-    def _reduce(self, indices: Order, images: Tensor) -> Tensor:
-        """(batch, 3): predicted class, whether the true one is among the top five, confidence."""
-        logits = self._masked(indices, images).to(_wide(self.resident.device))
-        labels = torch.from_numpy(self.split.labels[indices]).to(logits.device)
-        confidence, predicted = logits.softmax(dim=-1).max(dim=-1)
-        own = logits.gather(1, labels[:, None])
-        in_top5 = (logits > own).sum(dim=-1) < 5
-        predicted = logits.argmax(dim=-1)
-        return torch.stack([predicted.to(confidence), in_top5.to(confidence), confidence], dim=-1)
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(torch.device(self.resident.device).type, _AUTOCAST[self.precision])
+    def _logits(self, images: DeviceSplit, batch: Tensor, head: Tensor | None) -> Tensor:
+        return class_logits(self.resident.module, self._features(images, batch), head)
 
     # -- all batches --------------------------------------------------------------------------------------
 
-    def _chunks(
-        self, order: Order | None, make: Callable[[Order, Tensor], Tensor], width: int
-    ) -> Iterator[tuple[Order, Tensor]]:
-        """(image indices, rows for them, the same in every process), chunk by chunk."""
-        n, device = len(self.split), self.resident.device
-        order = np.arange(n) if order is None else order
-        size = batch_of(n, self.batch_size, device)
-        step, rank = size * distributed.world(), distributed.rank()
-        chunks = [order[start : start + step] for start in range(0, n, step)]
-        mine = [chunk[rank * size : (rank + 1) * size] for chunk in chunks]
+    def _chunks(self, split: str, order: Ints, reduce: Reduce, width: int) -> Iterator[tuple[Ints, Tensor]]:
+        """Yield (images, rows for them), the same in every process.
+
+        A GPU is never waited for while it could work: a chunk's rows are looked at after the next chunk has been
+        launched. Which images are not finite is a column of the summed rows, so that all processes raise together.
+
+        Raises:
+            NonFiniteError: logits or features are not finite.
+            DeviceError: the GPU's memory is too small for a batch.
+        """
+        launched = self._launch(split, order, reduce, width)
         done = 0
-        with ThreadPoolExecutor(1) as reader:
-            ahead = reader.submit(self._read, mine[0])
-            for i, chunk in enumerate(chunks):
-                images = ahead.result().to(device, non_blocking=True)
-                if i + 1 < len(chunks):
-                    ahead = reader.submit(self._read, mine[i + 1])
-                with torch.inference_mode():  # not around the yield: it would hold for whoever asks
-                    rows = torch.zeros(len(chunk), width, dtype=_wide(device), device=device)
-                    if len(mine[i]):
-                        rows[rank * size : rank * size + len(mine[i])] = make(mine[i], images).to(rows)
-                    found = distributed.all_reduce_sum(rows).cpu()
-                yield chunk, found
-                done += len(chunk)
-                if self.on_progress:
-                    self.on_progress(f"scoring {self.name}", done, n)
+        for chunk, arrive in _one_late(launched) if self.device.type == "cuda" else launched:
+            rows = arrive()
+            if rows[:, -1].any():
+                raise NonFiniteError(
+                    f"the model's logits for {split} are not finite",
+                    hint="the weights hold NaN or infinity, or --precision fp16 overflows: try bf16 or fp32",
+                )
+            yield chunk, rows
+            done += len(chunk)
+            if self._progress:
+                self._progress(f"scoring {split}", done, len(order))
 
-    def _read(self, indices: Order) -> Tensor:
-        """The images' pixels, (batch, 3, H, W) uint8, in memory that a GPU can fetch from by itself."""
-        images = torch.from_numpy(self.pixels[indices])
-        return images.pin_memory() if self.resident.device.startswith("cuda") else images
-
-
-def batch_of(n: int, at_most: int, device: str) -> int:
-    """Images in one batch. A CPU gains nothing from large ones, a search gains from places to stop."""
-    if not device.startswith("cpu"):
-        return at_most
-    return min(at_most, max(_LEAST, -(-n // _PASSES)))
-
-
-def _wide(device: str) -> torch.dtype:
-    """fp64, where the device has it."""
-    return torch.float32 if device.startswith("mps") else torch.float64
+    def _launch(self, split: str, order: Ints, reduce: Reduce, width: int) -> Iterator[tuple[Ints, Arrive]]:
+        """Yield (images, what waits for their rows and returns them), each process computing its share."""
+        n, size = len(order), _images_at_once(len(order), self._batch_size, self.device)
+        rank, step = distributed.rank(), size * distributed.world()
+        starts = range(0, n, step)
+        spans = [(min(s + rank * size, n), min(s + (rank + 1) * size, n)) for s in starts]
+        batches = self.device_split(split).batches(order, spans)
+        for start, (first, last) in zip(starts, spans, strict=True):
+            chunk = order[start : start + step]
+            # These must not be around the yield, where they would hold for whoever asks.
+            with out_of_memory_hint("use a smaller --batch-size"), torch.inference_mode():
+                indices, batch = next(batches)
+                rows = torch.zeros(len(chunk), width, dtype=_wide(self.device), device=self.device)
+                if last > first:
+                    with float32_matmul(self.precision):
+                        rows[first - start : last - start] = reduce(indices, batch).to(rows)
+                arrive = _fetch(distributed.all_reduce_sum(rows))
+            yield chunk, arrive
 
 
-def _width(module: nn.Module, pixels: npt.NDArray[np.uint8]) -> int:
-    """The width of the image features."""
+def _one_late(launched: Iterator[T]) -> Iterator[T]:
+    """Yield each item after the next one has been made."""
+    return (item for item, _ in pairwise(chain(launched, [None])) if item is not None)
+
+
+def _fetch(rows: Tensor) -> Arrive:
+    """Start to copy rows from the device; what is returned waits for them."""
+    if rows.device.type != "cuda":
+        return rows.cpu
+    host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+    host.copy_(rows, non_blocking=True)
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record()
+
+    def arrive() -> Tensor:
+        copied.synchronize()
+        return host
+
+    return arrive
+
+
+def _images_at_once(n: int, at_most: int, device: torch.device) -> int:
+    """Return the size of a batch. A CPU gains nothing from large ones, a search gains from places to stop."""
+    return at_most if device.type != "cpu" else min(at_most, max(_LEAST, -(-n // _PASSES)))
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    """Return fp64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _feature_width(module: nn.Module, images: DeviceSplit) -> int:
+    """Return the width of the image features."""
     model = cast("Any", module)
     width = getattr(model.visual, "output_dim", None)
     if isinstance(width, int):
         return width
     with torch.inference_mode():
-        image = torch.zeros(1, *pixels.shape[1:], device=next(module.parameters()).device)
+        image = torch.zeros(1, *images.pixels.shape[1:], device=images.labels.device)
         return int(model.encode_image(image).shape[-1])

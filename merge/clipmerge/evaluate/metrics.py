@@ -1,12 +1,14 @@
-"""Metrics: pure functions of predictions and labels, and how sure they are."""
+"""Metrics as pure functions of predictions and labels, and how sure they are."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import exp, lgamma, log, sqrt
+from math import sqrt
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from clipmerge.types import Bools, Floats, Ints
 
 __all__ = [
     "METRICS",
@@ -24,12 +26,8 @@ __all__ = [
     "worst_group",
 ]
 
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
-Floats = npt.NDArray[np.float64]
-
 _Z = 1.959963984540054
-"""The 97.5 % quantile of the normal distribution: two-sided 95 %."""
+"""The 97.5 % quantile of the normal distribution, for two-sided 95 % intervals."""
 
 _BINS = 15
 _RESAMPLES = 200
@@ -61,7 +59,7 @@ class Predictions:
         return np.equal(self.predicted, self.labels)
 
     def take(self, indices: npt.NDArray[Any]) -> "Predictions":
-        """The predictions for some of the images, in that order."""
+        """Return the predictions for some of the images, in that order."""
         groups = None if self.groups is None else self.groups[indices]
         return Predictions(
             self.labels[indices],
@@ -73,39 +71,39 @@ class Predictions:
 
 
 def top1(p: Predictions) -> float:
-    """The share of images whose largest logit is the true class."""
+    """Return the share of images whose largest logit is the true class."""
     return float(p.right.mean())
 
 
 def top5(p: Predictions) -> float:
-    """The share of images whose true class is among the five largest logits."""
+    """Return the share of images whose true class is among the five largest logits."""
     return float(p.in_top5.mean())
 
 
 def mean_per_class(p: Predictions) -> float:
-    """The mean over the classes that occur of the share of their images that are right."""
+    """Average over the classes that occur the share of their images that are right."""
     return float(_rates(p.labels, p.right).mean())
 
 
 def macro_f1(p: Predictions) -> float:
-    """The mean of the classes' F1, over classes that occur as label or prediction."""
+    """Average the classes' F1 over classes that occur as label or prediction."""
     size = int(max(p.labels.max(), p.predicted.max())) + 1
     true = np.bincount(p.labels, minlength=size)
-    said = np.bincount(p.predicted, minlength=size)
+    guesses = np.bincount(p.predicted, minlength=size)
     hits = np.bincount(p.labels[p.right], minlength=size)
-    seen = (true + said) > 0
-    return float((2 * hits[seen] / (true + said)[seen]).mean())
+    seen = (true + guesses) > 0
+    return float((2 * hits[seen] / (true + guesses)[seen]).mean())
 
 
 def worst_group(p: Predictions) -> float:
-    """The lowest top-1 accuracy of any group. Source: Koh et al. 2021, arXiv 2012.07421 (WILDS)."""
+    """Return the lowest top-1 accuracy of any group. Source: Koh et al. 2021, arXiv 2012.07421 (WILDS)."""
     if p.groups is None:
         raise ValueError("worst_group needs groups")
     return float(_rates(p.groups, p.right).min())
 
 
 def ece(p: Predictions) -> float:
-    """Expected calibration error: 15 bins of equal width, |accuracy - confidence| weighted by their images.
+    """Compute the expected calibration error: 15 bins of equal width, |accuracy - confidence| weighted by their images.
 
     Source: Guo et al. 2017, arXiv 1706.04599.
     """
@@ -116,7 +114,7 @@ def ece(p: Predictions) -> float:
 
 
 def _rates(keys: Ints, right: Bools) -> Floats:
-    """Share of right answers for each key that occurs, in ascending order of keys."""
+    """Return the share of right answers for each key that occurs, in ascending order of keys."""
     counts = np.bincount(keys)
     hits = np.bincount(keys[right], minlength=len(counts))
     there = counts > 0
@@ -143,12 +141,14 @@ METRICS: Mapping[str, Metric] = {
 
 
 def all_metrics(p: Predictions) -> dict[str, float]:
-    """Every metric that the predictions allow."""
+    """Compute every metric that the predictions allow."""
     return {n: m.compute(p) for n, m in METRICS.items() if n != "worst_group" or p.groups is not None}
 
 
 def interval(correct: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval for a proportion. Source: Wilson 1927.
+    """Compute Wilson's 95 % interval for a proportion. Source: Wilson 1927.
+
+    Written out because scipy.stats takes a second to import, and every score has an interval.
 
     Args:
         correct: how many of the n, not a share.
@@ -163,7 +163,7 @@ def interval(correct: float, n: int) -> tuple[float, float]:
 
 
 def metric_interval(name: str, p: Predictions) -> tuple[float, float]:
-    """A 95 % interval for a metric: Wilson's for shares of images, the bootstrap's for the rest."""
+    """Compute a 95 % interval for a metric: Wilson's for shares of images, the bootstrap's for the rest."""
     if name == "top1":
         return interval(int(p.right.sum()), len(p))
     if name == "top5":
@@ -174,24 +174,14 @@ def metric_interval(name: str, p: Predictions) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def mcnemar(a: Bools, b: Bools, *, mid: bool = False) -> float:
-    """The two-sided p of McNemar's exact test that a and b are right equally often.
+def mcnemar(a: Bools, b: Bools) -> float:
+    """Compute the two-sided p of McNemar's exact test that a and b are right equally often.
 
     Args:
         a: which images one model has right.
         b: the same of the other model, on the same images.
-        mid: the mid-p variant, less conservative. Source: Fagerland et al. 2013, doi 10.1186/1471-2288-13-91.
     """
+    from scipy.special import bdtr
+
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    n, k = only_a + only_b, min(only_a, only_b)
-    if n == 0:
-        return 1.0
-    below = sum(_half_binomial(n, i) for i in range(k + 1))
-    if mid:
-        return min(1.0, 2 * below - _half_binomial(n, k)) if only_a != only_b else 1 - _half_binomial(n, k)
-    return min(1.0, 2 * below)
-
-
-def _half_binomial(n: int, k: int) -> float:
-    """The probability of k heads in n tosses of a fair coin."""
-    return exp(lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1) - n * log(2))
+    return min(1.0, 2 * float(bdtr(min(only_a, only_b), only_a + only_b, 0.5))) if only_a + only_b else 1.0

@@ -1,29 +1,25 @@
 """Several coefficients at once: one a task, a tower or a block, found within a budget of evaluations."""
 
-import os
 import random
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
-from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from clipmerge.errors import MissingExtraError, SelectionError
-from clipmerge.search.judge import Judge, Scorer, mark_document, scorer_of
-from clipmerge.search.results import MOST_COLUMNS, Table, percent, plot
+from clipmerge.evaluate.sources import Source, as_weights
+from clipmerge.search.results import Point, SweepResult, count_images
 from clipmerge.search.rules import Rule
-from clipmerge.search.sweep import rule_document
 from clipmerge.types import Progress
+from clipmerge.weights.coefficient import Coefficient, exact
 from clipmerge.weights.names import block_of, tower_of
+from clipmerge.weights.weights import Weights
 
 if TYPE_CHECKING:
-    from clipmerge.search.journal import Journal
-    from clipmerge.weights.weights import Weights
+    from clipmerge.evaluate.evaluator import Evaluator
 
 Method = Literal["coordinate", "random", "cmaes"]
 Per = Literal["task", "tower", "block"]
-Family = Callable[[Mapping[str, float]], "Weights"]
+MakeWeights = Callable[[Mapping[str, Fraction]], Weights]
 Vector = tuple[float, ...]
 Search = Generator[Vector, Fraction | None, None]
 """Yields a vector to score, is sent its figure (None: not allowed)."""
@@ -31,94 +27,32 @@ Search = Generator[Vector, Fraction | None, None]
 _DIGITS = 4
 
 
-@dataclass(frozen=True)
-class CoefficientsPoint:
-    """One vector tried, and what it scored."""
-
-    coefficients: Mapping[str, float]
-    scores: Mapping[str, Any]
-    value: Fraction
-    allowed: bool
-
-
-@dataclass(frozen=True)
-class CoefficientsResult:
-    """A search over several coefficients and its choice.
-
-    Attributes:
-        coefficients: name → number, as chosen. history: every vector tried, in order.
-    """
-
-    method: Method
-    rule: Rule
-    weights: "Weights"
-    coefficients: Mapping[str, float]
-    chosen: CoefficientsPoint
-    history: tuple[CoefficientsPoint, ...]
-    images: Mapping[str, int]
-
-    def table(self) -> Table:
-        """One row each time the figure rose, then the choice; the numbers where they fit on a screen."""
-        shown = tuple(self.coefficients) if len(self.coefficients) <= MOST_COLUMNS else ()
-        headers = ("evaluation", *(f"×{name}" for name in shown), *self.chosen.scores, self.rule.name)
-        rows, best = [], None
-        for number, point in enumerate(self.history, 1):
-            if point.allowed and (best is None or point.value > best or point is self.chosen):
-                best = point.value
-                numbers = (f"{point.coefficients[name]:g}" for name in shown)
-                marks = (percent(mark.value) for mark in point.scores.values())
-                rows.append((str(number), *numbers, *marks, percent(float(point.value))))
-        return Table(headers, tuple(rows), f"{self.method} search: {self.rule.says}")
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything but the weights, ready for `json.dumps`."""
-        return {
-            "kind": "coefficients",
-            "method": self.method,
-            "rule": rule_document(self.rule),
-            "coefficients": dict(self.coefficients),
-            "points": [
-                {
-                    "coefficients": dict(point.coefficients),
-                    "value": float(point.value),
-                    "allowed": point.allowed,
-                    "chosen": point is self.chosen,
-                    "scores": {split: mark_document(mark) for split, mark in point.scores.items()},
-                }
-                for point in self.history
-            ],
-            "images": dict(self.images),
-        }
-
-    def plot(self, path: str | Path) -> list[Path]:
-        """Draw the figure against evaluations; the files written."""
-        return plot(self.to_json(), path)
-
-
 def task_family(
-    base: "Weights", tuned: "Mapping[str, Weights]", per: Per = "task"
-) -> tuple[tuple[str, ...], Family]:
-    """Names of coefficients, and what turns numbers for them into base + Σ coefficient · (tuned − base).
+    base: Source, tuned: Mapping[str, Source], per: Per = "task"
+) -> tuple[tuple[str, ...], MakeWeights]:
+    """Name coefficients, and return what turns numbers for them into base + Σ coefficient · (tuned − base).
 
     Args:
         per: one coefficient a task, or a task and tower (`cars:visual`), or a task and transformer block
             (`cars:visual.block[3]`); tensors outside the towers' blocks go with their tower.
     """
-    parts = () if per == "task" else groups_of(base.names, per)
+    start = as_weights(base)
+    vectors = {task: as_weights(weights) - start for task, weights in tuned.items()}
+    parts = () if per == "task" else groups_of(start.names, per)
     keys = {task: tuple((f"{task}:{part}", part) for part in parts) or ((task, "*"),) for task in tuned}
 
-    def family(numbers: Mapping[str, float]) -> "Weights":
-        made = base
-        for task, weights in tuned.items():
+    def family(numbers: Mapping[str, Fraction]) -> Weights:
+        total = start
+        for task, vector in vectors.items():
             rules = {part: numbers[name] for name, part in keys[task]}
-            made = made + (weights - base) * (rules["*"] if set(rules) == {"*"} else {**rules})
-        return made
+            total = total + vector * Coefficient.of(rules["*"] if set(rules) == {"*"} else rules)
+        return total
 
     return tuple(name for pairs in keys.values() for name, _ in pairs), family
 
 
 def groups_of(names: Sequence[str], per: Literal["tower", "block"]) -> tuple[str, ...]:
-    """Patterns that cover every name; the first that matches decides.
+    """List patterns that cover every name; the first that matches decides.
 
     Blocks come before what is left of their tower, and `*` (logit scale and the like) comes last.
     """
@@ -130,9 +64,9 @@ def groups_of(names: Sequence[str], per: Literal["tower", "block"]) -> tuple[str
 
 
 def search_coefficients(
-    family: Family,
+    family: MakeWeights,
     names: Sequence[str],
-    evaluator: Judge | Scorer,
+    evaluator: "Evaluator",
     *,
     rule: Rule,
     method: Method = "coordinate",
@@ -141,17 +75,17 @@ def search_coefficients(
     high: float = 1.0,
     start: float | Sequence[float] | None = None,
     seed: int = 0,
-    journal: "Journal | str | os.PathLike[str] | None" = None,
     on_progress: Progress | None = None,
-) -> CoefficientsResult:
+) -> SweepResult:
     """Search numbers for `names` so that the rule's figure for `family(numbers)` is large.
+
+    With a journal in the evaluator, a search that was killed repeats its steps from it.
 
     Args:
         method: "coordinate" (a line search along each name in turn, in ever smaller steps), "random"
             (uniform), "cmaes" (covariance matrix adaptation by Optuna, the `sweep` extra).
         budget: models scored; a vector met again costs nothing.
         start: where the search begins, by default 1/len(names) of the range for each.
-        journal: a file of scores already paid for: a search that was killed repeats its steps from it.
 
     Raises:
         SelectionError: no names, no budget, an empty range, or nothing that the rule allows.
@@ -160,14 +94,15 @@ def search_coefficients(
     first = _start(start, len(names), low, high)
     if budget < 1 or not names:
         raise SelectionError("a search needs at least one coefficient and one evaluation")
-    scorer = scorer_of(evaluator, journal)
-    asked = _METHODS.get(method)
-    if asked is None:
+    if method not in _METHODS:
         raise SelectionError(f"there is no search {method!r}", hint=f"one of {', '.join(_METHODS)}")
-    tried: dict[Vector, CoefficientsPoint] = {}
-    base = scorer.scores(family(dict.fromkeys(names, 0.0)), rule.splits) if rule.needs_base else None
-    search = asked(first, low, high, budget, seed)
-    vector = next(search, None)
+    images = count_images(evaluator)
+    base = None
+    if rule.needs_base:
+        base = evaluator.scores(family(dict.fromkeys(names, Fraction(0))), rule.splits)
+    tried: dict[Vector, Point] = {}
+    search = _METHODS[method](first, low, high, seed)
+    vector: Vector | None = next(search, None)
     repeats = 0
     while vector is not None and len(tried) < budget and repeats < 20 * budget:
         if vector in tried:
@@ -175,9 +110,9 @@ def search_coefficients(
         else:
             if on_progress:
                 on_progress("searching", len(tried), budget)
-            numbers = dict(zip(names, vector, strict=True))
-            marks = scorer.scores(family(numbers), rule.splits)
-            tried[vector] = CoefficientsPoint(numbers, marks, rule.value(marks), rule.allowed(marks, base))
+            numbers = {name: exact(number) for name, number in zip(names, vector, strict=True)}
+            scores = evaluator.scores(family(numbers), rule.splits)
+            tried[vector] = Point(numbers, scores, rule.value(scores), rule.allowed(scores, base))
         point = tried[vector]
         try:
             vector = search.send(point.value if point.allowed else None)
@@ -185,49 +120,56 @@ def search_coefficients(
             break
     if on_progress:
         on_progress("searching", budget, budget)
-    ranks = {v: rule.rank(v, p.scores, base) for v, p in tried.items() if p.allowed}
-    if not ranks:
+    allowed = [point for point in tried.values() if point.allowed]
+    if not allowed:
         raise SelectionError(f"no vector tried fits the rule {rule.name}: {rule.says}")
-    chosen = tried[max(ranks, key=lambda v: ranks[v] or ())]
-    images = {"scored": scorer.scored, "saved": scorer.saved}
-    made = family(chosen.coefficients)
-    return CoefficientsResult(method, rule, made, chosen.coefficients, chosen, tuple(tried.values()), images)
+    chosen = max(allowed, key=lambda point: rule.rank(tuple(point.coefficients.values()), point.value))
+    return SweepResult(
+        kind="coefficients",
+        name=method,
+        rule=rule,
+        weights=family(chosen.coefficients),
+        coefficients={name: float(number) for name, number in chosen.coefficients.items()},
+        chosen=chosen,
+        history=tuple(tried.values()),
+        images=images(),
+    )
 
 
-def _random(first: Vector, low: float, high: float, budget: int, seed: int) -> Search:
+def _random(first: Vector, low: float, high: float, seed: int) -> Search:
     draw = random.Random(seed)
     yield first
     while True:
         yield tuple(round(draw.uniform(low, high), _DIGITS) for _ in first)
 
 
-def _coordinate(first: Vector, low: float, high: float, budget: int, seed: int) -> Search:
-    """Up and down along each coordinate, keeping what helps; half the step when nothing did."""
+def _coordinate(first: Vector, low: float, high: float, seed: int) -> Search:
+    """Step up and down along each coordinate and keep what helps; halve the step when nothing did."""
     here, best = first, (yield first)
     step = (high - low) / 4
     while step >= 10**-_DIGITS:
         moved = False
         for axis in range(len(first)):
             for sign in (1, -1):
-                there = _moved(here, axis, sign * step, low, high)
+                there = _step(here, axis, sign * step, low, high)
                 figure = None if there == here else (yield there)
                 while figure is not None and (best is None or figure > best):
                     here, best, moved = there, figure, True
-                    there = _moved(here, axis, sign * step, low, high)
+                    there = _step(here, axis, sign * step, low, high)
                     figure = None if there == here else (yield there)
         if not moved:
             step /= 2
 
 
-def _moved(here: Vector, axis: int, by: float, low: float, high: float) -> Vector:
+def _step(here: Vector, axis: int, by: float, low: float, high: float) -> Vector:
     to = round(min(max(here[axis] + by, low), high), _DIGITS)
     return (*here[:axis], to, *here[axis + 1 :])
 
 
-def _cmaes(first: Vector, low: float, high: float, budget: int, seed: int) -> Search:
+def _cmaes(first: Vector, low: float, high: float, seed: int) -> Search:
     try:
-        optuna = import_module("optuna")
-        import_module("cmaes")
+        import cmaes  # noqa: F401  (Optuna's sampler needs it, and would say so only when it is asked)
+        import optuna
     except ImportError as error:
         raise MissingExtraError("optuna and cmaes", extra="sweep", what="CMA-ES search") from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -244,7 +186,7 @@ def _cmaes(first: Vector, low: float, high: float, budget: int, seed: int) -> Se
             study.tell(trial, float(figure))
 
 
-_METHODS: Mapping[str, Callable[[Vector, float, float, int, int], Search]] = {
+_METHODS: Mapping[str, Callable[[Vector, float, float, int], Search]] = {
     "coordinate": _coordinate,
     "random": _random,
     "cmaes": _cmaes,

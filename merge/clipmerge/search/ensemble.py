@@ -3,9 +3,7 @@
 Source: Wortsman et al. 2022, arXiv 2203.05482, section 3.
 """
 
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -13,166 +11,99 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from clipmerge.search.judge import Scorer, goodness, mark_document, mcnemar_p
-from clipmerge.search.results import Table, plot, step_headers
-from clipmerge.search.soup import (
-    Order,
-    SoupStep,
-    by_score,
-    name_of,
-    opened,
-    permutation,
-    step_document,
-    step_row,
-)
-from clipmerge.types import Progress
-from clipmerge.weights.weights import Weights
+from clipmerge.evaluate.metrics import Predictions
+from clipmerge.evaluate.score import Score, score_of
+from clipmerge.evaluate.sources import Source
+from clipmerge.search.greedy import Order, choose, open_candidates
+from clipmerge.search.results import SoupResult
+from clipmerge.types import Floats, Progress
 
 if TYPE_CHECKING:
     from clipmerge.evaluate.evaluator import Evaluator
 
-Logits = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class EnsembleResult:
-    """An ensemble and how it came about.
-
-    Attributes:
-        members: its weights, each of which must run for every image. ingredients: their names.
-        score: the held-out score of the mean logits.
-    """
-
-    members: tuple[Weights, ...] = field(repr=False)
-    ingredients: tuple[str, ...]
-    names: tuple[str, ...]
-    history: tuple[SoupStep, ...]
-    score: Any
-    split: str
-    strict: bool = False
-
-    def logits(self, evaluator: "Evaluator", split: str | None = None) -> Logits:
-        """The mean of the members' logits on a split, (n, classes)."""
-        total = sum(evaluator.logits(member, split).double() for member in self.members)
-        mean: Logits = (total / len(self.members)).float().numpy()  # type: ignore[union-attr]
-        return mean
-
-    def evaluate(self, evaluator: "Evaluator", split: str | None = None) -> Any:
-        """The ensemble's score on any split."""
-        return score_of_logits(self.logits(evaluator, split), evaluator, Scorer(evaluator).split(split or ""))
-
-    def table(self) -> Table:
-        """One row a candidate, in the order of their turns."""
-        title = f"greedy ensemble: {len(self.ingredients)} of {len(self.names)}"
-        headers = step_headers(self.score.metric)
-        return Table(headers, tuple(step_row(step) for step in self.history), title)
-
-    def to_json(self) -> dict[str, Any]:
-        """Ready for `json.dumps`."""
-        return {
-            "kind": "greedy_ensemble",
-            "split": self.split,
-            "metric": self.score.metric,
-            "strict": self.strict,
-            "candidates": list(self.names),
-            "order": [step.name for step in self.history],
-            "ingredients": list(self.ingredients),
-            "score": mark_document(self.score),
-            "history": [step_document(step) for step in self.history],
-        }
-
-    def plot(self, path: str | Path) -> list[Path]:
-        """Draw held-out score against candidates tried; the files written."""
-        return plot(self.to_json(), path)
-
 
 def greedy_ensemble(
-    checkpoints: Sequence[Weights | str | os.PathLike[str]],
+    checkpoints: Sequence[Source],
     evaluator: "Evaluator",
     *,
-    split: str = "val",
+    split: str | None = None,
     strict: bool = False,
     order: Order = "score",
     seed: int = 0,
     on_progress: Progress | None = None,
-) -> EnsembleResult:
-    """The greedy ensemble of logits, chosen by the rule of `greedy_soup`.
+) -> SoupResult:
+    """Choose the members of an ensemble of logits, by the rule of `greedy_soup`.
 
     Each checkpoint runs once; its logits wait on disk, in a folder that is removed at the end.
 
     Raises:
         SelectionError: no checkpoints, an order that is no permutation, no such split.
     """
-    weights = opened(checkpoints)
-    split = Scorer(evaluator).split(split)
+    weights = open_candidates(checkpoints)
+    name = evaluator.split_name(split)
     with TemporaryDirectory(prefix="clipmerge-") as folder:
-        kept, marks = [], []
         for index, candidate in enumerate(weights):
             if on_progress:
                 on_progress("running", index, len(weights))
-            found = evaluator.logits(candidate, split).numpy()
-            marks.append(score_of_logits(found, evaluator, split))
-            path = Path(folder) / f"{index}.npy"
-            np.save(path, found)
-            kept.append(path)
+            np.save(Path(folder) / f"{index}.npy", evaluator.logits(candidate, name).numpy())
         if on_progress:
             on_progress("running", len(weights), len(weights))
-        by = [goodness(mark) for mark in marks]
-        turns = by_score(by) if order == "score" else permutation(order, len(weights), seed)
-        chosen, steps, score = _choose(turns, weights, marks, kept, evaluator, split, strict)
-    names = tuple(map(name_of, weights))
-    members = tuple(weights[turn] for turn in chosen)
-    return EnsembleResult(members, tuple(map(name_of, members)), names, steps, score, split, strict)
 
+        def logits(index: int) -> Floats:
+            return np.asarray(np.load(Path(folder) / f"{index}.npy"), np.float64)
 
-def score_of_logits(logits: npt.NDArray[Any], evaluator: "Evaluator", split: str) -> Any:
-    """The score of logits for every image of a split, (n, classes); classes that it lacks are -inf."""
-    from clipmerge.evaluate.metrics import Predictions
-    from clipmerge.evaluate.score import score_of
+        added: list[int] = []
+        total: Any = 0.0
 
-    labels, groups = evaluator.labels(split), evaluator.splits[split].groups
-    own = np.take_along_axis(logits, labels[:, None], axis=1)
-    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
-    said = Predictions(
-        labels, logits.argmax(axis=1), (logits > own).sum(axis=1) < 5, 1 / odds.sum(axis=1), groups
-    )
-    return score_of(said, evaluator.metric)
+        def score_with(members: Sequence[int], candidate: int, incumbent: Score) -> Score:
+            nonlocal total
+            for index in members[len(added) :]:  # those that were accepted since the last turn
+                added.append(index)
+                total = total + logits(index)
+            return score_logits((total + logits(candidate)) / (len(added) + 1), evaluator, name)
 
-
-def _choose(
-    turns: Sequence[int],
-    weights: Sequence[Weights],
-    marks: Sequence[Any],
-    kept: Sequence[Path],
-    evaluator: "Evaluator",
-    split: str,
-    strict: bool,
-) -> tuple[list[int], tuple[SoupStep, ...], Any]:
-    chosen: list[int] = []
-    steps: list[SoupStep] = []
-    total: npt.NDArray[Any] = np.zeros(())
-    best: Any = None
-    for number, turn in enumerate(turns, 1):
-        proposed = total + np.load(kept[turn]).astype(np.float64)
-        mark = score_of_logits(proposed / (len(chosen) + 1), evaluator, split)
-        before = best
-        new, old = goodness(mark), None if best is None else goodness(best)
-        accepted = old is None or (new > old if strict else new >= old)
-        if accepted:
-            chosen, total, best = [*chosen, turn], proposed, mark
-        steps.append(
-            SoupStep(
-                number=number,
-                name=name_of(weights[turn]),
-                alone=float(marks[turn].value),
-                value=float(mark.value),
-                at_most=None,
-                accepted=accepted,
-                seen=mark.n,
-                size=len(chosen),
-                best=float((best or mark).value),
-                interval=(float(mark.interval[0]), float(mark.interval[1])),
-                p=None if before is None else mcnemar_p(before, mark),
-            )
+        names = tuple(map(repr, weights))
+        chosen, steps, best = choose(
+            names,
+            lambda index: score_logits(logits(index), evaluator, name),
+            score_with,
+            order=order,
+            seed=seed,
+            strict=strict,
+            on_progress=None,
         )
-    return chosen, tuple(steps), best
+    return SoupResult(
+        kind="greedy_ensemble",
+        soup=None,
+        members=tuple(weights[i] for i in chosen),
+        ingredients=tuple(names[i] for i in chosen),
+        names=names,
+        history=tuple(steps),
+        score=best,
+        split=name,
+        strict=strict,
+    )
+
+
+def score_ensemble(members: Sequence[Source], evaluator: "Evaluator", split: str | None = None) -> Score:
+    """Score the mean of the members' logits on any split."""
+    return score_logits(ensemble_logits(members, evaluator, split), evaluator, split)
+
+
+def ensemble_logits(
+    members: Sequence[Source], evaluator: "Evaluator", split: str | None = None
+) -> npt.NDArray[np.float32]:
+    """Average the members' logits on a split, (n, classes)."""
+    total: Any = sum(evaluator.logits(member, split).double() for member in members)
+    mean: npt.NDArray[np.float32] = (total / len(members)).float().numpy()
+    return mean
+
+
+def score_logits(logits: npt.NDArray[Any], evaluator: "Evaluator", split: str | None = None) -> Score:
+    """Score logits for every image of a split, (n, classes); classes that it lacks are -inf."""
+    labels, groups = evaluator.labels(split), evaluator.splits[evaluator.split_name(split)].groups
+    true = np.take_along_axis(logits, labels[:, None], axis=1)
+    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+    in_top5, confidence = (logits > true).sum(axis=1) < 5, 1 / odds.sum(axis=1)
+    predictions = Predictions(labels, logits.argmax(axis=1), in_top5, confidence, groups)
+    return score_of(predictions, evaluator.metric)

@@ -3,19 +3,21 @@
 Source: Wortsman et al. 2022, arXiv 2203.05482, section 3 and appendix I.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Literal
+from functools import reduce
+from operator import add
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from clipmerge.errors import NonFiniteError, SelectionError
+from clipmerge.evaluate.sources import Source
 from clipmerge.search.coefficients import groups_of
-from clipmerge.search.judge import Scorer
+from clipmerge.search.greedy import open_candidates
 from clipmerge.search.mixture import Mixture
-from clipmerge.search.soup import SoupResult, name_of, opened
+from clipmerge.search.results import SoupResult
 from clipmerge.types import Progress
 from clipmerge.weights.coefficient import Coefficient
 from clipmerge.weights.names import matches
@@ -32,10 +34,10 @@ _DIGITS = 6
 
 
 def learned_soup(
-    checkpoints: Sequence[Weights | str | os.PathLike[str]],
+    checkpoints: Sequence[Source],
     evaluator: "Evaluator",
     *,
-    split: str = "val",
+    split: str | None = None,
     per: Per = "model",
     lr: float = 0.05,
     epochs: int = 5,
@@ -44,10 +46,10 @@ def learned_soup(
     seed: int = 0,
     on_progress: Progress | None = None,
 ) -> SoupResult:
-    """A soup whose shares minimise the held-out cross-entropy; they start equal.
+    """Learn a soup's shares by minimising the held-out cross-entropy; they start equal.
 
-    Shares are a softmax over checkpoints. Only one mixture of the checkpoints and its gradient are in memory:
-    the gradient of a share is the inner product of the mixture's gradient with that checkpoint.
+    Shares are a softmax over checkpoints. The gradient of a share is the inner product of the mixture's gradient with
+    that checkpoint, so that one backward pass through one model is enough.
 
     Args:
         per: one share a model, or a model and tower, transformer block or tensor.
@@ -56,24 +58,24 @@ def learned_soup(
     Raises:
         SelectionError: no checkpoints, no such split or grouping, or more prompts than can be learned through.
     """
-    weights = opened(checkpoints)
-    split = Scorer(evaluator).split(split)
+    weights = open_candidates(checkpoints)
+    split = evaluator.split_name(split)
     groups = groups_for(weights[0].names, per)
     evaluator.load(weights[0])
     mixture = Mixture(evaluator, split, weights, groups)
     shares, beta = _descend(mixture, lr, epochs, batch_size, temperature, seed, on_progress)
-    numbers = rounded(shares)
-    soup = _soup(weights, groups, numbers)
-    names = tuple(map(name_of, weights))
+    numbers = round_shares(shares)
+    soup = _soup(weights, tuple(groups), numbers)
+    names = tuple(map(repr, weights))
     by_group = {
         group: {name: float(share) for name, share in zip(names, row, strict=True)}
         for group, row in zip(groups, numbers, strict=True)
     }
     return SoupResult(
-        "learned",
-        soup,
-        names,
-        names,
+        kind="learned_soup",
+        soup=soup,
+        ingredients=names,
+        names=names,
         score=evaluator.score(soup, split),
         split=split,
         coefficients=by_group if len(groups) > 1 else next(iter(by_group.values())),
@@ -90,7 +92,7 @@ def _descend(
     seed: int,
     on_progress: Progress | None,
 ) -> "tuple[Float[Tensor, 'groups models'], float]":
-    """Shares and the temperature, after AdamW's last step."""
+    """Return shares and the temperature after AdamW's last step."""
     raw = torch.zeros(mixture.groups, mixture.models, requires_grad=True)
     beta = torch.ones((), requires_grad=temperature)
     optimizer = torch.optim.AdamW([raw, beta] if temperature else [raw], lr=lr, weight_decay=0.0)
@@ -120,7 +122,7 @@ def _descend(
 
 
 def groups_for(names: Sequence[str], per: Per) -> Mapping[str, Callable[[str], bool]]:
-    """Group → whether a tensor may belong to it; the first group that says yes has the tensor."""
+    """Return group → whether a tensor may belong to it; the first group that says yes has the tensor."""
     if per == "model":
         return {"all": lambda name: True}
     if per == "tensor":
@@ -134,8 +136,8 @@ def _matcher(pattern: str) -> Callable[[str], bool]:
     return lambda name: matches(pattern, name)
 
 
-def rounded(shares: "Float[Tensor, 'groups models']") -> list[list[Fraction]]:
-    """Each row to six decimals, with the remainder in its largest share: rows sum to exactly 1."""
+def round_shares(shares: "Float[Tensor, 'groups models']") -> list[list[Fraction]]:
+    """Round each row to six decimals, with the remainder in its largest share: rows sum to exactly 1."""
     rows = []
     for row in shares.tolist():
         numbers = [Fraction(round(x * 10**_DIGITS), 10**_DIGITS) for x in row]
@@ -145,13 +147,11 @@ def rounded(shares: "Float[Tensor, 'groups models']") -> list[list[Fraction]]:
 
 
 def _soup(
-    weights: Sequence[Weights], groups: Mapping[str, Any], numbers: Sequence[Sequence[Fraction]]
+    weights: Sequence[Weights], groups: Sequence[str], numbers: Sequence[Sequence[Fraction]]
 ) -> Weights:
-    terms: dict[Any, Coefficient] = {}
+    parts = []
     for column, candidate in enumerate(weights):
-        shares: Any = numbers[0][column]
-        if len(groups) > 1:
-            shares = {group: float(row[column]) for group, row in zip(groups, numbers, strict=True)}
-        for leaf, coefficient in (candidate * Coefficient.of(shares)).terms.items():
-            terms[leaf] = terms[leaf] + coefficient if leaf in terms else coefficient
-    return Weights(terms, None if len(weights) > 1 else weights[0].base)
+        rows = {group: row[column] for group, row in zip(groups, numbers, strict=True)}
+        parts.append(candidate * Coefficient.of(rows if len(groups) > 1 else numbers[0][column]))
+    total = reduce(add, parts)
+    return Weights(total.terms, None if len(weights) > 1 else total.base)

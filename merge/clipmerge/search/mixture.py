@@ -1,7 +1,8 @@
 """A mixture of checkpoints that knows the gradient of its loss with respect to each share."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -10,10 +11,12 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from clipmerge import distributed
-from clipmerge.data.pixels import mean_and_std, normalise
 from clipmerge.data.prompts import prompts
+from clipmerge.device import Precision, autocast, float32_matmul, out_of_memory_hint
 from clipmerge.errors import SelectionError
-from clipmerge.evaluate.heads import encode_text, zero_shot_head
+from clipmerge.evaluate.evaluator import Evaluator
+from clipmerge.evaluate.forward import ClipPredictor
+from clipmerge.evaluate.heads import average_templates, class_logits, encode_text
 from clipmerge.evaluate.resident import tensors_of
 from clipmerge.model import get_tokenizer
 from clipmerge.weights.names import tower_of
@@ -22,14 +25,18 @@ from clipmerge.weights.weights import Weights
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-    from clipmerge.evaluate.evaluator import Evaluator
-
 MOST_PROMPTS = 2048
 """Prompts that a step can be asked to send gradients through, where the text towers differ."""
 
+_SHARE = 0.6
+"""Candidates stay on a GPU where they fit in this share of its free memory; the rest is for activations."""
+
+_COLUMNS = 1 << 20
+"""Parameters that are widened at a time; 72 rows of them are 300 MB in fp32."""
+
 
 class Mixture:
-    """Σ share · checkpoint in one set of parameters, recomputed from mapped files at each step.
+    """Σ share · checkpoint in one set of parameters, recomputed at each step.
 
     Under torchrun each process takes its part of every batch, and gradients are added up.
 
@@ -39,139 +46,231 @@ class Mixture:
 
     def __init__(
         self,
-        evaluator: "Evaluator",
+        evaluator: Evaluator,
         split: str,
         weights: Sequence[Weights],
         groups: Mapping[str, Callable[[str], bool]],
     ) -> None:
-        self.weights = tuple(weights)
+        clip = evaluator.clip
         self.groups, self.models = len(groups), len(weights)
         self.size = len(evaluator.splits[split])
-        self._device = evaluator.resident.device
-        self._pixels = evaluator.pixels(split)
-        self._labels = torch.from_numpy(evaluator.labels(split))
-        self._covered = evaluator.splits[split].covered
-        self._mean_and_std = mean_and_std(evaluator.model.preprocess, self._device)
-        module = evaluator.resident.module
-        with tensors_of(self.weights[0]) as found:
-            floats = {name: tensor.shape for name, tensor in found if tensor.is_floating_point()}
-        known = module.state_dict()
-        self._group = {n: next(i for i, owns in enumerate(groups.values()) if owns(n)) for n in floats}
-        self._mixed = {
-            name: torch.empty(shape, dtype=torch.float32, device=self._device)
-            for name, shape in floats.items()
-            if name in known
-        }
-        self._logits = _Logits(module, *_head_of(evaluator, split, self.weights))
+        self._device, self._precision = clip.device, clip.precision
+        self._images = clip.device_split(split)
+        head, tokens = _head_of(clip, split, weights)
+        classes = len(evaluator.splits[split].classes)
+        self._logits = _Logits(clip.resident.module, head, tokens, classes, clip.precision)
+        self._layout = Layout(clip.resident.module, weights[0], groups, self._device)
+        self._candidates: Candidates = Streamed(weights, self._layout)
+        if fits(weights, self._layout):
+            self._candidates = Matrix(weights, self._layout)
 
     def gradients(
         self, shares: "Float[Tensor, 'groups models']", beta: float, indices: "Int[Tensor, ' batch']"
     ) -> "tuple[Float[Tensor, 'groups models'], float, float]":
-        """The loss's gradient by share and by temperature, and the loss, over a batch.
+        """Compute the loss's gradient by share and by temperature, and the loss, over a batch.
 
         Args:
             shares: rows sum to 1. indices: into the split's images.
         """
-        sums = torch.zeros(shares.numel() + 2, dtype=torch.float64)
-        mine = indices[distributed.rank() :: distributed.world()]
+        sums = torch.zeros(shares.numel() + 2, dtype=torch.float64, device=self._device)
+        mine = indices[distributed.rank() :: distributed.world()].numpy()
         if len(mine):
-            self._mix(shares)
-            found = self._backward(beta, mine, len(indices))
-            sums[:-2] = self._by_share(found[0]).flatten()
-            sums[-2], sums[-1] = found[1], found[2]
-        sums = distributed.all_reduce_sum(sums.to(self._device)).cpu()
+            with out_of_memory_hint("use a smaller --batch-size"), float32_matmul(self._precision):
+                self._candidates.mix(shares)
+                by_name, by_beta, loss = self._backward(beta, mine, len(indices))
+                sums[:-2] = self._candidates.products(by_name).flatten()
+                sums[-2], sums[-1] = by_beta, loss
+        sums = distributed.all_reduce_sum(sums).cpu()
         return sums[:-2].view_as(shares).float(), float(sums[-2]), float(sums[-1])
 
-    def _mix(self, shares: "Float[Tensor, 'groups models']") -> None:
-        for tensor in self._mixed.values():
-            tensor.zero_()
-        for column, candidate in enumerate(self.weights):
-            with torch.no_grad(), tensors_of(candidate) as found:
-                for name, tensor in found:
-                    if name in self._mixed:
-                        there = tensor.to(device=self._device, dtype=torch.float32)
-                        self._mixed[name].add_(there, alpha=float(shares[self._group[name], column]))
-
-    def _backward(self, beta: float, mine: Tensor, batch: int) -> tuple[dict[str, Tensor], float, float]:
-        leaves = {name: nn.Parameter(tensor) for name, tensor in self._mixed.items()}
+    def _backward(
+        self, beta: float, mine: "np.ndarray[Any, np.dtype[np.int64]]", batch: int
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        leaves = {name: nn.Parameter(tensor) for name, tensor in self._layout.mixed.items()}
         factor = torch.tensor(beta, device=self._device, requires_grad=True)
-        images = torch.from_numpy(np.ascontiguousarray(self._pixels[mine.numpy()])).to(self._device)
-        ready = normalise(images, *self._mean_and_std)
+        rows, images = next(self._images.batches(mine, [(0, len(mine))]))
         named: dict[str, Tensor] = {f"model.{name}": leaf for name, leaf in leaves.items()}
-        logits = functional_call(self._logits, named, (ready,))
-        labels = self._labels[mine].to(self._device)
-        loss = F.cross_entropy(self._covered(factor * logits), labels, reduction="sum") / batch
-        found = torch.autograd.grad(loss, [factor, *leaves.values()], allow_unused=True)
-        by_name = {n: g for n, g in zip(leaves, found[1:], strict=True) if g is not None}
-        return by_name, float(found[0]) if found[0] is not None else 0.0, float(loss.detach())
+        logits = functional_call(self._logits, named, (self._images.normalise(images),))
+        labels = self._images.labels[rows]
+        loss = F.cross_entropy(self._images.covered(factor * logits), labels, reduction="sum") / batch
+        by_beta, *by_leaf = torch.autograd.grad(loss, [factor, *leaves.values()], allow_unused=True)
+        by_name = {n: g for n, g in zip(leaves, by_leaf, strict=True) if g is not None}
+        return by_name, torch.zeros_like(loss) if by_beta is None else by_beta, loss.detach()
 
-    def _by_share(self, by_name: Mapping[str, Tensor]) -> "Float[Tensor, 'groups models']":
-        """Inner products of the mixture's gradient with each checkpoint, group by group."""
-        sums = torch.zeros(self.groups, self.models, dtype=torch.float64)
-        for column, candidate in enumerate(self.weights):
-            with torch.no_grad(), tensors_of(candidate) as found:
-                for name, tensor in found:
+
+class Layout:
+    """Where each float tensor of the mixture lies in one flat vector, group by group.
+
+    Attributes:
+        flat: the mixture, fp32 on the device. mixed: its tensors by name, views of `flat`.
+        group: name → number of its group. bounds: each group's beginning and end in `flat`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        weights: Weights,
+        groups: Mapping[str, Callable[[str], bool]],
+        device: torch.device,
+    ) -> None:
+        known = module.state_dict()
+        with tensors_of(weights) as tensors:
+            shapes = {n: t.shape for n, t in tensors if t.is_floating_point() and n in known}
+        self.group = {n: next(i for i, owns in enumerate(groups.values()) if owns(n)) for n in shapes}
+        names = sorted(shapes, key=lambda name: self.group[name])
+        ends = dict(zip(names, accumulate(shapes[name].numel() for name in names), strict=True))
+        self.spans = {name: (ends[name] - shapes[name].numel(), ends[name]) for name in names}
+        self.flat = torch.empty(max(ends.values(), default=0), dtype=torch.float32, device=device)
+        self.mixed = {n: self.flat[slice(*self.spans[n])].view(shapes[n]) for n in shapes}
+        sizes = [0] * len(groups)
+        for name in names:
+            sizes[self.group[name]] += shapes[name].numel()
+        self.bounds = [(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
+
+
+class Candidates(Protocol):
+    """The checkpoints of a mixture."""
+
+    def mix(self, shares: "Float[Tensor, 'groups models']") -> None:
+        """Fill the layout's vector with the sum of checkpoints times their shares."""
+
+    def products(self, by_name: Mapping[str, Tensor]) -> "Float[Tensor, 'groups models']":
+        """Multiply the mixture's gradient with each checkpoint, group by group; fp64 on the device."""
+
+
+class Streamed:
+    """Checkpoints that are read from their mapped files at each step: one mixture is all that memory holds."""
+
+    def __init__(self, weights: Sequence[Weights], layout: Layout) -> None:
+        self._weights, self._layout = weights, layout
+
+    def mix(self, shares: "Float[Tensor, 'groups models']") -> None:
+        """See `Candidates.mix`."""
+        layout = self._layout
+        layout.flat.zero_()
+        for column, candidate in enumerate(self._weights):
+            with torch.no_grad(), tensors_of(candidate) as tensors:
+                for name, tensor in tensors:
+                    if name in layout.mixed:
+                        value = tensor.to(device=layout.flat.device, dtype=torch.float32)
+                        layout.mixed[name].add_(value, alpha=float(shares[layout.group[name], column]))
+
+    def products(self, by_name: Mapping[str, Tensor]) -> "Float[Tensor, 'groups models']":
+        """See `Candidates.products`."""
+        layout, models = self._layout, len(self._weights)
+        sums = torch.zeros(len(layout.bounds), models, dtype=torch.float64, device=layout.flat.device)
+        for column, candidate in enumerate(self._weights):
+            with torch.no_grad(), tensors_of(candidate) as tensors:
+                for name, tensor in tensors:
                     if name in by_name:
-                        there = tensor.to(device=self._device, dtype=torch.float32)
-                        product = torch.dot(by_name[name].flatten(), there.flatten())
-                        sums[self._group[name], column] += product.double().cpu()
+                        value = tensor.to(device=layout.flat.device, dtype=torch.float32)
+                        product = torch.dot(by_name[name].flatten(), value.flatten())
+                        sums[layout.group[name], column] += product.double()
         return sums
+
+
+class Matrix:
+    """Checkpoints that stay on the device as one matrix (models, parameters), in their own dtype."""
+
+    def __init__(self, weights: Sequence[Weights], layout: Layout) -> None:
+        self._layout = layout
+        shape = (len(weights), layout.flat.numel())
+        self._matrix = torch.empty(shape, dtype=_dtype_of(weights, layout), device=layout.flat.device)
+        for row, candidate in zip(self._matrix, weights, strict=True):
+            with tensors_of(candidate) as tensors:
+                for name, tensor in tensors:
+                    if name in layout.spans:
+                        row[slice(*layout.spans[name])].copy_(tensor.reshape(-1))
+
+    def mix(self, shares: "Float[Tensor, 'groups models']") -> None:
+        """See `Candidates.mix`."""
+        rows = shares.to(self._layout.flat)
+        for group, start, stop in self._blocks():
+            self._layout.flat[start:stop] = rows[group] @ self._matrix[:, start:stop].float()
+
+    def products(self, by_name: Mapping[str, Tensor]) -> "Float[Tensor, 'groups models']":
+        """See `Candidates.products`."""
+        layout, models = self._layout, len(self._matrix)
+        gradient = torch.zeros_like(layout.flat)
+        for name, values in by_name.items():
+            gradient[slice(*layout.spans[name])] = values.reshape(-1)
+        sums = torch.zeros(len(layout.bounds), models, dtype=torch.float64, device=gradient.device)
+        for group, start, stop in self._blocks():
+            sums[group] += (self._matrix[:, start:stop].float() @ gradient[start:stop]).double()
+        return sums
+
+    def _blocks(self) -> list[tuple[int, int, int]]:
+        """List (group, start, stop) of columns that are few enough to be widened at once."""
+        return [
+            (group, start, min(start + _COLUMNS, end))
+            for group, (first, end) in enumerate(self._layout.bounds)
+            for start in range(first, end, _COLUMNS)
+        ]
+
+
+def fits(weights: Sequence[Weights], layout: Layout) -> bool:
+    """Decide whether all checkpoints can stay on a GPU beside a training step."""
+    device = layout.flat.device
+    if device.type != "cuda":
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    return len(weights) * layout.flat.numel() * _dtype_of(weights, layout).itemsize <= _SHARE * free
+
+
+def _dtype_of(weights: Sequence[Weights], layout: Layout) -> torch.dtype:
+    """Return the dtype that all checkpoints share, fp32 where they do not."""
+    dtypes = set()
+    for candidate in weights:
+        with tensors_of(candidate) as tensors:
+            dtypes |= {tensor.dtype for name, tensor in tensors if name in layout.spans}
+    return dtypes.pop() if dtypes in ({torch.bfloat16}, {torch.float16}) else torch.float32
 
 
 class _Logits(nn.Module):
     """Images → logits, with everything that `functional_call` may replace below `model`."""
 
-    def __init__(self, model: nn.Module, head: Tensor | None, tokens: Tensor | None, classes: int) -> None:
+    def __init__(
+        self, model: nn.Module, head: Tensor | None, tokens: Tensor | None, classes: int, precision: Precision
+    ) -> None:
         super().__init__()
         self.model = model
         self.register_buffer("head", head, persistent=False)
         self.register_buffer("tokens", tokens, persistent=False)
-        self.classes = classes
+        self.classes, self.precision = classes, precision
 
     def forward(self, images: "Float[Tensor, 'batch 3 height width']") -> "Float[Tensor, 'batch classes']":
         model: Any = self.model
-        features = model.encode_image(images, normalize=True)
-        trained = getattr(model, "classification_head", None)
-        if trained is not None:
-            return F.linear(features, trained.weight, trained.bias)
-        head = self.head
+        with autocast(self.precision, images.device):
+            features = model.encode_image(images, normalize=False)
+        head = self.head if isinstance(self.head, Tensor) else None
         if isinstance(self.tokens, Tensor):
-            encoded = encode_text(self.model, self.tokens)
-            head = F.normalize(encoded.view(self.classes, -1, encoded.shape[-1]).mean(dim=1), dim=-1)
-        logits: Tensor = model.logit_scale.exp() * features @ head.T
-        bias = getattr(model, "logit_bias", None)
-        return logits if bias is None else logits + bias
+            head = average_templates(encode_text(model, self.tokens), self.classes)
+        return class_logits(model, F.normalize(features.float(), dim=-1), head)
 
 
 def _head_of(
-    evaluator: "Evaluator", split: str, weights: Sequence[Weights]
-) -> tuple[Tensor | None, Tensor | None, int]:
-    """(fixed head, prompts to build one from at each step, classes), for weights with no head of their own.
+    clip: ClipPredictor, split: str, weights: Sequence[Weights]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return a fixed head, or prompts to build one from at each step; neither for weights with a trained head.
 
     One text tower for all checkpoints makes one head. Where towers differ, the head follows the mixture.
     """
-    classes = evaluator.splits[split].classes
-    module = evaluator.resident.module
-    if hasattr(module, "classification_head"):
-        return None, None, len(classes)
-    templates = evaluator.templates(split)
-    tokenizer = get_tokenizer(evaluator.model)
-    if _one_text_tower(weights):
-        return zero_shot_head(module, tokenizer, classes, templates), None, len(classes)
-    texts = [text for row in prompts(classes, templates) for text in row]
+    if hasattr(clip.resident.module, "classification_head") or _one_text_tower(weights):
+        return clip.head(split), None
+    texts = [text for row in prompts(clip.splits[split].classes, clip.templates(split)) for text in row]
     if len(texts) > MOST_PROMPTS:
         raise SelectionError(
             f"learning through differing text towers takes at most {MOST_PROMPTS} prompts, not {len(texts)}",
             hint="use fewer templates, as in --templates simple",
         )
-    return None, tokenizer(texts).to(evaluator.resident.device), len(classes)
+    return None, get_tokenizer(clip.spec())(texts).to(clip.device)
 
 
 def _one_text_tower(weights: Sequence[Weights]) -> bool:
-    with tensors_of(weights[0]) as found:
-        first = {name: tensor for name, tensor in found if tower_of(name) == "text"}
+    with tensors_of(weights[0]) as tensors:
+        first = {name: tensor for name, tensor in tensors if tower_of(name) == "text"}
         for other in weights[1:]:
-            with tensors_of(other) as theirs:
-                if not all(torch.equal(first[n], t) for n, t in theirs if n in first):
+            with tensors_of(other) as others:
+                if not all(torch.equal(first[name], tensor) for name, tensor in others if name in first):
                     return False
     return True

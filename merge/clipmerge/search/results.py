@@ -1,14 +1,21 @@
-"""What a search hands back, as plain tables and JSON; the report room draws it."""
+"""What a search hands back: checkpoints chosen (soups, ensembles) or coefficients chosen, as tables and JSON."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib import import_module
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, Literal
+
+from clipmerge.errors import SelectionError
+from clipmerge.evaluate.score import Score, Stopped
+from clipmerge.search.rules import Rule
+from clipmerge.weights.weights import Weights
+
+if TYPE_CHECKING:
+    from clipmerge.evaluate.evaluator import Evaluator
 
 Cell = str
 
-MOST_COLUMNS = 6
+_MOST_COLUMNS = 6
 _MOST_ROWS = 40
 
 
@@ -21,38 +28,144 @@ class Table:
     title: str = ""
 
 
-def percent(value: float | None, digits: int = 2) -> Cell:
-    """0.8125 as 81.25; a dash for None."""
-    return "–" if value is None else f"{100 * value:.{digits}f}"
+# -- checkpoints chosen ------------------------------------------------------------------------------------
 
 
-def span(interval: Sequence[float] | None) -> Cell:
-    """A 95 % interval as 78.1–84.0."""
-    return "–" if interval is None else f"{100 * interval[0]:.1f}–{100 * interval[1]:.1f}"
+@dataclass(frozen=True)
+class Step:
+    """One candidate's turn in a greedy search.
+
+    Attributes:
+        number: 1 for the first.
+        alone: the candidate's own score, None where the order did not ask for it.
+        outcome: the score with the candidate, or how it was stopped because it could not win.
+        images_scored: images that were looked at for it (0: the score was known).
+        size, best: members, and their score, after this turn.
+        p: McNemar's p of the outcome against the score before it.
+    """
+
+    number: int
+    name: str
+    alone: float | None
+    outcome: Score | Stopped
+    accepted: bool
+    images_scored: int
+    size: int
+    best: float
+    p: float | None
+
+    @property
+    def stopped(self) -> bool:
+        return isinstance(self.outcome, Stopped)
+
+    @property
+    def value(self) -> float | None:
+        """The score with the candidate, None where the pass was stopped."""
+        return self.outcome.value if isinstance(self.outcome, Score) else None
+
+    @property
+    def at_most(self) -> float | None:
+        """The best that a stopped pass could still have reached."""
+        return self.outcome.at_most if isinstance(self.outcome, Stopped) else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % for `value`."""
+        return self.outcome.interval if isinstance(self.outcome, Score) else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return numbers and words, ready for `json.dumps`."""
+        names = ("number", "name", "alone", "value", "at_most", "accepted", "size", "best", "p", "stopped")
+        interval = None if self.interval is None else list(self.interval)
+        plain = {name: getattr(self, name) for name in names}
+        return plain | {"seen": self.images_scored, "interval": interval}
+
+    def row(self) -> tuple[Cell, ...]:
+        """Return the cells of a table's row."""
+        shown = f"≤ {_percent(self.at_most)}" if self.stopped else _percent(self.value)
+        verdict = "accepted" if self.accepted else "refused"
+        outcome = (shown, _interval_text(self.interval), _p_text(self.p))
+        return (str(self.number), self.name, _percent(self.alone), *outcome, verdict, _percent(self.best))
 
 
-def chance(p: float | None) -> Cell:
-    """A p value, with small ones as a bound."""
-    if p is None:
-        return "–"
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
+@dataclass(frozen=True, kw_only=True)
+class SoupResult:
+    """A soup or an ensemble, and how it came about.
 
+    Attributes:
+        soup: the soup, unread until it is saved or loaded; None for an ensemble.
+        members: an ensemble's weights, each of which must run for every image.
+        ingredients: names, in the order in which they were accepted. names: all candidates, in the order given.
+        score: the held-out score, None for a uniform soup that nobody scored.
+        coefficients: of a learned soup, name (or group, then name) → share.
+        temperature: the factor on a learned soup's logits that was learned beside its shares.
+        images: {"scored", "saved"}: images through a model, and spared by early stopping and the journal.
+    """
 
-def step_headers(metric: str) -> tuple[str, ...]:
-    """Over the rows of a greedy search; p compares top-1 answers, whatever the metric."""
-    p = "p" if metric == "top1" else "p (top-1)"
-    return ("", "checkpoint", "alone", "with it", "95 %", p, "", "best")
+    kind: Literal["uniform_soup", "greedy_soup", "learned_soup", "greedy_ensemble"]
+    soup: Weights | None
+    ingredients: tuple[str, ...]
+    names: tuple[str, ...]
+    members: tuple[Weights, ...] = field(default=(), repr=False)
+    history: tuple[Step, ...] = ()
+    score: Score | None = None
+    split: str | None = None
+    strict: bool = False
+    coefficients: Mapping[str, Any] | None = None
+    temperature: float | None = None
+    images: Mapping[str, int] | None = None
+
+    @property
+    def weights(self) -> Weights:
+        """The soup.
+
+        Raises:
+            SelectionError: it is an ensemble, which is several models.
+        """
+        if self.soup is None:
+            raise SelectionError("an ensemble is several models, not one", hint="see its members")
+        return self.soup
+
+    def table(self) -> Table:
+        """Return one row a candidate, in the order of their turns; or a learned soup's shares."""
+        title = self.kind.replace("_", " ")
+        if self.coefficients is not None:
+            return shares_table(self.coefficients, self.temperature)
+        if not self.history or self.score is None:
+            return Table(("checkpoint",), tuple((name,) for name in self.names), title)
+        p = (
+            "p" if self.score.metric == "top1" else "p (top-1)"
+        )  # it compares top-1 answers, whatever the metric
+        headers = ("", "checkpoint", "alone", "with it", "95 %", p, "", "best")
+        title += f": {len(self.ingredients)} of {len(self.names)}"
+        return Table(headers, tuple(step.row() for step in self.history), title)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything but the weights, ready for `json.dumps`."""
+        document: dict[str, Any] = {
+            "kind": self.kind,
+            "split": self.split,
+            "metric": None if self.score is None else self.score.metric,
+            "strict": self.strict,
+            "candidates": list(self.names),
+            "order": [step.name for step in self.history] or list(self.names),
+            "ingredients": list(self.ingredients),
+            "score": None if self.score is None else self.score.to_json(),
+            "history": [step.to_json() for step in self.history],
+        }
+        extras = {"coefficients": self.coefficients, "temperature": self.temperature, "images": self.images}
+        return document | {key: value for key, value in extras.items() if value is not None}
 
 
 def shares_table(coefficients: Mapping[str, Any], temperature: float | None) -> Table:
-    """A learned soup's shares: all of them where they fit on a screen, else their range over the groups."""
+    """Show a learned soup's shares: all of them where they fit on a screen, else their range over the groups."""
     title = "learned soup" if temperature is None else f"learned soup; logits times {temperature:.4g}"
     rows = list(coefficients.values())
     if not isinstance(rows[0], Mapping):
         pairs = tuple((name, f"{share:.4f}") for name, share in coefficients.items())
         return Table(("checkpoint", "share"), pairs, title)
     names = tuple(rows[0])
-    if len(names) <= MOST_COLUMNS and len(rows) <= _MOST_ROWS:
+    if len(names) <= _MOST_COLUMNS and len(rows) <= _MOST_ROWS:
         cells = tuple((group, *(f"{row[n]:.4f}" for n in names)) for group, row in coefficients.items())
         return Table(("group", *names), cells, title)
     shares = {name: [row[name] for row in rows] for name in names}
@@ -62,8 +175,163 @@ def shares_table(coefficients: Mapping[str, Any], temperature: float | None) -> 
     return Table(("checkpoint", "mean share", "lowest", "highest"), ranges, f"{title}; {len(rows)} groups")
 
 
-def plot(document: dict[str, Any], path: str | Path) -> list[Path]:
-    """Draw a result's document; the files that were written."""
-    figures = import_module("clipmerge.report.figures")
-    drawn: list[Path] = figures.plot(document, Path(path))
-    return drawn
+# -- coefficients chosen -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Point:
+    """Coefficients that were tried, exactly.
+
+    Attributes:
+        scores: split → score. value: the rule's figure. allowed: whether the rule may choose it.
+        refined: found between grid points.
+    """
+
+    coefficients: Mapping[str, Fraction]
+    scores: Mapping[str, Score]
+    value: Fraction
+    allowed: bool = True
+    refined: bool = False
+
+    @property
+    def coefficient(self) -> float:
+        """The only coefficient."""
+        (only,) = self.coefficients.values()
+        return float(only)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepResult:
+    """Coefficients tried, and the choice: a sweep of one, a search over several, or patching made of either.
+
+    Attributes:
+        name: the family of a sweep ("interpolate", "add" …), the method of a search, the mode of patching.
+        weights: the model chosen. coefficients: its numbers by name; one for each task of sequential patching.
+        chosen: its point. history: every point, by coefficient for a sweep and else in order.
+        steps: the sweeps (or the one search) that patching is made of.
+    """
+
+    kind: Literal["sweep", "coefficients", "patch"]
+    name: str
+    rule: Rule
+    weights: Weights
+    coefficients: Mapping[str, float]
+    chosen: Point
+    history: tuple[Point, ...]
+    images: Mapping[str, int]
+    steps: "tuple[SweepResult, ...]" = ()
+
+    @property
+    def coefficient(self) -> float:
+        """The only coefficient that was chosen."""
+        (only,) = self.coefficients.values()
+        return only
+
+    @property
+    def base(self) -> Point | None:
+        """The point where every coefficient is 0, where it was tried."""
+        return next((point for point in self.history if not any(point.coefficients.values())), None)
+
+    def table(self) -> Table:
+        """Return a sweep's points, or the points at which a search rose; the chosen one is marked in words."""
+        if self.kind == "sweep":
+            return self._sweep_table()
+        if self.kind == "coefficients":
+            return self._search_table()
+        tables = [step.table() for step in self.steps]
+        if len(tables) == 1:
+            return tables[0]
+        rows = tuple((str(n), row[0], *row[-2:]) for n, table in enumerate(tables, 1) for row in table.rows)
+        return Table(("step", "alpha", "paint", ""), rows, f"{self.name} patching")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything but the weights, ready for `json.dumps`."""
+        if self.kind == "patch":
+            alphas = list(self.coefficients.values())
+            several = self.name in ("sequential", "parallel")
+            document = {"kind": self.kind, "mode": self.name, "alpha": alphas if several else alphas[0]}
+            parts: dict[str, list[Any]] = {"sweep": [], "coefficients": []}
+            for step in self.steps:
+                parts[step.kind].append(step.to_json())
+            searches = {"search": parts["coefficients"][0]} if parts["coefficients"] else {}
+            return document | {"steps": parts["sweep"]} | searches
+        one = len(self.coefficients) == 1 and self.kind == "sweep"
+        return {
+            "kind": self.kind,
+            "family" if self.kind == "sweep" else "method": self.name,
+            "rule": self.rule.to_json(),
+            **({"coefficient": self.coefficient} if one else {"coefficients": dict(self.coefficients)}),
+            "metric": next(iter(self.chosen.scores.values())).metric,
+            "splits": list(self.chosen.scores),
+            "points": [self._point_json(point, one) for point in self.history],
+            "images": dict(self.images),
+        }
+
+    def _sweep_table(self) -> Table:
+        splits, figure = list(self.chosen.scores), () if self.rule.largest_allowed else (self.rule.name,)
+        headers = (*self.coefficients, *(cell for split in splits for cell in (split, "95 %", "p")))
+        rows = []
+        for point in self.history:
+            cells = [f"{point.coefficient:g}"]
+            for split, score in point.scores.items():
+                p = _p_text(self._p(point, split))
+                cells += [_percent(score.value), _interval_text(score.interval), p]
+            notes = ["chosen"] if point is self.chosen else []
+            notes += [] if point.allowed else ["not allowed"]
+            notes += ["refined"] if point.refined else []
+            cells += [_percent(float(point.value))] if figure else []
+            rows.append((*cells, ", ".join(notes)))
+        return Table((*headers, *figure, ""), tuple(rows), f"{self.name}: {self.rule.says}")
+
+    def _search_table(self) -> Table:
+        shown = tuple(self.coefficients) if len(self.coefficients) <= _MOST_COLUMNS else ()
+        headers = ("evaluation", *(f"×{name}" for name in shown), *self.chosen.scores, self.rule.name)
+        rows: list[tuple[Cell, ...]] = []
+        best: Fraction | None = None
+        for number, point in enumerate(self.history, 1):
+            if point.allowed and (best is None or point.value > best or point is self.chosen):
+                best = point.value
+                numbers = (f"{float(point.coefficients[name]):g}" for name in shown)
+                values = (_percent(score.value) for score in point.scores.values())
+                rows.append((str(number), *numbers, *values, _percent(float(point.value))))
+        return Table(headers, tuple(rows), f"{self.name} search: {self.rule.says}")
+
+    def _p(self, point: Point, split: str) -> float | None:
+        """Compute McNemar's p of a point against the base."""
+        base = self.base
+        return None if base is None or base is point else base.scores[split].p_value(point.scores[split])
+
+    def _point_json(self, point: Point, one: bool) -> dict[str, Any]:
+        numbers = {name: float(number) for name, number in point.coefficients.items()}
+        scores = {split: s.to_json() | {"p": self._p(point, split)} for split, s in point.scores.items()}
+        return {
+            **({"coefficient": point.coefficient} if one else {"coefficients": numbers}),
+            "value": float(point.value),
+            "allowed": point.allowed,
+            "refined": point.refined,
+            "chosen": point is self.chosen,
+            "scores": scores,
+        }
+
+
+def count_images(evaluator: "Evaluator") -> Callable[[], dict[str, int]]:
+    """Return what tells how many images were scored and saved since this call."""
+    scored, saved = evaluator.images_scored, evaluator.images_saved
+    return lambda: {"scored": evaluator.images_scored - scored, "saved": evaluator.images_saved - saved}
+
+
+def _percent(value: float | None) -> Cell:
+    """Write 0.8125 as 81.25; a dash for None."""
+    return "–" if value is None else f"{100 * value:.2f}"
+
+
+def _interval_text(interval: Sequence[float] | None) -> Cell:
+    """Write a 95 % interval as 78.1–84.0."""
+    return "–" if interval is None else f"{100 * interval[0]:.1f}–{100 * interval[1]:.1f}"
+
+
+def _p_text(p: float | None) -> Cell:
+    """Write a p value, a small one as a bound."""
+    if p is None:
+        return "–"
+    return "<0.001" if p < 0.001 else f"{p:.3f}"

@@ -6,10 +6,10 @@ from fractions import Fraction
 from typing import Any
 
 from clipmerge.errors import SelectionError
-from clipmerge.search.judge import goodness
+from clipmerge.evaluate.score import Score
 
-Marks = Mapping[str, Any]
-"""Split → Mark."""
+Scores = Mapping[str, Score]
+"""Split → score."""
 
 
 @dataclass(frozen=True)
@@ -20,15 +20,15 @@ class Rule:
         name: as `--rule` and JSON call it. says: the rule in words.
         roles: role → the splits that play it.
         value: the figure that is made as large as possible.
-        allows: whether a point may be chosen, given its marks and the base's (the point at 0).
-        prefers: which end wins a tie, and under `largest_allowed` wins outright.
+        allows: whether a point may be chosen, given its scores and the base's (the point at 0).
+        largest_allowed: choose the largest coefficient that is allowed, whatever its figure.
     """
 
     name: str
     says: str
     roles: Mapping[str, tuple[str, ...]]
-    value: Callable[[Marks], Fraction] = field(repr=False)
-    allows: Callable[[Marks, Marks], bool] | None = field(default=None, repr=False)
+    value: Callable[[Scores], Fraction] = field(repr=False)
+    allows: Callable[[Scores, Scores], bool] | None = field(default=None, repr=False)
     largest_allowed: bool = False
 
     @property
@@ -40,72 +40,73 @@ class Rule:
     def needs_base(self) -> bool:
         return self.allows is not None
 
-    def allowed(self, marks: Marks, base: Marks | None) -> bool:
-        return self.allows is None or base is None or self.allows(marks, base)
+    def allowed(self, scores: Scores, base: Scores | None) -> bool:
+        """Decide whether a point may be chosen; without the base's scores every point may."""
+        return self.allows is None or base is None or self.allows(scores, base)
 
-    def rank(self, at: Sequence[float], marks: Marks, base: Marks | None) -> tuple[Any, ...] | None:
-        """Larger is better; None where the point is not allowed. Equal figures: the smaller coefficients."""
-        if not self.allowed(marks, base):
-            return None
+    def rank(self, coefficients: Sequence[Fraction], value: Fraction) -> tuple[Fraction, ...]:
+        """Return what orders allowed points, larger being better. Equal figures: the smaller coefficients."""
         if self.largest_allowed:
-            return tuple(at)
-        return (self.value(marks), -sum(at), *(-x for x in at))
+            return tuple(coefficients)
+        return (value, -sum(coefficients, Fraction(0)), *(-x for x in coefficients))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return name, words and roles, ready for `json.dumps`."""
+        roles = {role: list(splits) for role, splits in self.roles.items()}
+        return {"name": self.name, "says": self.says, "roles": roles}
 
 
 def best_id(id: str = "id") -> Rule:
-    """The best in-distribution score: WiSE-FT where shifts may not be looked at."""
-    return Rule("best-id", f"best {id}", {"id": (id,)}, lambda marks: goodness(marks[id]))
+    """Choose the best in-distribution score: WiSE-FT where shifts may not be looked at."""
+    return Rule("best-id", f"best {id}", {"id": (id,)}, lambda scores: scores[id].figure)
 
 
 def best_mean(id: str = "id", shifts: Sequence[str] = ("shift",)) -> Rule:
-    """The best mean of the in-distribution score and the mean over shifts (WiSE-FT)."""
-    names = tuple(shifts)
-    _some("shift", names)
+    """Choose the best mean of the in-distribution score and the mean over shifts (WiSE-FT)."""
+    names = _not_empty("shift", shifts)
     return Rule(
         "best-mean",
-        f"best mean of {id} and {_mean_of(names)}",
+        f"best mean of {id} and {_mean_text(names)}",
         {"id": (id,), "shift": names},
-        lambda marks: (goodness(marks[id]) + _mean(marks, names)) / 2,
+        lambda scores: (scores[id].figure + _mean(scores, names)) / 2,
     )
 
 
 def paint(patching: Sequence[str] = ("patch",), supported: Sequence[str] = ("supported",)) -> Rule:
-    """The best mean of the supported tasks' mean and the patching tasks' mean (PAINT)."""
-    new, old = tuple(patching), tuple(supported)
-    _some("patching", new)
-    _some("supported", old)
+    """Choose the best mean of the supported tasks' mean and the patching tasks' mean (PAINT)."""
+    new, old = _not_empty("patching", patching), _not_empty("supported", supported)
     return Rule(
         "paint",
-        f"best mean of {_mean_of(old)} and {_mean_of(new)}",
+        f"best mean of {_mean_text(old)} and {_mean_text(new)}",
         {"patching": new, "supported": old},
-        lambda marks: (_mean(marks, new) + _mean(marks, old)) / 2,
+        lambda scores: (_mean(scores, new) + _mean(scores, old)) / 2,
     )
 
 
 def normalised_mean(references: Mapping[str, float | Fraction]) -> Rule:
-    """The best mean over tasks of score ÷ the score of that task's own finetuned model (task addition).
+    """Choose the best mean over tasks of score ÷ the score of that task's own finetuned model (task addition).
 
     Args:
         references: split → the finetuned model's score on it.
     """
-    _some("task", tuple(references))
+    names = _not_empty("task", tuple(references))
     parts = {split: Fraction(reference) for split, reference in references.items()}
-    bad = [split for split, reference in parts.items() if reference <= 0]
-    if bad:
+    zero = [split for split, reference in parts.items() if reference <= 0]
+    if zero:
         raise SelectionError(
-            f"the finetuned model of {_and(bad)} scores 0 there, so nothing can be measured against it",
+            f"the finetuned model of {_and(zero)} scores 0 there, so nothing can be measured against it",
             hint="check that each finetuned checkpoint has its own data, in the same order",
         )
     return Rule(
         "normalised-mean",
-        f"best mean of {_and(tuple(parts))}, each over its finetuned model's",
-        {"task": tuple(parts)},
-        lambda marks: sum((goodness(marks[s]) / r for s, r in parts.items()), Fraction(0)) / len(parts),
+        f"best mean of {_and(names)}, each over its finetuned model's",
+        {"task": names},
+        lambda scores: sum((scores[s].figure / r for s, r in parts.items()), Fraction(0)) / len(parts),
     )
 
 
 def keep_control(keep: float = 0.95, target: str = "target", control: str = "control") -> Rule:
-    """The largest scale whose control score stays at `keep` of the base's or above (negation)."""
+    """Choose the largest scale whose control score stays at `keep` of the base's or above (negation)."""
     if not 0 <= keep <= 1:
         raise SelectionError(f"keep is a share between 0 and 1, not {keep}")
     share = Fraction(repr(float(keep)))
@@ -113,29 +114,29 @@ def keep_control(keep: float = 0.95, target: str = "target", control: str = "con
         "keep-control",
         f"largest scale that keeps {float(100 * share):g} % of the base's {control}",
         {"target": (target,), "control": (control,)},
-        lambda marks: -goodness(marks[target]),
-        lambda marks, base: goodness(marks[control]) >= share * goodness(base[control]),
+        lambda scores: -scores[target].figure,
+        lambda scores, base: scores[control].figure >= share * base[control].figure,
         largest_allowed=True,
     )
 
 
 def mean_of(splits: Sequence[str]) -> Rule:
-    """The best plain mean over splits."""
-    names = tuple(splits)
-    _some("split", names)
-    return Rule("mean", f"best mean of {_and(names)}", {"split": names}, lambda marks: _mean(marks, names))
+    """Choose the best plain mean over splits."""
+    names = _not_empty("split", splits)
+    return Rule("mean", f"best mean of {_and(names)}", {"split": names}, lambda scores: _mean(scores, names))
 
 
-def _mean(marks: Marks, splits: Sequence[str]) -> Fraction:
-    return sum((goodness(marks[split]) for split in splits), Fraction(0)) / len(splits)
+def _mean(scores: Scores, splits: Sequence[str]) -> Fraction:
+    return sum((scores[split].figure for split in splits), Fraction(0)) / len(splits)
 
 
-def _some(role: str, splits: Sequence[str]) -> None:
+def _not_empty(role: str, splits: Sequence[str]) -> tuple[str, ...]:
     if not splits:
         raise SelectionError(f"the rule needs a {role} split and was given none")
+    return tuple(splits)
 
 
-def _mean_of(names: Sequence[str]) -> str:
+def _mean_text(names: Sequence[str]) -> str:
     return f"mean({', '.join(names)})" if len(names) > 1 else names[0]
 
 

@@ -27,3 +27,9 @@ def evaluator(tiny_spec: Any, digits: Split) -> Any:
     from clipmerge.evaluate.evaluator import Evaluator
 
     return Evaluator(tiny_spec, {"val": digits})
+
+
+@pytest.fixture(scope="session")
+def spread(tiny_checkpoints: Any) -> Any:
+    """The tiny checkpoints' paths, without the base."""
+    return [path for name, path in tiny_checkpoints.items() if name != "base"]

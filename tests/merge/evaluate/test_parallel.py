@@ -17,15 +17,16 @@ import json, sys, torch
 from clipmerge.data.open import open_split
 from clipmerge import distributed
 from clipmerge.evaluate.evaluator import Evaluator
+from clipmerge.evaluate.score import is_better
 from clipmerge.weights.weights import load
 
 def said(model, *paths):
     evaluator = Evaluator(model, open_split("digits#val", limit=101), batch_size=16)
     weights = [load(path) for path in paths]
-    scores = [evaluator.score(w).to_dict(arrays=True) for w in weights]
-    trial = evaluator.trial(strict=True)
-    trial.begin(weights[0])
-    accepted = [trial.propose(w, 0.5).accepted for w in weights]
+    scores = [evaluator.score(w).to_json(mask=True) for w in weights]
+    first = evaluator.score(weights[0])
+    tried = [evaluator.score_with(weights[:1], w, incumbent=first, strict=True) for w in weights[1:]]
+    accepted = [is_better(result, first, strict=True) for result in tried]
     return {"scores": scores, "accepted": accepted, "logits": evaluator.logits(weights[1]).double().sum(0).tolist()}
 
 if __name__ == "__main__":

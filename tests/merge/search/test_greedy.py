@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.merge.search.table_judge import Recipe, TableJudge, point, random_bits, recipe
+from tests.merge.search.table import Recipe, point, random_bits, recipe, table_evaluator
 
 from clipmerge.checkpoint.tensors import Checkpoint, Extent, Tensor
 from clipmerge.errors import MismatchError, SelectionError
@@ -57,8 +57,8 @@ def test_on_random_tables_the_choice_is_the_straight_line_one(
     seed: int, size: int, right: float, strict: bool, early: bool
 ) -> None:
     bits = random_bits(seed, size, right)
-    judge = TableJudge({"val": size}, bits, seed)
-    soup = greedy_soup([point(n) for n in NAMES], judge, strict=strict, early_stop=early)
+    evaluator, _ = table_evaluator({"val": size}, bits)
+    soup = greedy_soup([point(n) for n in NAMES], evaluator, strict=strict, early_stop=early)
     order, chosen, best = straight_line(NAMES, bits, strict)
     assert [step.name for step in soup.history] == order
     assert list(soup.ingredients) == chosen
@@ -74,12 +74,12 @@ def test_a_resumed_search_decides_the_same_and_pays_for_nothing_twice(
     path = tmp_path_factory.mktemp("journal") / "scores.jsonl"
     points = [point(n) for n in NAMES]
     bits = random_bits(seed, 20)
-    whole = TableJudge({"val": 20}, bits, seed)
-    first = greedy_soup(points, whole, strict=strict, journal=path)
+    evaluator, whole = table_evaluator({"val": 20}, bits, journal=path)
+    first = greedy_soup(points, evaluator, strict=strict)
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:keep]))
-    rest = TableJudge({"val": 20}, bits, seed + 1)
-    second = greedy_soup(points, rest, strict=strict, journal=path)
+    evaluator, rest = table_evaluator({"val": 20}, bits, journal=path)
+    second = greedy_soup(points, evaluator, strict=strict)
     assert second.ingredients == first.ingredients
     assert [(s.name, s.accepted, s.best) for s in second.history] == [
         (s.name, s.accepted, s.best) for s in first.history
@@ -93,69 +93,69 @@ def test_early_stopping_saves_images_and_says_how_many() -> None:
         alone = len(made) == 1
         return np.arange(100) < (90 if alone else 10)
 
-    judge = TableJudge({"val": 100}, bits)
-    soup = greedy_soup([point(n) for n in NAMES], judge)
+    evaluator, table = table_evaluator({"val": 100}, bits)
+    soup = greedy_soup([point(n) for n in NAMES], evaluator)
     assert soup.ingredients == ("a",)
-    assert soup.images == {"scored": judge.images, "saved": 900 - judge.images}
-    assert judge.images < 700
+    assert soup.images == {"scored": table.images, "saved": 900 - table.images}
+    assert table.images < 700
     assert all(step.stopped and step.at_most is not None for step in soup.history[1:])
 
 
 def test_ties_are_accepted_unless_strict_and_come_in_the_order_given() -> None:
-    judge = TableJudge({"val": 4}, lambda made, split: np.array([True, True, False, False]))
+    evaluator, _ = table_evaluator({"val": 4}, lambda made, split: np.array([True, True, False, False]))
     points = [point(n) for n in "cab"]
-    assert greedy_soup(points, judge).ingredients == ("c", "a", "b")
-    assert greedy_soup(points, judge, strict=True).ingredients == ("c",)
+    assert greedy_soup(points, evaluator).ingredients == ("c", "a", "b")
+    assert greedy_soup(points, evaluator, strict=True).ingredients == ("c",)
 
 
 def test_given_and_random_orders_ask_for_one_score_alone() -> None:
     points = [point(n) for n in NAMES]
-    judge = TableJudge({"val": 9}, random_bits(0, 9))
-    given_order = greedy_soup(points, judge, order=[3, 1, 0, 2, 4])
+    evaluator, table = table_evaluator({"val": 9}, random_bits(0, 9))
+    given_order = greedy_soup(points, evaluator, order=[3, 1, 0, 2, 4])
     assert [s.name for s in given_order.history] == ["d", "b", "a", "c", "e"]
     assert [s.alone is None for s in given_order.history] == [False, True, True, True, True]
-    assert len(judge.asked) == 5
+    assert len(table.asked) == 5
     orders = {
-        tuple(s.name for s in greedy_soup(points, judge, order="random", seed=seed).history)
+        tuple(s.name for s in greedy_soup(points, evaluator, order="random", seed=seed).history)
         for seed in (0, 0, 1, 2)
     }
     assert len(orders) == 3
-    assert [s.name for s in greedy_soup(points, judge, order="given").history] == list(NAMES)
+    assert [s.name for s in greedy_soup(points, evaluator, order="given").history] == list(NAMES)
 
 
 @pytest.mark.parametrize("order", [[0, 1], [0, 1, 2, 3, 3], "best"])
 def test_an_order_that_is_no_permutation_is_refused(order: Any) -> None:
-    judge = TableJudge({"val": 4}, random_bits(0, 4))
+    evaluator, _ = table_evaluator({"val": 4}, random_bits(0, 4))
     with pytest.raises(SelectionError, match="does not name each of 5 checkpoints once"):
-        greedy_soup([point(n) for n in NAMES], judge, order=order)
+        greedy_soup([point(n) for n in NAMES], evaluator, order=order)
 
 
 def test_no_checkpoints_and_no_such_split_are_refused() -> None:
-    judge = TableJudge({"val": 4, "test": 4}, random_bits(0, 4))
+    evaluator, _ = table_evaluator({"val": 4, "test": 4}, random_bits(0, 4))
     with pytest.raises(SelectionError, match="no checkpoints"):
-        greedy_soup([], judge)
+        greedy_soup([], evaluator)
     with pytest.raises(SelectionError, match="no split 'vall'") as caught:
-        greedy_soup([point("a")], judge, split="vall")
-    assert caught.value.hint == "did you mean 'val'?"
+        greedy_soup([point("a")], evaluator, split="vall")
+    assert caught.value.hint == "did you mean val?"
 
 
 def test_checkpoints_that_do_not_fit_are_refused_before_a_score_is_paid_for() -> None:
-    judge = TableJudge({"val": 4}, random_bits(0, 4))
+    evaluator, table = table_evaluator({"val": 4}, random_bits(0, 4))
     raw = np.zeros(8, np.uint8)
     other = Checkpoint("other", {"x": Tensor("I32", (2,), (Extent(raw, 0, 8),))})
     with pytest.raises(MismatchError, match=r"'x' is \[1\] in a and \[2\] in other"):
-        greedy_soup([point("a"), Weights({other: Coefficient.of(1)}, other)], judge)
-    assert judge.asked == []
+        greedy_soup([point("a"), Weights({other: Coefficient.of(1)}, other)], evaluator)
+    assert table.asked == []
 
 
 def test_a_split_with_any_name_will_do_where_there_is_one() -> None:
-    judge = TableJudge({"images": 4}, random_bits(0, 4))
-    assert greedy_soup([point("a"), point("b")], judge).split == "images"
+    evaluator, _ = table_evaluator({"images": 4}, random_bits(0, 4))
+    assert greedy_soup([point("a"), point("b")], evaluator).split == "images"
 
 
 def test_the_result_is_a_table_and_json() -> None:
-    judge = TableJudge({"val": 30}, random_bits(3, 30))
-    soup = greedy_soup([point(n) for n in NAMES], judge)
+    evaluator, _ = table_evaluator({"val": 30}, random_bits(3, 30))
+    soup = greedy_soup([point(n) for n in NAMES], evaluator)
     table = soup.table()
     assert len(table.rows) == 5
     assert {len(row) for row in table.rows} == {len(table.headers)}
@@ -188,7 +188,8 @@ def test_with_the_authors_accuracies_the_order_of_trials_is_theirs() -> None:
     def bits(made: Recipe, split: str) -> Any:
         return np.arange(26000) < (held_out[made[0][0]] if len(made) == 1 else 0)
 
-    soup = greedy_soup([point(name) for name in held_out], TableJudge({"val": 26000}, bits))
+    evaluator, _ = table_evaluator({"val": 26000}, bits)
+    soup = greedy_soup([point(name) for name in held_out], evaluator)
     ours = [step.name for step in soup.history]
     theirs = sorted(rows, key=lambda row: row["ImageNet2p"])[::-1]
     assert [held_out[n] for n in ours] == [held_out[row["model_name"]] for row in theirs]

@@ -16,7 +16,7 @@ from clipmerge.errors import SelectionError
 from clipmerge.evaluate.evaluator import Evaluator
 from clipmerge.model import build_model, eval_transform, get_tokenizer
 from clipmerge.search import mixture as mixture_module
-from clipmerge.search.learned import groups_for, learned_soup, rounded
+from clipmerge.search.learned import groups_for, learned_soup, round_shares
 from clipmerge.search.mixture import Mixture
 from clipmerge.search.results import shares_table
 from clipmerge.weights.weights import Weights, from_state_dict, load, load_all
@@ -78,7 +78,7 @@ def test_shares_lower_the_held_out_loss_and_sum_to_one(
     per: Any, two: list[Weights], evaluator: Evaluator, tiny_spec: Any, val: Split
 ) -> None:
     soup = learned_soup(two, evaluator, per=per, epochs=3, batch_size=64)
-    assert soup.kind == "learned"
+    assert soup.kind == "learned_soup"
     assert soup.weights.total == 1
     rows = soup.coefficients or {}
     for row in rows.values() if per != "model" else [rows]:
@@ -115,7 +115,7 @@ def test_one_checkpoint_is_its_own_soup(spread: Sequence[Path], evaluator: Evalu
 
 
 def test_shares_are_rounded_to_rows_that_sum_to_exactly_one() -> None:
-    rows = rounded(torch.tensor([[1 / 3, 1 / 3, 1 / 3], [0.5, 0.25, 0.25]]))
+    rows = round_shares(torch.tensor([[1 / 3, 1 / 3, 1 / 3], [0.5, 0.25, 0.25]]))
     assert [sum(row) for row in rows] == [1, 1]
     assert rows[0] == [Fraction(333334, 10**6), Fraction(333333, 10**6), Fraction(333333, 10**6)]
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.merge.search.table_judge import Recipe, TableJudge, point, recipe
+from tests.merge.search.table import Recipe, point, recipe, table_evaluator
 
 from clipmerge.errors import SelectionError
+from clipmerge.evaluate.evaluator import Evaluator
 from clipmerge.search.patch import patch
 from clipmerge.weights.weights import Weights, interpolate
 
@@ -16,7 +17,7 @@ N = 400
 ZS, CARS, DTD = point("zs"), point("cars"), point("dtd")
 
 
-def judge() -> TableJudge:
+def evaluator() -> Evaluator:
     """Each task gains with its own coefficient; the old task loses with every one of them, ever faster."""
 
     def bits(made: Recipe, split: str) -> Any:
@@ -25,20 +26,20 @@ def judge() -> TableJudge:
         curves = {"cars": 0.2 + 0.6 * cars, "dtd": 0.3 + 0.6 * dtd, "old": 0.9 - 0.6 * (cars + dtd) ** 2}
         return np.arange(N) < round(N * min(max(curves[split], 0), 1))
 
-    return TableJudge({"cars": N, "dtd": N, "old": N}, bits)
+    return table_evaluator({"cars": N, "dtd": N, "old": N}, bits)[0]
 
 
 def test_single_patching_is_one_sweep() -> None:
-    found = patch(ZS, CARS, judge(), patching="cars", supported="old", grid=(0, 0.25, 0.5, 0.75, 1))
-    assert found.alpha == 0.5
+    found = patch(ZS, CARS, evaluator(), patching="cars", supported="old", grid=(0, 0.25, 0.5, 0.75, 1))
+    assert found.coefficient == 0.5
     assert recipe(found.weights) == recipe(interpolate(ZS, CARS, 0.5))
-    assert found.steps[0].family == "patch"
+    assert found.steps[0].name == "patch"
     assert {split for point in found.history for split in point.scores} == {"old", "cars"}
 
 
 def test_joint_patching_looks_at_all_its_tasks() -> None:
-    found = patch(ZS, CARS, judge(), patching=["cars", "dtd"], supported="old", mode="joint")
-    assert found.alpha == 0.25
+    found = patch(ZS, CARS, evaluator(), patching=["cars", "dtd"], supported="old", mode="joint")
+    assert found.coefficient == 0.25
     assert set(found.steps[0].chosen.scores) == {"old", "cars", "dtd"}
 
 
@@ -49,22 +50,25 @@ def test_sequential_patching_starts_each_task_from_what_is_patched_so_far() -> N
         seen.append(patched)
         return DTD
 
-    found = patch(ZS, [CARS, then_dtd], judge(), patching=["cars", "dtd"], supported="old", mode="sequential")
-    assert isinstance(found.alpha, tuple)
-    assert [step.alpha for step in found.steps] == list(found.alpha)
-    assert recipe(seen[0]) == recipe(interpolate(ZS, CARS, found.alpha[0]))
-    assert recipe(found.weights) == recipe(interpolate(seen[0], DTD, found.alpha[1]))
+    found = patch(
+        ZS, [CARS, then_dtd], evaluator(), patching=["cars", "dtd"], supported="old", mode="sequential"
+    )
+    alphas = found.coefficients
+    assert list(alphas) == ["cars", "dtd"]
+    assert [step.coefficient for step in found.steps] == list(alphas.values())
+    assert recipe(seen[0]) == recipe(interpolate(ZS, CARS, alphas["cars"]))
+    assert recipe(found.weights) == recipe(interpolate(seen[0], DTD, alphas["dtd"]))
     assert set(found.steps[1].chosen.scores) == {"old", "cars", "dtd"}
     assert len(found.table().rows) == 42
 
 
 def test_parallel_patching_searches_all_coefficients_together() -> None:
     found = patch(
-        ZS, [CARS, DTD], judge(), patching=["cars", "dtd"], supported="old", mode="parallel", budget=40
+        ZS, [CARS, DTD], evaluator(), patching=["cars", "dtd"], supported="old", mode="parallel", budget=40
     )
-    assert found.search is not None
+    assert [step.kind for step in found.steps] == ["coefficients"]
     assert len(found.history) <= 40
-    assert sum(found.alpha if isinstance(found.alpha, tuple) else ()) == pytest.approx(0.25, abs=0.07)
+    assert sum(found.coefficients.values()) == pytest.approx(0.25, abs=0.07)
     document = json.loads(json.dumps(found.to_json()))
     assert document["search"]["coefficients"] == dict(zip(["cars", "dtd"], document["alpha"], strict=True))
 
@@ -83,4 +87,4 @@ def test_numbers_that_do_not_fit_the_mode_are_refused(
     mode: Any, models: list[Weights], tasks: list[str], says: str
 ) -> None:
     with pytest.raises(SelectionError, match=says):
-        patch(ZS, models, judge(), patching=tasks, supported="old", mode=mode)
+        patch(ZS, models, evaluator(), patching=tasks, supported="old", mode=mode)

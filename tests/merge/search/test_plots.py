@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.merge.search.table_judge import TableJudge, point, random_bits
+from tests.merge.search.table import point, random_bits, table_evaluator
 
+from clipmerge.report.figures import plot
 from clipmerge.search.coefficients import search_coefficients, task_family
 from clipmerge.search.ensemble import greedy_ensemble
 from clipmerge.search.learned import learned_soup
@@ -17,7 +18,7 @@ from clipmerge.search.sweep import sweep
 from clipmerge.weights.weights import interpolate
 
 A, B, C = point("a"), point("b"), point("c")
-TABLE = TableJudge({"id": 50, "shift": 50}, random_bits(1, 50))
+TABLE, _ = table_evaluator({"id": 50, "shift": 50}, random_bits(1, 50))
 GRID = (0, 0.5, 1)
 
 RESULTS: dict[str, Callable[[], Any]] = {
@@ -43,11 +44,11 @@ RESULTS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("kind", RESULTS)
 def test_a_result_draws_itself(kind: str, tmp_path: Path) -> None:
-    drawn = RESULTS[kind]().plot(tmp_path / "figure.png")
+    drawn = plot(RESULTS[kind]().to_json(), tmp_path / "figure.png")
     assert {path.suffix for path in drawn} == {".png", ".svg"}
     assert all(path.stat().st_size > 1000 for path in drawn)
 
 
 def test_ensembles_and_learned_soups_draw_themselves(spread: Any, evaluator: Any, tmp_path: Path) -> None:
     for result in (greedy_ensemble(spread[:2], evaluator), learned_soup(spread[:2], evaluator, epochs=1)):
-        assert all(path.exists() for path in result.plot(tmp_path / f"{type(result).__name__}.png"))
+        assert all(path.exists() for path in plot(result.to_json(), tmp_path / f"{result.kind}.png"))

@@ -14,7 +14,7 @@ from clipmerge.data.split import Split
 from clipmerge.errors import NonFiniteError
 from clipmerge.evaluate.evaluator import Evaluator
 from clipmerge.model import build_model, eval_transform, get_tokenizer
-from clipmerge.search.ensemble import greedy_ensemble
+from clipmerge.search.ensemble import ensemble_logits, greedy_ensemble, score_ensemble
 from clipmerge.search.soup import uniform_soup
 from clipmerge.weights.weights import load_all
 
@@ -85,8 +85,8 @@ def test_early_stopping_and_a_journal_change_nothing(
 ) -> None:
     soups = []
     for early_stop, journal in ((True, None), (False, None), (True, tmp_path / "j"), (True, tmp_path / "j")):
-        evaluator = Evaluator(tiny_spec, {"val": val})
-        soups.append(greedy_soup(list(spread), evaluator, early_stop=early_stop, journal=journal))
+        evaluator = Evaluator(tiny_spec, {"val": val}, journal=journal)
+        soups.append(greedy_soup(list(spread), evaluator, early_stop=early_stop))
     assert len({(soup.ingredients, soup.score.correct) for soup in soups}) == 1
     assert evaluator.images_scored == 0
     assert soups[0].images is not None
@@ -139,7 +139,8 @@ def test_the_ensemble_is_greedy_over_mean_logits(
     assert list(found.ingredients) == [f"m{i}" for i in chosen]
     assert found.score.correct == count(chosen)
     together = torch.stack([logits[i] for i in chosen]).mean(0).numpy()
-    assert np.allclose(found.logits(evaluator), together, atol=1e-4)
+    assert np.allclose(ensemble_logits(found.members, evaluator), together, atol=1e-4)
+    assert score_ensemble(found.members, evaluator, "val").correct == found.score.correct
 
 
 def test_a_uniform_soup_is_scored_where_it_can_be(spread: Sequence[Path], evaluator: Evaluator) -> None:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.merge.search.table_judge import Recipe, TableJudge, point, recipe
+from tests.merge.search.table import Recipe, Table, point, recipe, table_evaluator
 
 from clipmerge.errors import SelectionError
+from clipmerge.evaluate.evaluator import Evaluator
 from clipmerge.search.rules import best_id, best_mean, keep_control, mean_of, normalised_mean, paint
 from clipmerge.search.sweep import reference_scores, steps, sweep
 from clipmerge.weights.weights import Weights, interpolate
@@ -22,142 +23,148 @@ ZS, FT = point("zs"), point("ft")
 GRID = steps(0, 1, 0.1)
 
 
-def between(alpha: float) -> Weights:
+def between(alpha: Fraction) -> Weights:
     return interpolate(ZS, FT, alpha)
 
 
-def negated(scale: float) -> Weights:
+def negated(scale: Fraction) -> Weights:
     return ZS - (FT - ZS) * scale
 
 
-def counted(curves: dict[str, Callable[[float], float]], name: str = "ft") -> TableJudge:
-    """A judge whose accuracy on each split is a function of the coefficient of `name`."""
+def counted(curves: dict[str, Callable[[float], float]]) -> Evaluator:
+    """An evaluator whose accuracy on each split is a function of the coefficient of ft."""
+    return with_table(curves)[0]
+
+
+def with_table(curves: dict[str, Callable[[float], float]], **options: Any) -> tuple[Evaluator, Table]:
 
     def bits(made: Recipe, split: str) -> Any:
-        alpha = float(Fraction(dict(made).get(name, "0")))
+        alpha = float(Fraction(dict(made).get("ft", "0")))
         return np.arange(N) < round(N * curves[split](alpha))
 
-    return TableJudge(dict.fromkeys(curves, N), bits)
+    return table_evaluator(dict.fromkeys(curves, N), bits, **options)
 
 
 def test_steps_are_exact_decimals() -> None:
-    assert steps(0, 1, 0.1) == (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-    assert steps(0, 0.5, 0.2) == (0.0, 0.2, 0.4)
+    assert steps(0, 1, 0.1) == tuple(Fraction(i, 10) for i in range(11))
+    assert steps(0, 0.5, 0.2) == (0, Fraction(1, 5), Fraction(2, 5))
     with pytest.raises(SelectionError, match="holds nothing"):
         steps(1, 0, 0.1)
 
 
 def test_wise_ft_takes_the_best_mean_of_id_and_shifts() -> None:
-    judge = counted({"id": lambda a: 0.6 + 0.3 * a, "s1": lambda a: 0.8 - 0.5 * a * a, "s2": lambda a: 0.5})
-    found = sweep(between, GRID, judge, rule=best_mean("id", ["s1", "s2"]))
-    assert found.alpha == 0.6
+    evaluator = counted(
+        {"id": lambda a: 0.6 + 0.3 * a, "s1": lambda a: 0.8 - 0.5 * a * a, "s2": lambda a: 0.5}
+    )
+    found = sweep(between, GRID, evaluator, rule=best_mean("id", ["s1", "s2"]))
+    assert found.coefficient == 0.6
     assert recipe(found.weights) == (("ft", "0.6"), ("zs", "0.4"))
-    assert [p.alpha for p in found.history] == list(GRID)
+    assert [p.coefficients["alpha"] for p in found.history] == list(GRID)
     assert found.chosen.scores["id"].correct == 780
-    assert sweep(between, GRID, judge, rule=best_id("id")).alpha == 1.0
+    assert sweep(between, GRID, evaluator, rule=best_id("id")).coefficient == 1.0
 
 
 def test_equal_figures_take_the_smaller_coefficient() -> None:
-    judge = counted({"id": lambda a: 0.5, "shift": lambda a: 0.5})
-    assert sweep(between, GRID, judge, rule=best_mean("id", ["shift"])).alpha == 0.0
-    assert sweep(between, GRID, judge, rule=mean_of(["shift"])).alpha == 0.0
+    evaluator = counted({"id": lambda a: 0.5, "shift": lambda a: 0.5})
+    assert sweep(between, GRID, evaluator, rule=best_mean("id", ["shift"])).coefficient == 0.0
+    assert sweep(between, GRID, evaluator, rule=mean_of(["shift"])).coefficient == 0.0
 
 
 def test_paint_weighs_supported_and_patching_alike() -> None:
-    judge = counted(
+    evaluator = counted(
         {
             "patch": lambda a: 0.2 + 0.7 * a,
             "old1": lambda a: 0.8 - 0.6 * a * a,
             "old2": lambda a: 0.6 - 0.6 * a * a,
         }
     )
-    found = sweep(between, GRID, judge, rule=paint(["patch"], ["old1", "old2"]), name="patch")
-    assert found.alpha == 0.6
+    found = sweep(between, GRID, evaluator, rule=paint(["patch"], ["old1", "old2"]), name="patch")
+    assert found.coefficient == 0.6
     assert float(found.chosen.value) == pytest.approx((0.62 + (0.584 + 0.384) / 2) / 2)
 
 
 def test_addition_is_measured_against_each_task_s_own_model() -> None:
-    judge = counted({"hard": lambda a: 0.1 + 0.1 * a, "easy": lambda a: 0.9 - 0.1 * a})
+    evaluator = counted({"hard": lambda a: 0.1 + 0.1 * a, "easy": lambda a: 0.9 - 0.1 * a})
     rule = normalised_mean({"hard": Fraction(1, 5), "easy": Fraction(9, 10)})
-    assert sweep(between, GRID, judge, rule=rule, name="add").alpha == 1.0
-    assert sweep(between, GRID, judge, rule=mean_of(["hard", "easy"])).alpha == 0.0
+    assert sweep(between, GRID, evaluator, rule=rule, name="add").coefficient == 1.0
+    assert sweep(between, GRID, evaluator, rule=mean_of(["hard", "easy"])).coefficient == 0.0
     with pytest.raises(SelectionError, match="finetuned model of hard scores 0"):
         normalised_mean({"hard": 0, "easy": 1})
 
 
 def test_reference_scores_are_exact() -> None:
-    judge = counted({"a": lambda x: 0.25 + x / 2, "b": lambda x: 0.5})
-    assert reference_scores({"a": FT, "b": ZS}, judge) == {"a": Fraction(3, 4), "b": Fraction(1, 2)}
+    evaluator = counted({"a": lambda x: 0.25 + x / 2, "b": lambda x: 0.5})
+    assert reference_scores({"a": FT, "b": ZS}, evaluator) == {"a": Fraction(3, 4), "b": Fraction(1, 2)}
 
 
 def test_negation_takes_the_largest_scale_that_keeps_the_control() -> None:
-    judge = counted({"target": lambda a: 0.9 + 0.8 * a, "control": lambda a: 0.8 + 0.1 * a})
-    found = sweep(negated, GRID, judge, rule=keep_control(0.95), name="negate")
-    assert found.alpha == 0.4
+    evaluator = counted({"target": lambda a: 0.9 + 0.8 * a, "control": lambda a: 0.8 + 0.1 * a})
+    found = sweep(negated, GRID, evaluator, rule=keep_control(0.95), name="negate")
+    assert found.coefficient == 0.4
     assert found.chosen.scores["control"].correct == 760
     assert [p.allowed for p in found.history] == [True] * 5 + [False] * 6
     assert found.base is not None
 
 
 def test_negation_measures_the_base_even_where_the_grid_leaves_it_out() -> None:
-    judge = counted({"target": lambda a: 0.9 + 0.8 * a, "control": lambda a: 0.8 + a})
-    found = sweep(negated, [0.5, 1.0], judge, rule=keep_control(0.95), name="negate")
-    assert found.alpha == 0.0
+    evaluator = counted({"target": lambda a: 0.9 + 0.8 * a, "control": lambda a: 0.8 + a})
+    found = sweep(negated, [0.5, 1.0], evaluator, rule=keep_control(0.95), name="negate")
+    assert found.coefficient == 0.0
     assert found.table().rows[-1][-1] == "not allowed"
 
 
 def test_refining_the_border_of_what_the_control_allows_halves_the_gap() -> None:
-    judge = counted({"target": lambda a: 0.9 + 0.8 * a, "control": lambda a: 0.8 + 0.11 * a})
-    found = sweep(negated, GRID, judge, rule=keep_control(0.95), name="negate", refine=0.01)
-    assert 0.3525 < found.alpha <= 0.368
+    evaluator = counted({"target": lambda a: 0.9 + 0.8 * a, "control": lambda a: 0.8 + 0.11 * a})
+    found = sweep(negated, GRID, evaluator, rule=keep_control(0.95), name="negate", refine=0.01)
+    assert 0.3525 < found.coefficient <= 0.368
     assert found.chosen.refined
 
 
 @settings(max_examples=40, deadline=None)
 @given(peak=st.floats(0, 1))
 def test_golden_section_finds_the_peak_of_a_curve_with_one(peak: float) -> None:
-    judge = counted({"id": lambda a: 0.9 - 0.8 * (a - peak) ** 2})
-    coarse = sweep(between, GRID, judge, rule=best_id("id"))
-    fine = sweep(between, GRID, judge, rule=best_id("id"), refine=0.01)
+    evaluator = counted({"id": lambda a: 0.9 - 0.8 * (a - peak) ** 2})
+    coarse = sweep(between, GRID, evaluator, rule=best_id("id"))
+    fine = sweep(between, GRID, evaluator, rule=best_id("id"), refine=0.01)
     assert fine.chosen.value >= coarse.chosen.value
-    assert abs(fine.alpha - peak) < 0.06  # a thousand images cannot tell apart what lies closer
+    assert abs(fine.coefficient - peak) < 0.06  # a thousand images cannot tell apart what lies closer
     assert len(fine.history) <= len(GRID) + 10
 
 
 def test_a_sweep_resumes_from_its_journal(tmp_path: Path) -> None:
     curves = {"id": lambda a: 0.6 + 0.3 * a, "shift": lambda a: 0.8 - 0.5 * a}
     path = tmp_path / "scores.jsonl"
-    first = counted(curves)
     rule = best_mean("id", ["shift"])
-    assert sweep(between, GRID, first, rule=rule, journal=path).images == {"scored": 22 * N, "saved": 0}
-    again = counted(curves)
-    found = sweep(between, GRID, again, rule=rule, journal=path)
-    assert again.asked == []
+    first, _ = with_table(curves, journal=path)
+    assert sweep(between, GRID, first, rule=rule).images == {"scored": 22 * N, "saved": 0}
+    again, table = with_table(curves, journal=path)
+    found = sweep(between, GRID, again, rule=rule)
+    assert table.asked == []
     assert found.images == {"scored": 0, "saved": 22 * N}
-    assert found.chosen.scores["id"].metrics == {"top1": pytest.approx(found.chosen.scores["id"].value)}
+    assert found.chosen.scores["id"].metrics["top1"] == found.chosen.scores["id"].value
 
 
 def test_the_result_is_a_table_and_json() -> None:
-    judge = counted({"id": lambda a: 0.6 + 0.3 * a, "shift": lambda a: 0.8 - 0.5 * a})
-    found = sweep(between, GRID, judge, rule=best_mean("id", ["shift"]))
+    evaluator = counted({"id": lambda a: 0.6 + 0.3 * a, "shift": lambda a: 0.8 - 0.5 * a})
+    found = sweep(between, GRID, evaluator, rule=best_mean("id", ["shift"]))
     table = found.table()
     assert table.headers == ("alpha", "id", "95 %", "p", "shift", "95 %", "p", "best-mean", "")
     assert {len(row) for row in table.rows} == {9}
-    assert [row[0] for row in table.rows if row[-1] == "chosen"] == [f"{found.alpha:g}"]
+    assert [row[0] for row in table.rows if row[-1] == "chosen"] == [f"{found.coefficient:g}"]
     document = json.loads(json.dumps(found.to_json()))
     assert document["rule"]["roles"] == {"id": ["id"], "shift": ["shift"]}
-    assert [p["alpha"] for p in document["points"] if p["chosen"]] == [found.alpha]
+    assert [p["coefficient"] for p in document["points"] if p["chosen"]] == [found.coefficient]
     ends = document["points"][0]["scores"]["id"], document["points"][-1]["scores"]["id"]
     assert ends[0]["p"] is None
     assert ends[1]["p"] < 0.001
 
 
 def test_what_cannot_be_swept_is_refused() -> None:
-    judge = counted({"id": lambda a: 0.5, "shift": lambda a: 0.5})
+    evaluator = counted({"id": lambda a: 0.5, "shift": lambda a: 0.5})
     with pytest.raises(SelectionError, match="empty"):
-        sweep(between, [], judge, rule=best_id("id"))
+        sweep(between, [], evaluator, rule=best_id("id"))
     with pytest.raises(SelectionError, match="no split 'ood'"):
-        sweep(between, GRID, judge, rule=best_mean("id", ["ood"]))
+        sweep(between, GRID, evaluator, rule=best_mean("id", ["ood"]))
     with pytest.raises(SelectionError, match="needs a shift split"):
         best_mean("id", [])
     with pytest.raises(SelectionError, match="between 0 and 1"):

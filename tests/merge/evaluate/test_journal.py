@@ -5,13 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from clipmerge.errors import SelectionError
-from clipmerge.search.journal import Journal, pack_bits, unpack_bits
+from clipmerge.evaluate.journal import Journal
 
 
 def test_what_was_put_is_there_for_the_next_process(tmp_path: Path) -> None:
@@ -63,7 +60,7 @@ def test_a_full_score_is_not_replaced_by_a_bound(tmp_path: Path) -> None:
 
 WRITE_MANY = """
 import sys
-from clipmerge.search.journal import Journal
+from clipmerge.evaluate.journal import Journal
 journal = Journal(sys.argv[1])
 for i in range(200):
     journal.put(f"{sys.argv[2]}-{i}", {"correct": i, "bits": "x" * 500})
@@ -84,14 +81,3 @@ def test_a_journal_that_cannot_be_written_says_so(tmp_path: Path) -> None:
         Journal(tmp_path / "file" / "scores.jsonl").put("k", {})
     with pytest.raises(SelectionError, match="is a folder"):
         Journal(tmp_path)
-
-
-@given(st.lists(st.booleans(), max_size=70))
-def test_bits_come_back(bits: list[bool]) -> None:
-    assert unpack_bits(pack_bits(np.array(bits, bool)), len(bits)).tolist() == bits
-
-
-@pytest.mark.parametrize("text", ["", "AAAA", "%%%"])
-def test_damaged_bits_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r".*"):
-        unpack_bits(text, 9)

@@ -1,19 +1,17 @@
-"""Every score ever paid for, on disk: append-only JSON lines that a killed search resumes from."""
+"""Remember every result on disk, in append-only JSON lines that a killed search resumes from."""
 
-import base64
+import hashlib
 import json
 import os
-import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
+from clipmerge.checkpoint.tensors import Checkpoint
 from clipmerge.errors import SelectionError
+from clipmerge.weights.expression import Expression
 
-Bits = npt.NDArray[np.bool_]
+__all__ = ["Journal", "recipe_digest"]
 
 
 class Journal:
@@ -24,7 +22,7 @@ class Journal:
 
     Args:
         path: the file; made with its folder on the first `put`.
-        fresh: forget what the file holds (it is kept, and appended to).
+        fresh: ignore what the file holds (it is kept, and appended to).
     """
 
     def __init__(self, path: str | os.PathLike[str], *, fresh: bool = False) -> None:
@@ -35,13 +33,13 @@ class Journal:
             raise SelectionError(f"the journal {self.path} is a folder", hint="name a file, or leave it out")
         for record in self._lines():
             if not fresh:
-                self._learn(record)
+                self._note(record)
 
     def __len__(self) -> int:
         return len(self._records)
 
     def get(self, key: str) -> Mapping[str, Any] | None:
-        """What is known under `key`."""
+        """Return the record of `key`, None where there is none."""
         return self._records.get(key)
 
     def put(self, key: str, record: Mapping[str, Any]) -> None:
@@ -67,9 +65,9 @@ class Journal:
             ) from error
         if self._torn:
             raise SelectionError(f"the journal {self.path} cannot be written: disk full")
-        self._learn(entry)
+        self._note(entry)
 
-    def _learn(self, entry: dict[str, Any]) -> None:
+    def _note(self, entry: dict[str, Any]) -> None:
         known = self._records.get(entry["key"])
         if known is None or "correct" in entry or "correct" not in known:
             self._records[entry["key"]] = entry
@@ -82,28 +80,29 @@ class Journal:
         except OSError as error:
             raise SelectionError(f"the journal {self.path} cannot be read: {error.strerror}") from error
         self._torn = bool(raw) and not raw.endswith(b"\n")
-        found = []
+        records = []
         for line in raw.split(b"\n"):
             try:
                 record = json.loads(line)
             except ValueError:
                 continue
             if isinstance(record, dict) and isinstance(record.get("key"), str):
-                found.append(record)
-        return found
+                records.append(record)
+        return records
 
 
-def pack_bits(bits: Bits) -> str:
-    """Booleans as short text: packed, deflated, base 64."""
-    return base64.b64encode(zlib.compress(np.packbits(bits).tobytes(), 9)).decode()
+def recipe_digest(weights: Expression, digest: Callable[[Checkpoint], str]) -> str:
+    """Digest what weights are made of: checkpoints' digests and exact coefficients, however the sum was written."""
+    return hashlib.sha256(json.dumps(_recipe(weights, digest)).encode()).hexdigest()[:32]
 
 
-def unpack_bits(text: str, count: int) -> Bits:
-    """The `count` booleans that `pack_bits` wrote; ValueError where the text holds fewer."""
-    try:
-        raw = zlib.decompressobj().decompress(base64.b64decode(text, validate=True), count // 8 + 1)
-    except zlib.error as error:
-        raise ValueError(str(error)) from error
-    if len(raw) * 8 < count:
-        raise ValueError("too few bits")
-    return np.unpackbits(np.frombuffer(raw, np.uint8), count=count).astype(np.bool_)
+def _recipe(weights: Expression, digest: Callable[[Checkpoint], str]) -> list[list[Any]]:
+    terms: list[list[Any]] = []
+    for leaf, coefficient in weights.terms.items():
+        if isinstance(leaf, Checkpoint):
+            terms.append([str(coefficient), digest(leaf)])
+        else:
+            operands = [_recipe(operand, digest) for operand in leaf.operands]
+            options = json.dumps(leaf.options, sort_keys=True)
+            terms.append([str(coefficient), leaf.method.name, options, operands])
+    return sorted(terms, key=json.dumps)

@@ -1,54 +1,59 @@
-"""Trials: the mean with one more, and the full pass's decision without the full pass."""
+"""One more in the mean, and the full pass's decision without the full pass."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.merge.search.table import point, table_evaluator
 
-from clipmerge.errors import MismatchError, SelectionError
+from clipmerge.errors import MismatchError
 from clipmerge.evaluate.evaluator import Evaluator
 from clipmerge.evaluate.metrics import METRICS, Predictions
-from clipmerge.evaluate.score import score_of
-from clipmerge.evaluate.trial import Hardness, better_than
-from clipmerge.weights.weights import from_state_dict, load, mean
+from clipmerge.evaluate.score import Stopped, is_better, score_of
+from clipmerge.weights.weights import from_state_dict, mean
 
 
 def resident_state(evaluator):
-    return {k: v.clone() for k, v in evaluator.resident.module.state_dict().items()}
+    return {k: v.clone() for k, v in evaluator.clip.resident.module.state_dict().items()}
 
 
-def test_a_proposal_is_the_mean_with_one_more(evaluator, weights):
-    trial = evaluator.trial()
-    trial.begin(weights["ft0"])
-    trial.propose(weights["ft1"], 1 / 2, early_stop=False)
-    trial.accept()
-    outcome = trial.propose(weights["ft2"], 1 / 3, early_stop=False)
-    exact = mean([weights["ft0"], weights["ft1"], weights["ft2"]])
+def hold(evaluator, weights):
+    """What `score_with` does before the lerp."""
+    evaluator.load(weights)
+    evaluator.predictor.hold()
+    return evaluator.predictor
+
+
+def test_a_candidate_is_scored_as_the_mean_with_one_more(evaluator, weights, tiny_spec, digits):
+    first = [weights["ft0"], weights["ft1"]]
+    incumbent = evaluator.score(mean(first))
+    result = evaluator.score_with(first, weights["ft2"], incumbent=incumbent, early_stop=False)
+    exact = mean([*first, weights["ft2"]])
     expected = exact.state_dict()
     for name, tensor in resident_state(evaluator).items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6)
-    assert outcome.score.correct == evaluator.score(exact).correct
+    assert result.correct == Evaluator(tiny_spec, digits).score(exact).correct
 
 
-def test_a_refused_proposal_leaves_the_mean(evaluator, weights):
-    trial = evaluator.trial()
-    trial.begin(weights["ft0"])
-    trial.propose(weights["ft1"], 0.5)
-    trial.propose(weights["ft0"], 0.5, early_stop=False)
+def test_a_refused_candidate_leaves_the_mean(evaluator, weights):
+    predictor = hold(evaluator, weights["ft0"])
+    predictor.lerp(weights["ft1"], 0.5)
+    predictor.lerp(weights["ft0"], 0.5)
     for name, tensor in weights["ft0"].state_dict().items():
         assert torch.equal(resident_state(evaluator)[name], tensor)
 
 
 def test_candidates_in_other_dtypes_and_as_expressions(evaluator, weights):
-    trial = evaluator.trial()
-    trial.begin(weights["ft0"])
+    predictor = hold(evaluator, weights["ft0"])
     tensors = weights["ft1"].state_dict()
     for dtype, close in ((torch.bfloat16, 1e-2), (torch.float16, 1e-3)):
-        trial.propose(from_state_dict({k: v.to(dtype) for k, v in tensors.items()}), 1.0, early_stop=False)
+        predictor.lerp(from_state_dict({k: v.to(dtype) for k, v in tensors.items()}), 1.0)
         for name, tensor in resident_state(evaluator).items():
             torch.testing.assert_close(tensor, tensors[name], rtol=close, atol=close)
-    trial.propose(mean([weights["ft1"], weights["ft2"]]), 1.0, early_stop=False)
+    predictor.lerp(mean([weights["ft1"], weights["ft2"]]), 1.0)
     expected = mean([weights["ft1"], weights["ft2"]]).state_dict()
     for name, tensor in resident_state(evaluator).items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6)
@@ -60,34 +65,35 @@ def test_stopping_early_decides_as_the_full_pass(tiny_spec, digits, weights, met
     outcomes = []
     for early in (False, True):
         evaluator = Evaluator(tiny_spec, digits, metric=metric)
-        trial = evaluator.trial(strict=strict)
-        trial.begin(weights["ft0"])
-        tried = [trial.propose(weights[f"ft{i}"], 0.5, early_stop=early) for i in range(5)]
-        outcomes.append([o.accepted for o in tried])
-        for o in tried:
-            assert o.images_scored + o.images_saved == len(digits)
-            assert (o.score is None) == (o.images_saved > 0)
-            assert o.score is None or o.bound == pytest.approx(o.score.value)
-        saved = sum(o.images_saved for o in tried)
+        incumbent = evaluator.score(weights["ft0"])
+        results = [
+            evaluator.score_with(
+                [weights["ft0"]], weights[f"ft{i}"], incumbent=incumbent, strict=strict, early_stop=early
+            )
+            for i in range(1, 5)
+        ]
+        outcomes.append([is_better(result, incumbent, strict=strict) for result in results])
+        saved = sum(len(digits) - result.images_scored for result in results)
         assert saved == evaluator.images_saved
+        assert all(isinstance(r, Stopped) is (r.images_scored < len(digits)) for r in results)
         assert (saved == 0) or (early and metric != "ece")
     assert outcomes[0] == outcomes[1]
 
 
-def test_a_hopeless_trial_ends_with_its_first_images(tiny_spec, digits, weights):
+def test_a_hopeless_candidate_is_known_by_its_first_images(tiny_spec, digits, weights):
     """Labels are what the incumbent says, so that one mistake is one too many."""
-    from dataclasses import replace
-
     own = replace(digits, labels=Evaluator(tiny_spec, digits).score(weights["ft0"]).predictions)
     evaluator = Evaluator(tiny_spec, own)
-    trial = evaluator.trial()
-    assert trial.begin(weights["ft0"]).correct == 120
-    first = trial.propose(weights["ft1"], 0.5)
-    assert not first.accepted
-    assert first.score is None
-    assert first.images_saved >= 120 - 32
+    incumbent = evaluator.score(weights["ft0"])
+    assert incumbent.correct == 120
+    first = evaluator.score_with([weights["ft0"]], weights["ft1"], incumbent=incumbent)
+    assert isinstance(first, Stopped)
+    assert not is_better(first, incumbent)
+    assert first.images_scored <= 32
     assert not torch.is_inference_mode_enabled()
-    assert trial.propose(weights["ft1"], 0.5).images_scored == 32, "images that were wrong before come first"
+    again = from_state_dict(weights["ft1"].state_dict())
+    second = evaluator.score_with([weights["ft0"]], again, incumbent=incumbent)
+    assert second.images_scored == 32, "images that were wrong before come first"
 
 
 predicted = st.integers(20, 60).flatmap(
@@ -110,25 +116,29 @@ def test_the_bound_is_certain_on_any_table_of_predictions(table, metric, strict,
     def said(values: np.ndarray) -> Predictions:
         return Predictions(labels, values, values == labels, np.ones(n), groups)
 
-    wins = better_than(score_of(said(old), metric), strict)
-    hard = Hardness(n)
-    hard.learn(old == labels, np.ones(n, bool))
+    incumbent = score_of(said(old), metric)
     partial, stopped = labels.copy(), False
-    order = hard.order()
+    order = np.argsort(old == labels, kind="stable")
     for start in range(0, n, step):
         chunk = order[start : start + step]
         partial[chunk] = new[chunk]
-        if not wins(said(partial)):
+        best_case = Stopped(metric, METRICS[metric].compute(said(partial)), n, start)
+        if not is_better(best_case, incumbent, strict=strict):
             stopped = True
             break
-    assert wins(said(new)) is not stopped
+    assert is_better(score_of(said(new), metric), incumbent, strict=strict) is not stopped
 
 
 def test_images_often_wrong_come_first():
-    hard = Hardness(4)
-    hard.learn(np.array([True, False, True, False]), np.ones(4, bool))
-    hard.learn(np.array([True, False, False, True]), np.array([True, True, True, False]))
-    assert hard.order().tolist() == [1, 3, 2, 0]
+    """By how often they were wrong of how often they were seen: 1 of 1, 1 of 2, 1 of 2, 0 of 2."""
+    right = {"a": [True, False, True, False], "b": [True, False, False, True]}
+    orders = []
+    evaluator, table = table_evaluator({"val": 4}, lambda made, split: right.get(made[0][0], [True] * 4))
+    rows = table.rows
+    table.rows = lambda split, order: orders.append(order.tolist()) or rows(split, order)
+    scores = [evaluator.score(point(name)) for name in "ab"]
+    evaluator.score_with([point("a")], point("c"), incumbent=scores[0])
+    assert orders[-1] == [1, 2, 3, 0]
 
 
 def test_a_metric_never_falls_when_an_image_becomes_right():
@@ -150,13 +160,12 @@ def test_a_trained_head_is_part_of_the_mean(evaluator, weights):
     draw = torch.Generator().manual_seed(1)
     heads = [{"classification_head.weight": torch.randn(10, 16, generator=draw)} for _ in range(2)]
     both = [from_state_dict({**weights[f"ft{i}"].state_dict(), **heads[i]}, f"m{i}") for i in range(2)]
-    trial = evaluator.trial()
-    trial.begin(both[0])
-    outcome = trial.propose(both[1], 0.5, early_stop=False)
+    incumbent = evaluator.score(both[0])
+    result = evaluator.score_with(both[:1], both[1], incumbent=incumbent, early_stop=False)
     name = "classification_head.weight"
     expected = (heads[0][name] + heads[1][name]) / 2
     torch.testing.assert_close(resident_state(evaluator)[name], expected)
-    assert outcome.score.correct == evaluator.score(mean(both)).correct
+    assert result.correct == Evaluator(evaluator.model, evaluator.splits).score(mean(both)).correct
 
 
 def test_counters_of_a_resnet_are_not_averaged(tiny_model_config, digits):
@@ -171,26 +180,18 @@ def test_counters_of_a_resnet_are_not_averaged(tiny_model_config, digits):
         state["visual.bn1.running_mean"] = torch.full((4,), float(i))
     weights = [from_state_dict(state, f"m{i}") for i, state in enumerate(states)]
     evaluator = Evaluator(spec, digits)
-    trial = evaluator.trial()
-    trial.begin(weights[0])
-    trial.propose(weights[1], 0.5)
+    hold(evaluator, weights[0]).lerp(weights[1], 0.5)
     after = resident_state(evaluator)
     assert after["visual.bn1.num_batches_tracked"] == 10
     assert after["visual.bn1.running_mean"].tolist() == [0.5] * 4
 
 
-def test_mistakes_are_told(evaluator, weights, tiny_checkpoints):
-    trial = evaluator.trial()
-    with pytest.raises(SelectionError, match="there is no mean yet"):
-        trial.propose(weights["ft0"], 0.5)
-    trial.begin(weights["ft0"])
-    with pytest.raises(SelectionError, match="no proposal to accept"):
-        trial.accept()
+def test_a_candidate_with_other_tensors_is_refused(evaluator, weights):
+    predictor = hold(evaluator, weights["ft0"])
     tensors = weights["ft1"].state_dict()
     del tensors["ln_final.bias"]
     with pytest.raises(MismatchError, match=r"1 names differ, first 'ln_final.bias'"):
-        trial.propose(from_state_dict(tensors), 0.5)
+        predictor.lerp(from_state_dict(tensors), 0.5)
     wide = {**weights["ft1"].state_dict(), "ln_final.bias": torch.zeros(9)}
     with pytest.raises(MismatchError, match=r"'ln_final.bias' is \[9\]"):
-        trial.propose(from_state_dict(wide), 0.5)
-    assert load(tiny_checkpoints["ft0"]).names == weights["ft0"].names
+        predictor.lerp(from_state_dict(wide), 0.5)
