@@ -15,21 +15,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from clipmerge.checkpoint.pickle_reader import Malformed, Span, Unsafe
 from clipmerge.checkpoint.tensors import Extent
-from clipmerge.checkpoint.unpickler import Global, Stub, dict_of, key, new
-from clipmerge.dtypes import ITEMSIZE
+from clipmerge.checkpoint.unpickler import Global, Malformed, Span, Stub, Unsafe, dict_of, new
+from clipmerge.dtypes import BY_TORCH_NAME, ITEMSIZE
 
 STORAGES: Mapping[str, str] = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
     "ByteStorage": "U8", "BoolStorage": "BOOL", "ComplexFloatStorage": "C64",
     "UntypedStorage": "U8", "_UntypedStorage": "U8",
-}  # fmt: skip
-DTYPES: Mapping[str, str] = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
-    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL", "complex64": "C64",
 }  # fmt: skip
 _UNREAD_WIDTHS: Mapping[str, int] = {
     "ComplexDoubleStorage": 16, "QInt32Storage": 4, "QInt8Storage": 1, "QUInt8Storage": 1,
@@ -46,42 +40,28 @@ UNREADABLE: Mapping[str, str] = {
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": "of a device of its own",
     "torch.jit._pickle.build_tensor_from_id": "given by number",
 }
-_INERT = frozenset(
-    {
-        "argparse.Namespace",
-        "builtins.complex",
-        "builtins.object",
-        "builtins.range",
-        "builtins.slice",
-        "collections.deque",
-        "datetime.date",
-        "datetime.datetime",
-        "datetime.timedelta",
-        "datetime.timezone",
-        "decimal.Decimal",
-        "functools.partial",
-        "numpy._core.multiarray._reconstruct",
-        "numpy._core.multiarray.scalar",
-        "numpy._core.numeric._frombuffer",
-        "numpy.core.multiarray._reconstruct",
-        "numpy.core.multiarray.scalar",
-        "numpy.core.numeric._frombuffer",
-        "numpy.dtype",
-        "numpy.random._pickle.__randomstate_ctor",
-        "pathlib.Path",
-        "pathlib.PosixPath",
-        "pathlib.PurePosixPath",
-        "pathlib.PureWindowsPath",
-        "pathlib.WindowsPath",
-        "pathlib._local.PosixPath",
-        "random.Random",
-        "torch.Generator",
-        "torch.device",
-        "torch.serialization._get_layout",
-        "types.SimpleNamespace",
-        "uuid.UUID",
-    }
-)
+_INERT_NAMES: Mapping[str, tuple[str, ...]] = {
+    "argparse": ("Namespace",),
+    "builtins": ("bytearray", "bytes", "complex", "object", "range", "slice"),
+    "collections": ("deque",),
+    "datetime": ("date", "datetime", "timedelta", "timezone"),
+    "decimal": ("Decimal",),
+    "functools": ("partial",),
+    "numpy": ("dtype",),
+    "numpy._core.multiarray": ("_reconstruct", "scalar"),
+    "numpy._core.numeric": ("_frombuffer",),
+    "numpy.core.multiarray": ("_reconstruct", "scalar"),
+    "numpy.core.numeric": ("_frombuffer",),
+    "numpy.random._pickle": ("__randomstate_ctor",),
+    "pathlib": ("Path", "PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"),
+    "pathlib._local": ("PosixPath",),
+    "random": ("Random",),
+    "torch": ("Generator", "device"),
+    "torch.serialization": ("_get_layout",),
+    "types": ("SimpleNamespace",),
+    "uuid": ("UUID",),
+}
+_INERT = frozenset(f"{module}.{name}" for module, names in _INERT_NAMES.items() for name in names)
 
 
 @dataclass(slots=True, eq=False)
@@ -127,11 +107,14 @@ class TorchCalls:
         """What calling `function` gives."""
         path = function.path
         if path == "torch.storage._load_from_bytes":
-            (data,) = args
-            return self._nested(data)
+            return self._nested(*args)
         if path in ("torch._tensor._rebuild_from_type_v2", "torch._tensor._rebuild_from_type"):
             inner, _, inner_args, _ = args
-            return self._again(inner, inner_args)
+            if not isinstance(inner, Global) or not isinstance(inner_args, tuple):
+                raise Malformed("it rebuilds a tensor by something that is not a function")
+            if "_rebuild_from_type" in inner.path:  # or each would call the next, without end
+                raise Unsafe(inner.path)
+            return inner(*inner_args)
         if path in _CALLS:
             return _CALLS[path](*args)
         if path in UNREADABLE:
@@ -139,13 +122,6 @@ class TorchCalls:
         if path in _INERT or _is_foreign_class(path):
             return Stub(path, args)
         raise Unsafe(path)
-
-    def _again(self, function: Any, args: Any) -> Any:
-        if not isinstance(function, Global) or not isinstance(args, tuple):
-            raise Malformed("it rebuilds a tensor by something that is not a function")
-        if function.path.startswith("torch._tensor."):
-            raise Unsafe(function.path)
-        return self(function, args)
 
 
 def persistent(saved: Any) -> Any:
@@ -188,7 +164,7 @@ def _tensor_v3(
     storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, dtype: Any, *_: Any
 ) -> RawTensor:
     word = dtype.path.rpartition(".")[2] if isinstance(dtype, Global) else ""
-    return _raw(storage, DTYPES.get(word), offset, shape, strides)
+    return _raw(storage, BY_TORCH_NAME.get(word), offset, shape, strides)
 
 
 def _raw(storage: Any, dtype: str | None, offset: Any, shape: Any, strides: Any) -> RawTensor:
@@ -209,7 +185,7 @@ def _dict(*args: Any) -> dict[Any, Any]:
 
 
 def _list(items: Any = ()) -> list[Any]:
-    if not isinstance(items, list | tuple | set):
+    if not isinstance(items, list | tuple):
         raise Malformed("it makes a list of something else")
     return list(items)
 
@@ -223,12 +199,14 @@ def _encoded(text: Any, encoding: Any = "latin1") -> bytes:
 
 def _attribute(owner: Any, name: Any) -> Global:
     """How Python 3.11 pickles an enum's member; calling the result is refused under its whole name."""
-    if not isinstance(owner, Global | Stub) or not isinstance(name, str) or len(name) > 200:
+    if not isinstance(owner, Global | Stub) or not isinstance(name, str) or len(owner.path + name) > 2000:
         raise Malformed("it takes an attribute of something that is not a class")
-    path = owner.path if isinstance(owner, Global) else owner.cls
-    if len(path) > 2000:
-        raise Malformed("it chains attributes without end")
-    return Global(f"{path}.{name}")
+    call = owner.call if isinstance(owner, Global) else _refuse
+    return Global(f"{owner.path}.{name}", call)
+
+
+def _refuse(function: Global, _: tuple[Any, ...]) -> Any:
+    raise Unsafe(function.path)
 
 
 def _is_foreign_class(path: str) -> bool:
@@ -254,10 +232,8 @@ _CALLS: Mapping[str, Callable[..., Any]] = {
     "builtins.dict": _dict,
     "builtins.list": _list,
     "builtins.tuple": lambda items=(): tuple(_list(items)),
-    "builtins.set": lambda items=(): {key(item) for item in _list(items)},
-    "builtins.frozenset": lambda items=(): {key(item) for item in _list(items)},
-    "builtins.bytearray": lambda *_: Stub("builtins.bytearray"),
-    "builtins.bytes": lambda *_: Stub("builtins.bytes"),
+    "builtins.set": _list,
+    "builtins.frozenset": _list,
     "builtins.getattr": _attribute,
     "_codecs.encode": _encoded,
     "copyreg._reconstructor": lambda cls, *_: new(cls, ()),

@@ -6,6 +6,8 @@ pickle is read by `unpickler`, and tensors become extents of the file: nothing o
 """
 
 import io
+import pickle
+import struct
 from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
@@ -13,20 +15,23 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from clipmerge.checkpoint import torchscript, zip_file
-from clipmerge.checkpoint.pickle_reader import Malformed, Reader, Span, Unsafe
+from clipmerge.checkpoint import zip_file
 from clipmerge.checkpoint.safetensors import check_shape
-from clipmerge.checkpoint.state_dict import Found, find_state_dict
+from clipmerge.checkpoint.state_dict import AnyTensor, ScriptMembers, find_state_dict
 from clipmerge.checkpoint.tensors import Extent, Tensor
 from clipmerge.checkpoint.torch_calls import RawTensor, Storage, TorchCalls, Unreadable, persistent
-from clipmerge.checkpoint.unpickler import Budget, Machine
+from clipmerge.checkpoint.unpickler import Budget, Malformed, Span, Unpickler, Unsafe, Window
 from clipmerge.checkpoint.views import row_major
 from clipmerge.dtypes import ITEMSIZE
 from clipmerge.errors import CheckpointError, UnsafeFileError
 
 MAX_PICKLE = 256 << 20
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_MACHINE_FAULTS = (IndexError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+_FAULTS = (
+    IndexError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, EOFError,
+    pickle.UnpicklingError, struct.error,
+)  # fmt: skip
+"""What Python's unpickler meets in a damaged file."""
 
 Locate = Callable[[Storage], Extent]
 
@@ -45,10 +50,8 @@ def read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with path.open("rb") as file:
-            found, locate = _read(path, file)
-            return {
-                name: _tensor(path, name, raw, locate) for name, raw in found.tensors.items()
-            }, found.extra
+            tensors, extra, locate = _read(path, file)
+            return {name: _tensor(path, name, raw, locate) for name, raw in tensors.items()}, extra
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except Unsafe as error:
@@ -58,23 +61,18 @@ def read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from None
     except Malformed as error:
         raise CheckpointError(f"{path} cannot be read: {error}", hint=_HINT) from None
-    except _MACHINE_FAULTS as error:
+    except _FAULTS as error:
         raise CheckpointError(
             f"{path} cannot be read: its pickle is damaged ({type(error).__name__})", hint=_HINT
         ) from error
 
 
-def _read(path: Path, file: BinaryIO) -> tuple[Found, Locate]:
-    head = file.read(8)
-    if zip_file.looks_like(head):
-        return _read_zip(path, file)
-    reader = Reader(file, path, 0, file.seek(0, 2))
-    root, locate = _read_pickles(reader, Budget(reader.end))
-    return find_state_dict(root), locate
-
-
-def _read_zip(path: Path, file: BinaryIO) -> tuple[Found, Locate]:
-    archive = zip_file.ZipFile(path, file)
+def _read(path: Path, file: BinaryIO) -> tuple[dict[str, AnyTensor], dict[str, Any], Locate]:
+    if not zip_file.looks_like(file.read(8)):
+        end = file.seek(0, 2)
+        root, found = _read_pickles(Window(file, path, 0, end, Budget(end)))
+        return *find_state_dict(root), found
+    archive = zip_file.Archive(path, file)
     roots = [name for name in archive.entries if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(roots) != 1:
         raise Malformed("it is a zip archive, but not one that torch wrote")
@@ -83,9 +81,8 @@ def _read_zip(path: Path, file: BinaryIO) -> tuple[Found, Locate]:
     if order in archive.entries and archive.read(order, 16).strip() != b"little":
         raise Malformed("it was saved on a big-endian machine; save it again on a little-endian one")
     window = _in_memory(archive.read(roots[0], MAX_PICKLE))
-    root, _ = _read_pickles(window, Budget(window.end), nesting=1)
+    root, _ = _read_pickles(window, nesting=1)
     is_script = any(name.startswith(f"{folder}/code/") for name in archive.entries)
-    members = torchscript.Members(archive, folder) if is_script else None
     places: dict[str, Extent] = {}
 
     def locate(storage: Storage) -> Extent:
@@ -95,29 +92,28 @@ def _read_zip(path: Path, file: BinaryIO) -> tuple[Found, Locate]:
             places[storage.key] = archive.locate(f"{folder}/data/{storage.key}")
         return places[storage.key]
 
-    return find_state_dict(root, members), locate
+    return *find_state_dict(root, ScriptMembers(archive, folder) if is_script else None), locate
 
 
-def _read_pickles(reader: Reader, budget: Budget, nesting: int = 0) -> tuple[Any, Locate]:
+def _read_pickles(window: Window, nesting: int = 0) -> tuple[Any, Locate]:
     """One pickle, or the legacy sequence: magic, version, machine, object, storage keys, storages."""
 
     def inner(data: Span | bytes) -> Any:
         if nesting > 1:
             raise Malformed("it nests files too deeply")
-        if isinstance(data, bytes):
-            window = _in_memory(data)
-        elif isinstance(data, Span):
-            window = Reader(reader.file, reader.source, data.offset, data.offset + data.nbytes)
+        if isinstance(data, Span):
+            begin, end = data.offset, data.offset + data.nbytes
+            part = Window(window.file, window.source, begin, end, window.budget)
         else:
-            raise Malformed("it loads a storage from something that is not bytes")
-        root, locate = _read_pickles(window, budget, nesting + 1)
-        reader.file.seek(reader.at)
+            part = _in_memory(data, window.budget)
+        root, locate = _read_pickles(part, nesting + 1)
+        window.file.seek(window.at)
         if isinstance(root, Storage):
             root.extent = locate(root)
         return root
 
-    def load() -> Any:
-        return Machine(reader, TorchCalls(inner), persistent, budget).run()
+    def load(named: Callable[[Any], Any] = persistent) -> Any:
+        return Unpickler(window, TorchCalls(inner), named).load()
 
     root = load()
     if root != LEGACY_MAGIC or isinstance(root, bool):
@@ -133,11 +129,11 @@ def _read_pickles(reader: Reader, budget: Budget, nesting: int = 0) -> tuple[Any
             storages.setdefault(storage.key, storage)
         return storage
 
-    root = Machine(reader, TorchCalls(inner), named, budget).run()
-    return root, _legacy_storages(reader, load(), storages)
+    root = load(named)
+    return root, _legacy_storages(window, load(), storages)
 
 
-def _legacy_storages(reader: Reader, keys: Any, storages: Mapping[str, Storage]) -> Locate:
+def _legacy_storages(window: Window, keys: Any, storages: Mapping[str, Storage]) -> Locate:
     """Behind the pickles: for each key a count of elements (8 bytes), then the elements."""
     if not isinstance(keys, list):
         raise Malformed("its list of storages is not a list")
@@ -146,9 +142,9 @@ def _legacy_storages(reader: Reader, keys: Any, storages: Mapping[str, Storage])
         storage = storages.get(str(key)) if isinstance(key, str | int) else None
         if storage is None or str(key) in places:
             raise Malformed("its list of storages does not match its tensors")
-        count = int.from_bytes(reader.take(8), "little")
-        span = reader.skip(count * storage.width)
-        places[storage.key] = Extent(reader.source, span.offset, span.nbytes)
+        count = int.from_bytes(window.read(8), "little")
+        span = window.skip(count * storage.width)
+        places[storage.key] = Extent(window.source, span.offset, span.nbytes)
 
     def locate(storage: Storage) -> Extent:
         if storage.extent is not None:
@@ -166,8 +162,9 @@ def _nowhere(storage: Storage) -> Extent:
     return storage.extent
 
 
-def _in_memory(data: bytes) -> Reader:
-    return Reader(io.BytesIO(data), np.frombuffer(data, np.uint8), 0, len(data))
+def _in_memory(data: bytes, budget: Budget | None = None) -> Window:
+    source = np.frombuffer(data, np.uint8)
+    return Window(io.BytesIO(data), source, 0, len(data), budget or Budget(len(data)))
 
 
 def _tensor(path: Path, name: str, raw: RawTensor | Unreadable, locate: Locate) -> Tensor:
