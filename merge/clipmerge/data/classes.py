@@ -40,23 +40,50 @@ def resolve(raw: RawSplit, classnames: Names | None = None) -> Resolved:
     Labels that are numbers are indices. Labels that are words are matched with the names given (blind to
     case, `_` and `-`), or stand for them in sorted order where none matches and there are as many of both.
     """
-    names = None if classnames is None else names_from(classnames)
-    labels = raw.labels
-    if labels is None:
+    if raw.labels is None:
         return Resolved((), np.full(len(raw.names), -1, np.int64), None, list(raw.unusable))
-    if isinstance(names, Mapping):
-        return _by_table(raw, [str(label) for label in labels], names)
-    if isinstance(labels, np.ndarray):
-        return _by_number(raw, labels.astype(np.int64), names, raw.classes)
-    words = raw.classes or tuple(sorted(set(labels)))
-    if names is None and all(_WORDNET.fullmatch(w) for w in words):
-        return _by_word(raw, labels, words, *_wordnet_names(words))
-    if all(w.isdecimal() for w in words):
-        return _by_number(raw, np.array([int(w) for w in labels], np.int64), names, None)
-    if names is None:
-        names = tuple(w.replace("_", " ") for w in words)
-        return _by_word(raw, labels, words, names, {w: i for i, w in enumerate(words)})
-    return _by_word(raw, labels, words, names, _matches(words, names))
+    given = None if classnames is None else names_from(classnames)
+    are_numbers = isinstance(raw.labels, np.ndarray)
+    labels = list(map(str, raw.labels.tolist() if isinstance(raw.labels, np.ndarray) else raw.labels))
+    known = {*labels, *map(str, raw.all_labels)}
+    words = () if are_numbers else raw.classes or tuple(sorted(set(labels)))
+    problems: list[Unusable] = []
+    counts_as: dict[int, int] = {}
+    if isinstance(given, Mapping):
+        words = tuple(dict.fromkeys([*words, *sorted(set(labels))]))
+        names, index = _table_names(given)
+        counts_as = _counts_as(given, names, index, known)
+    elif are_numbers or all(word.isdecimal() for word in words):
+        declared = raw.classes if are_numbers and given is None else None
+        names = given or declared or tuple(map(str, range(max(map(int, labels), default=-1) + 1)))
+        index = {label: int(label) for label in known if 0 <= int(label) < len(names)}
+        outside = f"is not in 0 … {len(names) - 1}"
+        problems = [
+            Unusable(name, f"label {label} {outside}")
+            for name, label in zip(raw.names, labels, strict=True)
+            if label not in index
+        ]
+        absent = [] if declared is None else sorted(set(range(len(names))) - set(index.values()))
+        problems += [Unusable(f"class {names[i]!r}", "no images") for i in absent]
+        words = ()
+    elif given is not None:
+        names, index = given, _matches(words, given)
+    elif all(_WORDNET.fullmatch(word) for word in words):
+        names, index = _wordnet_names(words)
+    else:
+        names, index = tuple(w.replace("_", " ") for w in words), {w: i for i, w in enumerate(words)}
+    for word in words:
+        if word not in index:
+            guess = did_you_mean(word, names)
+            reason = "not among the class names" + (f" ({guess})" if guess else "")
+            problems.append(Unusable(f"class {word!r}", reason))
+    problems += [Unusable(f"class {word!r}", "no images") for word in raw.empty]
+    numbers = np.array([index.get(label, -1) for label in labels], np.int64)
+    subset = np.array(sorted(counts_as or {index[word] for word in known if word in index}), np.int64)
+    target = np.array([counts_as.get(i, i) for i in subset.tolist()], np.int64)
+    merged = None if (target == subset).all() else target
+    whole = merged is None and len(subset) == len(names)
+    return Resolved(names, numbers, None if whole else subset, [*raw.unusable, *problems], merged)
 
 
 def names_from(classnames: Names) -> tuple[str, ...] | Mapping[str, tuple[str, ...]]:
@@ -89,41 +116,6 @@ def imagenet_names() -> tuple[str, ...]:
     return tuple(IMAGENET_CLASSNAMES)
 
 
-def _by_number(
-    raw: RawSplit, labels: Ints, given: tuple[str, ...] | None, declared: Sequence[str] | None
-) -> Resolved:
-    """Take labels as indices. Without any names the numbers are the names."""
-    names = tuple(given or declared or map(str, range(int(labels.max(initial=-1)) + 1)))
-    outside = (labels < 0) | (labels >= len(names))
-    unusable = [
-        *raw.unusable,
-        *(Unusable(raw.names[i], f"label {labels[i]} is not in 0 … {len(names) - 1}")
-          for i in np.flatnonzero(outside).tolist()),
-    ]  # fmt: skip
-    unusable += [Unusable(f"class {word!r}", "no images") for word in raw.empty]
-    present = {int(label) for label in [*labels, *raw.all_labels] if 0 <= int(label) < len(names)}
-    if given is None and declared is not None:
-        absent = (name for i, name in enumerate(names) if i not in present)
-        unusable += [Unusable(f"class {name!r}", "no images") for name in absent]
-    return Resolved(names, np.where(outside, -1, labels), _subset(present, len(names)), unusable)
-
-
-def _by_word(
-    raw: RawSplit, labels: Sequence[str], words: Sequence[str], names: tuple[str, ...], index: dict[str, int]
-) -> Resolved:
-    """Take labels as words, through `index` from word to place in `names`."""
-    unusable = list(raw.unusable)
-    for word in words:
-        if word not in index:
-            guess = did_you_mean(word, names)
-            reason = "not among the class names" + (f" ({guess})" if guess else "")
-            unusable.append(Unusable(f"class {word!r}", reason))
-    unusable += [Unusable(f"class {word!r}", "no images") for word in raw.empty]
-    numbers = np.array([index.get(label, -1) for label in labels], np.int64)
-    present = {index[str(word)] for word in [*labels, *raw.all_labels] if str(word) in index}
-    return Resolved(names, numbers, _subset(present, len(names)), unusable)
-
-
 def _wordnet_names(ids: Sequence[str]) -> tuple[tuple[str, ...], dict[str, int]]:
     """Return ImageNet-1k's full list of names where the ids touch it, else names from WordNet; and ids' places."""
     from timm.data.imagenet_info import ImageNetInfo
@@ -138,32 +130,31 @@ def _wordnet_names(ids: Sequence[str]) -> tuple[tuple[str, ...], dict[str, int]]
     return names, {w: i for i, w in enumerate(ids)}
 
 
-def _by_table(raw: RawSplit, labels: list[str], table: Mapping[str, tuple[str, ...]]) -> Resolved:
-    """Translate words by a table of names; into ImageNet's full head where all of the names are ImageNet's."""
+def _table_names(table: Mapping[str, tuple[str, ...]]) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Return the names in a table of words, or ImageNet's full head where all of them are ImageNet's; words' places."""
     listed = tuple(dict.fromkeys(name for names in table.values() for name in names))
     imagenet = imagenet_names()
-    classes = imagenet if set(listed) <= set(imagenet) else listed
-    place = {name: i for i, name in enumerate(classes)}
-    index = {word: place[names[0]] for word, names in table.items() if names}
-    declared = () if isinstance(raw.labels, np.ndarray) else raw.classes or ()
-    words = tuple(dict.fromkeys([*declared, *(labels if declared else sorted(set(labels)))]))
-    resolved = _by_word(raw, labels, words, classes, index)
+    names = imagenet if set(listed) <= set(imagenet) else listed
+    place = {name: i for i, name in enumerate(names)}
+    return names, {word: place[meant[0]] for word, meant in table.items() if meant}
+
+
+def _counts_as(
+    table: Mapping[str, tuple[str, ...]], names: Sequence[str], index: Mapping[str, int], known: set[str]
+) -> dict[int, int]:
+    """Return for each class that a word of the data names the class that it counts as: the word's first name."""
+    place = {name: i for i, name in enumerate(names)}
     counts_as: dict[int, int] = {}
-    for word in sorted({*labels, *map(str, raw.all_labels)} & index.keys()):
+    namer: dict[int, str] = {}
+    for word in sorted(known & index.keys()):
         for name in table[word]:
+            other = namer.setdefault(place[name], word)
             if counts_as.setdefault(place[name], index[word]) != index[word]:
-                other = next(
-                    w for w in sorted(index) if index[w] == counts_as[place[name]] and name in table[w]
-                )
                 raise DataError(
                     f"class name {name!r} is listed for both {other!r} and {word!r}, which count as different classes",
                     hint="words that share a name must share the first of their names",
                 )
-    subset = np.array(sorted(counts_as), np.int64)
-    target = np.array([counts_as[int(c)] for c in subset], np.int64)
-    if (target == subset).all():
-        return Resolved(classes, resolved.labels, _subset(set(counts_as), len(classes)), resolved.unusable)
-    return Resolved(classes, resolved.labels, subset, resolved.unusable, target)
+    return counts_as
 
 
 def _matches(words: Sequence[str], names: tuple[str, ...]) -> dict[str, int]:
@@ -177,7 +168,3 @@ def _matches(words: Sequence[str], names: tuple[str, ...]) -> dict[str, int]:
     if not index and len(words) == len(names):
         return {w: i for i, w in enumerate(sorted(words))}
     return index
-
-
-def _subset(present: set[int], total: int) -> Ints | None:
-    return None if len(present) == total else np.array(sorted(present), np.int64)

@@ -109,7 +109,8 @@ class Split:
 
         if logits.device not in self._columns:  # copied once: a copy for each batch would make the host wait
             target = self.class_subset if self.counts_as is None else self.counts_as
-            columns = torch.from_numpy(np.stack([self.class_subset, target])).to(logits.device)
+            with torch.inference_mode(False):  # a later call may need gradients
+                columns = torch.from_numpy(np.stack([self.class_subset, target])).to(logits.device)
             self._columns[logits.device] = columns
         shown, target_columns = self._columns[logits.device]
         hidden = torch.full_like(logits, -torch.inf)

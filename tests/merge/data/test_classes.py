@@ -115,6 +115,13 @@ def test_uncovered_classes_are_hidden_and_a_full_split_hides_none(folder: MakeFo
     some = open_split(folder(a=1, b=1), classnames=["c", "b", "a"])
     assert some.covered(logits).tolist() == [[-torch.inf, 1.0, 2.0]]
     assert open_split("digits#val").covered(logits) is logits
+    with torch.inference_mode():
+        split = open_split(some.source, classnames=["c", "b", "a"])
+        split.covered(logits)
+    trained = torch.tensor([[3.0, 1.0, 2.0]], requires_grad=True)
+    split.covered(trained).softmax(-1)[0, 1].backward()
+    assert trained.grad is not None
+    assert trained.grad[0, 0] == 0
 
 
 @pytest.mark.parametrize(
