@@ -6,7 +6,7 @@ SIGBUS; a short `pread` is an error we can name.
 
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from threading import Lock
@@ -91,6 +91,20 @@ class Reader:
             return flat.reshape(tensor.shape)
         apart = tuple(step * dtype.itemsize for step in tensor.strides)
         return np.array(np.lib.stride_tricks.as_strided(flat, tensor.shape, apart), order="C", copy=True)
+
+    def blocks(self, tensor: Tensor, size: int) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+        """Read a tensor of any layout in order: (first element, at most `size` stored elements).
+
+        They are valid until the next block is read.
+        """
+        dtype = storage_dtype(tensor.dtype)
+        dense = None if tensor.strides is None else self.dense(tensor).reshape(-1)
+        buffer = np.empty(min(size, tensor.numel) if dense is None else 0, dtype)
+        for low in range(0, tensor.numel, size):
+            count = min(size, tensor.numel - low)
+            if dense is None:
+                self.into(tensor, low * dtype.itemsize, buffer[:count].view(np.uint8))
+            yield low, buffer[:count] if dense is None else dense[low : low + count]
 
     def unchanged(self) -> None:
         """Refuse files that were written to while they were read.

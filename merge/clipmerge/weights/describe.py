@@ -12,8 +12,7 @@ from clipmerge.weights.coefficient import Coefficient
 from clipmerge.weights.expression import Expression
 from clipmerge.weights.names import tower_of
 from clipmerge.weights.notation import identifiers_of, notation, sum_text
-from clipmerge.weights.plan import make_plan
-from clipmerge.weights.steps import Plan, Step
+from clipmerge.weights.plan import Plan, Step, make_plan
 
 
 @dataclass(frozen=True, slots=True)

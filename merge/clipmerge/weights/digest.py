@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from threading import local
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +15,10 @@ from clipmerge.checkpoint.output import whole_file
 from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import Checkpoint, Tensor, names_digest
 from clipmerge.errors import OutputError
-from clipmerge.types import Bytes, Progress
+from clipmerge.types import Progress
 
-PIECE = 1 << 20
-"""Bytes read and hashed at a time."""
+PIECE = 1 << 18
+"""Elements read and hashed at a time."""
 
 
 def content_digest(checkpoint: Checkpoint, on_progress: Progress | None = None) -> str:
@@ -83,35 +82,6 @@ class Digests:
         return {checkpoint: self._known[checkpoint] for checkpoint in self._caches}
 
 
-class StreamDigest:
-    """Digests of adjacent tensors of one checkpoint, taken from their bytes as those go by in order.
-
-    Args:
-        sizes: each tensor's name → its bytes, in the order in which they come.
-    """
-
-    def __init__(self, digests: Digests, checkpoint: Checkpoint, sizes: Mapping[str, int]) -> None:
-        self._digests, self._checkpoint = digests, checkpoint
-        self._sizes = iter(sizes.items())
-        self._name: str | None
-        self._left: int
-        self._hasher: blake3
-        self._next()
-
-    def update(self, raw: Bytes) -> None:
-        """Take the next bytes."""
-        while raw.size:
-            self._hasher.update(raw[: self._left].data)
-            raw, self._left = raw[self._left :], max(0, self._left - raw.size)
-            while self._left == 0 and self._name is not None:
-                self._digests.add(self._checkpoint, self._name, self._hasher.hexdigest())
-                self._next()
-
-    def _next(self) -> None:
-        self._name, self._left = next(self._sizes, (None, 0))
-        self._hasher = blake3()
-
-
 def combine(tensors: Mapping[str, Tensor], digests: Mapping[str, str]) -> str:
     """Make the content digest from each tensor's own."""
     content = blake3()
@@ -126,15 +96,15 @@ def tensor_digests(
 ) -> dict[str, str]:
     """Digest each named tensor's row-major bytes: BLAKE3, by name."""
     largest_first = sorted(names, key=lambda name: -checkpoint.tensors[name].nbytes)
-    total = sum(checkpoint.tensors[name].nbytes for name in largest_first)
-    threads = local()
-    digests, done = {}, 0
+    total, done = sum(checkpoint.tensors[name].nbytes for name in largest_first), 0
+    digests = {}
     with Reader([checkpoint]) as reader, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
 
         def digest(name: str) -> str:
-            if not hasattr(threads, "buffer"):
-                threads.buffer = np.empty(PIECE, np.uint8)
-            return _tensor_digest(checkpoint.tensors[name], reader, threads.buffer)
+            hasher = blake3()
+            for _, stored in reader.blocks(checkpoint.tensors[name], PIECE):
+                hasher.update(stored.view(np.uint8).data)
+            return hasher.hexdigest()
 
         for name, hexadecimal in zip(largest_first, pool.map(digest, largest_first), strict=True):
             digests[name] = hexadecimal
@@ -143,18 +113,6 @@ def tensor_digests(
                 on_progress(f"hashing {checkpoint.name}", done, total)
         reader.unchanged()
     return digests
-
-
-def _tensor_digest(tensor: Tensor, reader: Reader, buffer: Bytes) -> str:
-    digest = blake3()
-    if tensor.strides is not None:
-        digest.update(reader.dense(tensor).reshape(-1).view(np.uint8).data)
-        return digest.hexdigest()
-    for start in range(0, tensor.nbytes, PIECE):
-        piece = buffer[: min(PIECE, tensor.nbytes - start)]
-        reader.into(tensor, start, piece)
-        digest.update(piece.data)
-    return digest.hexdigest()
 
 
 def _cache_path(checkpoint: Checkpoint) -> Path | None:

@@ -1,19 +1,7 @@
-"""Sums of fp16 in float32: twice as fast as in float64, and exact.
+"""Sums of fp16 in float32: twice as fast as in float64, and nothing is rounded.
 
-Why float32 rounds nothing here:
-
-- Every finite fp16 is a whole multiple of its smallest number, 2**-24.
-- Float32 has 24 bits of mantissa, so it holds every multiple of 2**-24 up to 1.
-- Multiples of 2**-24 add up to multiples of 2**-24. While the largest magnitudes of the terms add up to at most 1, no
-  partial sum in any order leaves that range, and each addition is exact.
-
-Where the magnitudes outgrow that, the rest goes into a second array, and after that all of it into float64, which is
-exact up to 2**29. A power of two divides exactly too; other divisors wait for float64. Sums of the two arrays that
-float32 may have rounded are rounded to odd instead, so that rounding them again to fp16 is right (`round_to_odd`).
-
-Without torch the arrays hold fp16's bits moved into a float32's place, which is the number times 2**-112: a power of
-two that is multiplied back together with the divisor. Float32 subnormals are numbers here (`blocks.in_threads` sees to
-that).
+Every fp16 is a multiple of 2**-24, and float32 holds all multiples of it up to 1. So terms are added in float32
+while their largest magnitudes add up to at most 1, then in a second array, and in float64 only after that.
 """
 
 from math import frexp
@@ -29,7 +17,7 @@ FINEST = 4096
 """Sums are divided by powers of two up to here in float32: far from where it has fewer digits."""
 
 
-class Fp16Sum:
+class HalfSum:
     """One block's sum, in memory that the next block uses again.
 
     Args:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from blake3 import blake3
 
 from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import Checkpoint, Tensor, iter_blocks
@@ -16,10 +17,10 @@ from clipmerge.dtypes import finite, to_float64
 from clipmerge.types import Floats, Progress
 from clipmerge.weights.check import check
 from clipmerge.weights.describe import count_words
-from clipmerge.weights.digest import Digests, StreamDigest
+from clipmerge.weights.digest import Digests
 from clipmerge.weights.expression import Leaf
 from clipmerge.weights.names import TOWERS, block_of, tower_of
-from clipmerge.weights.nonfinite import PIECE, pieces
+from clipmerge.weights.nonfinite import PIECE
 from clipmerge.weights.record import read_record
 from clipmerge.weights.run import evaluate
 from clipmerge.weights.weights import Weights, as_checkpoint, as_weights
@@ -118,13 +119,14 @@ def _count_nonfinite(
 
         def examine(name: str) -> int:
             tensor, count = checkpoint.tensors[name], 0
-            wanted = digests.wants(checkpoint, name)
-            stream = StreamDigest(digests, checkpoint, {name: tensor.nbytes}) if wanted else None
-            for _, raw in pieces(tensor, reader) if wanted or tensor.is_float else ():
-                if stream:
-                    stream.update(raw.view(np.uint8))
+            hasher = blake3() if digests.wants(checkpoint, name) else None
+            for _, raw in reader.blocks(tensor, PIECE) if hasher or tensor.is_float else ():
+                if hasher:
+                    hasher.update(raw.view(np.uint8).data)
                 if tensor.is_float and not finite(raw, tensor.dtype):
                     count += int(np.count_nonzero(~np.isfinite(to_float64(raw, tensor.dtype))))
+            if hasher:
+                digests.add(checkpoint, name, hasher.hexdigest())
             return count
 
         for name, count in zip(checkpoint.tensors, pool.map(examine, checkpoint.tensors), strict=True):
@@ -214,67 +216,54 @@ def compare(
         if (difference := first - other).terms:
             check(Weights(difference.terms, first.base))
     names = [name for name in first.names if first.reference.tensors[name].is_float]
-    parts, whole, differing, done = [], _Sums(), [], 0
+    parts, differing, done = [], [], 0
+    whole = np.zeros(8)
     with Reader([c for w in operands for c in w.checkpoints]) as reader, np.errstate(all="ignore"):
         for (tower, block), members in group_names(names).items():
-            part = _Sums()
+            part = np.zeros(8)
             for name in members:
-                before = part.unequal
+                unequal = part[2]
                 for numbers in _aligned_pieces(operands, name, reader):
-                    part.add(*numbers)
-                if part.unequal > before:
+                    _add(part, _measures(*numbers))
+                if part[2] > unequal:
                     differing.append(name)
                 done += 1
                 if on_progress:
                     on_progress("comparing", done, len(names))
-            parts.append(part.distance(tower, block, len(members)))
-            whole.join(part)
+            parts.append(_distance(tower, block, len(members), part, base is not None))
+            _add(whole, part)
         reader.unchanged()
-    texts = [repr(weights) for weights in operands]
-    return Comparison(
-        texts[0],
-        texts[1],
-        texts[2] if base is not None else None,
-        tuple(parts),
-        whole.distance(None, None, len(names)),
-        tuple(sorted(differing)),
-    )
+    texts = [*map(repr, operands), None]
+    total = _distance(None, None, len(names), whole, base is not None)
+    return Comparison(str(texts[0]), str(texts[1]), texts[2], tuple(parts), total, tuple(sorted(differing)))
 
 
-class _Sums:
-    """Running sums over the elements of one part: ‖a‖², ‖a - b‖², and of the task vectors ‖u‖², ‖v‖², u·v."""
+def _measures(a: Floats, b: Floats, base: Floats | None = None) -> Floats:
+    """Of a stretch of two models: the largest |a - b|, then what adds up over stretches: elements, unequal ones, ‖a‖²,
+    ‖a - b‖², and of the task vectors ‖u‖², ‖v‖² and u·v."""
+    apart = a - b
+    vectors = [0.0, 0.0, 0.0]
+    if base is not None:
+        u, v = a - base, b - base
+        vectors = [np.dot(u, u), np.dot(v, v), np.dot(u, v)]
+    largest, unequal = np.abs(apart).max(initial=0.0), np.count_nonzero(apart)
+    return np.array([largest, a.size, unequal, np.dot(a, a), np.dot(apart, apart), *vectors])
 
-    def __init__(self) -> None:
-        self.count = self.unequal = 0
-        self.largest = 0.0
-        self.sums = np.zeros(5)
-        self.has_base = False
 
-    def add(self, a: Floats, b: Floats, base: Floats | None = None) -> None:
-        apart = a - b
-        self.count += a.size
-        self.unequal += int(np.count_nonzero(apart))
-        self.largest = float(np.maximum(self.largest, np.abs(apart).max(initial=0.0)))  # NaN stays NaN
-        self.sums[:2] += np.dot(a, a), np.dot(apart, apart)
-        if base is not None:
-            self.has_base = True
-            u, v = a - base, b - base
-            self.sums[2:] += np.dot(u, u), np.dot(v, v), np.dot(u, v)
+def _add(total: Floats, measures: Floats) -> None:
+    total[0] = np.maximum(total[0], measures[0])  # NaN stays NaN
+    total[1:] += measures[1:]
 
-    def join(self, other: "_Sums") -> None:
-        self.count += other.count
-        self.unequal += other.unequal
-        self.largest = float(np.maximum(self.largest, other.largest))
-        self.sums += other.sums
-        self.has_base |= other.has_base
 
-    def distance(self, tower: str | None, block: int | None, tensors: int) -> Distance:
-        aa, apart, uu, vv, uv = (float(s) for s in self.sums)
-        relative = sqrt(apart / aa) if aa else None
-        vectors: tuple[float | None, ...] = ()
-        if self.has_base:
-            vectors = (uv / sqrt(uu * vv) if uu and vv else None, sqrt(uu), sqrt(vv))
-        return Distance(tower, block, tensors, self.count, relative, self.largest, *vectors)
+def _distance(
+    tower: str | None, block: int | None, tensors: int, measures: Floats, has_base: bool
+) -> Distance:
+    largest, count, _, aa, apart, uu, vv, uv = (float(measure) for measure in measures)
+    relative = sqrt(apart / aa) if aa else None
+    vectors: tuple[float | None, ...] = ()
+    if has_base:
+        vectors = (uv / sqrt(uu * vv) if uu and vv else None, sqrt(uu), sqrt(vv))
+    return Distance(tower, block, tensors, int(count), relative, largest, *vectors)
 
 
 def _aligned_pieces(operands: Sequence[Weights], name: str, reader: Reader) -> Iterator[tuple[Floats, ...]]:
@@ -290,7 +279,7 @@ def _aligned_pieces(operands: Sequence[Weights], name: str, reader: Reader) -> I
         leaf, coefficient = next(iter(weights.terms.items()))
         if len(weights.terms) == 1 and isinstance(leaf, Checkpoint) and coefficient.at(name) == 1:
             tensor = leaf.tensors[name]
-            yield from (to_float64(raw, tensor.dtype) for _, raw in pieces(tensor, reader))
+            yield from (to_float64(raw, tensor.dtype) for _, raw in reader.blocks(tensor, PIECE))
         else:
             computed = evaluate(weights, name, leaf_numbers).reshape(-1)
             yield from (computed[low:high] for low, high in iter_blocks(computed.size, PIECE))

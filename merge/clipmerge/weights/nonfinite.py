@@ -1,17 +1,15 @@
 """Where a merge goes wrong: the input that is not finite, or the output that overflows. Read in pieces."""
 
-from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
-import numpy.typing as npt
 
 from clipmerge.checkpoint.read import Reader
-from clipmerge.checkpoint.tensors import Tensor, iter_blocks
-from clipmerge.dtypes import ITEMSIZE, TABLE, finite, storage_dtype, to_float64
+from clipmerge.checkpoint.tensors import Tensor
+from clipmerge.dtypes import TABLE, finite, to_float64
 from clipmerge.errors import NonFiniteError
 from clipmerge.types import Floats
-from clipmerge.weights.steps import Step
+from clipmerge.weights.plan import Step
 
 PIECE = 1 << 18
 """Elements looked at together."""
@@ -38,7 +36,7 @@ def refuse_inputs(step: Step, reader: Reader) -> None:
 def count_nonfinite(tensor: Tensor, reader: Reader) -> tuple[int, int]:
     """Count the elements that are NaN or infinite. Returns how many, and the flat index of the first."""
     count = first = 0
-    for start, raw in pieces(tensor, reader):
+    for start, raw in reader.blocks(tensor, PIECE):
         if not finite(raw, tensor.dtype):
             bad = np.flatnonzero(~np.isfinite(to_float64(raw, tensor.dtype)))
             first = first if count else start + int(bad[0])
@@ -78,22 +76,9 @@ def _largest(numbers: Floats) -> float:
 
 def _largest_of_sum(step: Step, reader: Reader) -> float:
     worst = 0.0
-    for parts in zip(*(pieces(tensor, reader) for _, tensor in step.terms), strict=True):
+    for parts in zip(*(reader.blocks(tensor, PIECE) for _, tensor in step.terms), strict=True):
         total = np.zeros(parts[0][1].size)
         for (factor, tensor), (_, raw) in zip(step.terms, parts, strict=True):
             total += factor * to_float64(raw, tensor.dtype)
         worst = max(worst, _largest(total / step.divisor))
     return worst
-
-
-def pieces(tensor: Tensor, reader: Reader) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-    """Read a tensor piece by piece: (first element, stored elements)."""
-    dense = reader.dense(tensor).reshape(-1) if tensor.strides is not None else None
-    size = ITEMSIZE[tensor.dtype]
-    for low, high in iter_blocks(tensor.numel, PIECE):
-        if dense is not None:
-            yield low, dense[low:high]
-        else:
-            raw = np.empty((high - low) * size, np.uint8)
-            reader.into(tensor, low * size, raw)
-            yield low, raw.view(storage_dtype(tensor.dtype))

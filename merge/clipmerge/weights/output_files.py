@@ -13,8 +13,7 @@ from clipmerge.checkpoint.safetensors import header
 from clipmerge.checkpoint.tensors import Tensor
 from clipmerge.errors import CheckpointError
 from clipmerge.weights.expression import Expression
-from clipmerge.weights.plan import make_plan
-from clipmerge.weights.steps import Plan
+from clipmerge.weights.plan import Plan, make_plan
 
 
 @dataclass(frozen=True, slots=True)

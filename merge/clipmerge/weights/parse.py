@@ -15,7 +15,8 @@ import operator
 import re
 import unicodedata
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any, Generic, TypeAlias
 
@@ -118,19 +119,17 @@ class _Parser(Generic[E]):
         value = self.value(node, depth + 1)
         for link in reversed(links):
             right = self.value(link.right, depth + 1)
-            operation = _OPERATORS.get(type(link.op))
-            if operation is None:
+            if type(link.op) not in _OPERATORS:
                 raise self._error(link.right, f"{self._source(link)!r} uses an operator other than + - * /")
-            try:
-                value = operation(value, right)
-            except TypeError:
-                if isinstance(link.op, ast.Div):
-                    raise self._error(link.right, "only division by a number means something") from None
-                message = "weights and a number cannot be added"
-                raise self._error(link.right, message, hint="did you mean to multiply?") from None
-            except ClipmergeError as error:
-                raise self._error(link.right, error.message, hint=error.hint) from None
-            self._bound(link.right, value)
+            with self._placed(link.right):
+                try:
+                    value = _OPERATORS[type(link.op)](value, right)
+                except TypeError:
+                    if isinstance(link.op, ast.Div):
+                        raise RecipeError("only division by a number means something") from None
+                    message = "weights and a number cannot be added"
+                    raise RecipeError(message, hint="did you mean to multiply?") from None
+                _refuse_large(value)
         return value
 
     def _number(self, node: ast.Constant) -> Coefficient:
@@ -139,19 +138,14 @@ class _Parser(Generic[E]):
         if _DECIMAL.fullmatch(source) is None or len(source) > 400:
             raise self._error(node, f"{source[:40]!r} is not a decimal number")
         number = Coefficient.of(Fraction(source))
-        self._bound(node, number)
+        with self._placed(node):
+            _refuse_large(number)
         return number
-
-    def _bound(self, node: ast.expr, value: "Value[E]") -> None:
-        if isinstance(value, Coefficient) and (value.size > MAX_PRODUCTS or value.bits > MAX_BITS):
-            raise self._error(node, "the number is too large or too long to be a coefficient")
 
     def _checkpoint(self, name: str) -> E:
         if name not in self.names:
-            raise RecipeError(
-                f"there is no checkpoint {name!r}",
-                hint=did_you_mean(name, self.names, f"name its file: {name}=FILE"),
-            )
+            hint = did_you_mean(name, self.names, f"name its file: {name}=FILE")
+            raise RecipeError(f"there is no checkpoint {name!r}", hint=hint)
         self.used.add(name)
         return self.names[name]
 
@@ -183,30 +177,35 @@ class _Parser(Generic[E]):
         arguments: Sequence[ast.expr] = node.args
         if len(arguments) == 1 and isinstance(arguments[0], ast.List | ast.Tuple):
             arguments = arguments[0].elts  # f([a, b]) and f(a, b) are one thing
-        values = [self.value(argument, depth + 1) for argument in arguments]
-        options: dict[str, ast.expr] = {}
-        for keyword in node.keywords:
-            if keyword.arg is None:
-                raise self._error(node, f"{self._source(node)!r} is not part of the notation")
-            options[keyword.arg] = keyword.value
+        options = {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
+        if len(options) < len(node.keywords):
+            raise self._error(node, f"{self._source(node)!r} is not part of the notation")
         if name == "interpolate" and "alpha" in options:
-            values.append(self.value(options.pop("alpha"), depth + 1))
+            arguments = [*arguments, options.pop("alpha")]
+        values = [self.value(argument, depth + 1) for argument in arguments]
         numbers = {
             key: float(self._constant(option, depth, f"the option {key!r} takes a number"))
             for key, option in options.items()
         }
-        try:
+        with self._placed(node):
             return _called(name, values, numbers)
-        except ClipmergeError as error:
-            raise self._error(node, error.message, hint=error.hint) from None
 
     def _source(self, node: ast.expr) -> str:
         return ast.get_source_segment(self.text, node) or ""
 
+    @contextmanager
+    def _placed(self, node: ast.expr) -> Iterator[None]:
+        """Show the place in what is refused inside."""
+        try:
+            yield
+        except ClipmergeError as error:
+            raise self._error(node, error.message, error.hint) from None
+
     def _error(self, node: ast.expr, message: str, hint: str | None = None) -> RecipeError:
         # The tree counts the bytes of UTF-8, people count characters.
-        before = self.text.encode()[: node.col_offset].decode(errors="ignore")
-        return self._refused(message, len(before), hint)
+        return self._refused(
+            message, len(self.text.encode()[: node.col_offset].decode(errors="ignore")), hint
+        )
 
     def _refused(self, message: str, offset: int, hint: str | None = None) -> RecipeError:
         """The message, the text around the place, and a caret under it."""
@@ -218,11 +217,15 @@ class _Parser(Generic[E]):
         )
 
 
+def _refuse_large(value: "Value[E]") -> None:
+    if isinstance(value, Coefficient) and (value.size > MAX_PRODUCTS or value.bits > MAX_BITS):
+        raise RecipeError("the number is too large or too long to be a coefficient")
+
+
 def _called(name: str, values: "Sequence[Value[E]]", options: Mapping[str, float]) -> E:
-    if name in _CALLS:
-        for option in options:
-            hint = "interpolate(a, b, alpha=0.5)" if name == "interpolate" else None
-            raise RecipeError(f"{name} has no option {option!r}", hint=hint)
+    if name in _CALLS and options:
+        hint = "interpolate(a, b, alpha=0.5)" if name == "interpolate" else None
+        raise RecipeError(f"{name} has no option {next(iter(options))!r}", hint=hint)
     if name == "interpolate":
         match values:
             case [Expression() as a, Expression() as b, Coefficient() as alpha]:

@@ -1,21 +1,70 @@
-"""An expression → what each output tensor is made of. Headers only; nothing is computed here."""
+"""Expression → plan: what each output tensor is made of. Headers only; nothing is computed here."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from math import lcm
+from math import lcm, prod
+from typing import Literal
 
 from blake3 import blake3
 
 from clipmerge.checkpoint.read import Reader
-from clipmerge.checkpoint.tensors import Checkpoint
-from clipmerge.dtypes import FLOATS
+from clipmerge.checkpoint.tensors import Checkpoint, Tensor
+from clipmerge.dtypes import FLOATS, ITEMSIZE
 from clipmerge.errors import RecipeError
 from clipmerge.text import did_you_mean
 from clipmerge.weights.check import check
 from clipmerge.weights.coefficient import Coefficient
 from clipmerge.weights.digest import content_digest
 from clipmerge.weights.expression import Applied, Expression, Leaf
-from clipmerge.weights.steps import Kind, Plan, Step
+
+Kind = Literal["sum", "agree", "largest", "computed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One output tensor.
+
+    Attributes:
+        kind: "sum" is Σ factor·input / divisor; "agree" copies integers that must be equal everywhere;
+            "largest" is a mean's step counters; "computed" needs whole tensors (a nonlinear method).
+        terms: (factor, stored tensor), in an order that depends on the contents alone.
+        sources: the checkpoint of each term; every checkpoint that a "computed" step reads.
+        leaves: of a "computed" step: (coefficient, leaf).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    kind: Kind
+    terms: tuple[tuple[float, Tensor], ...]
+    divisor: float
+    sources: tuple[Checkpoint, ...]
+    leaves: tuple[tuple[float, Leaf], ...] = ()
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Every output tensor by name, what is read for them, and the size of the work in bytes."""
+
+    steps: Mapping[str, Step]
+    checkpoints: tuple[Checkpoint, ...]
+    read_bytes: int
+    written_bytes: int
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The outputs' names, dtypes and shapes; their bytes are nowhere yet."""
+        return {name: Tensor(step.dtype, step.shape, ()) for name, step in self.steps.items()}
+
 
 EXACT = 1 << 24
 """Integer coefficients up to here keep integer · float32 exact in float64."""

@@ -1,9 +1,9 @@
 """Plan → bytes: the streaming pass, into files or into memory. Same bytes for any order and thread count."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import NoReturn
+from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
@@ -13,17 +13,19 @@ from clipmerge.checkpoint.tensors import Checkpoint
 from clipmerge.dtypes import finite, narrow, scratch_for, storage_dtype, to_float64
 from clipmerge.errors import MismatchError, NonFiniteError
 from clipmerge.types import Bytes, Floats, Progress
-from clipmerge.weights.blocks import Buffers, Run, Sink, default_threads, in_threads, join, run_blocks
+from clipmerge.weights.blocks import Buffers, Sink, Stretch, block_length, default_threads, in_threads
 from clipmerge.weights.digest import Digests
 from clipmerge.weights.expression import Expression, Leaf
 from clipmerge.weights.nonfinite import explain, refuse_inputs, refuse_overflow
-from clipmerge.weights.plan import integer_factors
-from clipmerge.weights.steps import Plan, Step
+from clipmerge.weights.plan import Plan, Step, integer_factors
+
+Placed = tuple[Step, Sink, int]
+"""A step, the sink that takes its bytes, and where in the sink they begin."""
 
 
 def execute(
     plan: Plan,
-    placed: list[tuple[Step, Sink, int]],
+    placed: list[Placed],
     reader: Reader,
     *,
     threads: int | None = None,
@@ -34,7 +36,6 @@ def execute(
     """Compute every step into its sink.
 
     Args:
-        placed: (step, sink, byte offset in the sink); neighbours are joined where they can be.
         threads: worker threads; None takes the cores this process may use, at most four.
         digests: of the inputs, taken as their tensors are read.
 
@@ -45,28 +46,35 @@ def execute(
     """
     if digests is not None and digests.complete:
         digests = None
-    held_whole = [item for item in placed if not _streams(item[0])]
-    runs = join(item for item in placed if _streams(item[0]))
+    lock, done = Lock(), 0
 
-    def compute(step: Step, sink: Sink, offset: int, _: Buffers) -> None:
-        sink(offset, _WholeStep(step, reader, allow_nonfinite, digests).compute())
-
-    in_threads(
-        (partial(compute, *item) for item in held_whole), threads=1
-    )  # one at a time: they may be large
-
-    def not_finite(run: Run, low: int, high: int) -> None:
+    def not_finite(step: Step) -> None:
         if not allow_nonfinite:
-            _locate(run, low, high, reader)
+            explain(step, reader)
+            raise NonFiniteError(f"the output of {step.name!r} is not finite")
 
-    def report(done: int) -> None:
+    def write(sink: Sink, offset: int, computed: Bytes) -> None:
+        nonlocal done
+        sink(offset, computed)
         if on_progress:
-            on_progress("merging", done, plan.written_bytes)
+            with lock:
+                done += computed.size
+                on_progress("merging", done, plan.written_bytes)
 
-    run_blocks(
-        runs, reader, threads=threads or default_threads(), not_finite=not_finite, digests=digests,
-        on_done=report if on_progress else None,
-    )  # fmt: skip
+    def compute_whole(step: Step, sink: Sink, offset: int, _: Buffers) -> None:
+        write(sink, offset, _WholeStep(step, reader, allow_nonfinite, digests).compute())
+
+    def compute_stretch(stretch: Stretch, sink: Sink, offset: int, buffers: Buffers) -> None:
+        for begin, computed in stretch.compute(buffers, not_finite):
+            write(sink, offset + begin, computed)
+
+    streamed = [item for item in placed if _streams(item[0])]
+    whole = [item for item in placed if not _streams(item[0])]
+    in_threads(
+        (partial(compute_whole, *item) for item in whole), threads=1
+    )  # one at a time: they may be large
+    stretches = _stretches(streamed, reader, digests)
+    in_threads((partial(compute_stretch, *item) for item in stretches), threads or default_threads())
     reader.unchanged()
 
 
@@ -83,15 +91,26 @@ def into_arrays(
         execute(plan, placed, reader, on_progress=on_progress)
 
 
-def _streams(step: Step) -> bool:
-    return step.kind == "sum" and not any(tensor.strides for _, tensor in step.terms)
-
-
 def _memory_sink(target: Bytes) -> Sink:
     def write(offset: int, data: Bytes) -> None:
         target[offset : offset + data.size] = data
 
     return write
+
+
+def _streams(step: Step) -> bool:
+    return step.kind == "sum" and not any(tensor.strides for _, tensor in step.terms)
+
+
+def _stretches(
+    placed: list[Placed], reader: Reader, digests: Digests | None
+) -> Iterator[tuple[Stretch, Sink, int]]:
+    for step, sink, offset in placed:
+        wanted = digests is not None and any(digests.wants(source, step.name) for source in step.sources)
+        length = step.numel if wanted else block_length(step)
+        for low in range(0, step.numel, max(length, 1)):
+            high = min(low + length, step.numel)
+            yield Stretch(step, low, high, reader, digests if wanted else None), sink, offset
 
 
 class _WholeStep:
@@ -185,15 +204,3 @@ def _weighted(parts: Iterable[tuple[float, Floats]], shape: tuple[int, ...]) -> 
     for factor, array in parts:
         total = factor * array if total is None else total + factor * array
     return np.zeros(shape, np.float64) if total is None else np.asarray(total)  # 0-d ones become numbers
-
-
-def _locate(run: Run, low: int, high: int, reader: Reader) -> NoReturn:
-    """Say which tensor of which input is not finite, or which output overflows."""
-    begin = 0
-    for step in run.steps:
-        end = begin + step.numel
-        if begin < high and low < end:
-            with np.errstate(all="ignore"):
-                explain(step, reader)
-        begin = end
-    raise NonFiniteError(f"the output of {run.head.name!r} is not finite")

@@ -19,11 +19,10 @@ from clipmerge.types import Bytes, Progress
 from clipmerge.weights.blocks import Sink
 from clipmerge.weights.digest import content_digest
 from clipmerge.weights.parse import parse
-from clipmerge.weights.plan import float_dtype, make_plan
+from clipmerge.weights.plan import Plan, float_dtype, make_plan
 from clipmerge.weights.provenance import Parent, is_original, parents_of
 from clipmerge.weights.record import read_record
 from clipmerge.weights.run import execute
-from clipmerge.weights.steps import Plan
 from clipmerge.weights.weights import Weights, as_checkpoint, load
 
 SUFFIXES = (".safetensors", ".safetensors.index.json", ".pt", ".pth", ".bin")
