@@ -76,11 +76,6 @@ def _words(document: Document) -> tuple[str, str, str]:
     return _FAMILIES.get(family, (family.capitalize(), "coefficient", "coefficient"))
 
 
-def _coefficient(document: Document) -> float:
-    """Return the coefficient of a point, or the one that a sweep chose."""
-    return float(document["coefficient"] if "coefficient" in document else document["alpha"])
-
-
 def _splits(document: Document, role: str) -> list[str]:
     """Return the splits that play a role; shifts are all but the ID split where the rule looks at none."""
     roles = document["rule"]["roles"]
@@ -92,7 +87,7 @@ def _splits(document: Document, role: str) -> list[str]:
 def _tradeoff(axes: "Axes", document: Document, sides: Sequence[Sequence[str]], words: Sequence[str]) -> None:
     points = document["points"]
     _, symbol, _ = _words(document)
-    values = [_coefficient(point) for point in points]
+    values = [float(point["coefficient"]) for point in points]
     x, y = (
         [sum(point["scores"][name]["value"] for name in side) / len(side) for point in points]
         for side in sides
@@ -132,9 +127,9 @@ def _lines(axes: "Axes", document: Document) -> None:
     for i, split in enumerate(document["splits"]):
         colour, marker, dash = LINES[i % len(LINES)]
         values = [float(point["scores"][split]["value"]) for point in points]
-        axes.plot([_coefficient(p) for p in points], values, dash, color=colour, marker=marker, markersize=5,
+        axes.plot([p["coefficient"] for p in points], values, dash, color=colour, marker=marker, markersize=5,
                   label=split)  # fmt: skip
-    chosen = _coefficient(document)
+    chosen = float(document["coefficient"])
     axes.axvline(chosen, color=BLACK, linewidth=1.0, linestyle=":", label=f"chosen, {chosen:g}")
     axes.set_xlabel(_words(document)[2])
     axes.set_ylabel(f"{metric_title(document)} %")

@@ -17,7 +17,7 @@ from clipmerge.report.style import targets
 def points(x: str, y: str) -> list[dict[str, Any]]:
     return [
         {
-            "alpha": i / 10,
+            "coefficient": i / 10,
             "value": 0.5,
             "allowed": i < 9,
             "refined": False,
@@ -36,7 +36,7 @@ def sweep(family: str, rule: str, roles: Mapping[str, list[str]], x: str, y: str
         "kind": "sweep",
         "family": family,
         "rule": {"name": rule, "says": "", "roles": roles},
-        "alpha": 0.6,
+        "coefficient": 0.6,
         "metric": "top1",
         "splits": [x, y],
         "points": points(x, y),
@@ -184,3 +184,27 @@ def words_of(document: Mapping[str, Any], tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(style._RC, "svg.fonttype", "none")
     svg = figures.plot(document, tmp_path / "words")[1]
     return {"".join(node.itertext()) for node in ElementTree.parse(svg).iter() if node.tag.endswith("text")}
+
+
+def test_real_searches_are_drawn(
+    tiny_spec: Any, tiny_checkpoints: Mapping[str, Path], tmp_path: Path
+) -> None:
+    from clipmerge.data.open import open_split
+    from clipmerge.evaluate.evaluator import Evaluator
+    from clipmerge.search.rules import best_mean
+    from clipmerge.search.soup import greedy_soup
+    from clipmerge.search.sweep import sweep as run_sweep
+    from clipmerge.weights.weights import interpolate, load
+
+    splits = {name: open_split(f"digits#val@{name}", limit=40) for name in ("invert", "blur")}
+    evaluator = Evaluator(tiny_spec, splits, device="cpu")
+    base, tuned, other = (load(tiny_checkpoints[name]) for name in ("base", "ft0", "ft1"))
+    chosen = run_sweep(
+        lambda alpha: interpolate(base, tuned, alpha),
+        [0, 0.5, 1],
+        evaluator,
+        rule=best_mean("invert", ["blur"]),
+    )
+    soup = greedy_soup([tuned, other], evaluator, split="blur")
+    for name, result in (("sweep", chosen), ("soup", soup)):
+        assert all(path.stat().st_size > 1000 for path in figures.plot(result, tmp_path / name))
