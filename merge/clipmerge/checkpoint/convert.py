@@ -1,6 +1,6 @@
 """One checkpoint from one layout to another: names and views change, bytes do not."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ from clipmerge.checkpoint.huggingface import to_huggingface
 from clipmerge.checkpoint.output import check_folder, check_target, new_files, whole_folder, write_at
 from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.safetensors import header
-from clipmerge.checkpoint.tensors import Checkpoint, Tensor
+from clipmerge.checkpoint.tensors import Checkpoint
 from clipmerge.errors import CheckpointError, MismatchError
-from clipmerge.types import Bytes, Progress
+from clipmerge.types import Progress
 
 LAYOUTS = ("open_clip", "huggingface")
 BLOCK = 1 << 20
@@ -38,11 +38,12 @@ def convert(
     with Reader((checkpoint,)) as reader, new_files([(real, size)], force=force) as (descriptor,):
         write_at(descriptor, head, 0, real)
         done = len(head)
-        for offset, piece in _pieces(tensors, offsets, reader):
-            write_at(descriptor, piece.data, offset, real)
-            done += piece.size
-            if on_progress:
-                on_progress("converting", done, size)
+        for name, offset in offsets.items():
+            for low, block in reader.blocks(tensors[name], BLOCK):
+                write_at(descriptor, block.view(np.uint8).data, offset + low * block.itemsize, real)
+                done += block.nbytes
+                if on_progress:
+                    on_progress("converting", done, size)
         reader.unchanged()
     return real
 
@@ -91,19 +92,3 @@ def _folder(to: str, model: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     processor = to_huggingface_preprocessor(preprocess)
     extra = {} if processor is None else {"preprocessor_config.json": processor}
     return "model.safetensors", {"config.json": theirs, **extra}
-
-
-def _pieces(
-    tensors: Mapping[str, Tensor], offsets: Mapping[str, int], reader: Reader
-) -> Iterator[tuple[int, Bytes]]:
-    """All bytes with their places in the file, in pieces of one buffer that is used again."""
-    buffer = np.empty(BLOCK, np.uint8)
-    for name, offset in offsets.items():
-        tensor = tensors[name]
-        if tensor.strides is not None:
-            yield offset, reader.dense(tensor).reshape(-1).view(np.uint8)
-            continue
-        for start in range(0, tensor.nbytes, BLOCK):
-            piece = buffer[: min(BLOCK, tensor.nbytes - start)]
-            reader.into(tensor, start, piece)
-            yield offset + start, piece

@@ -1,10 +1,13 @@
-"""Bytes of tensors into buffers that are used again: `pread`, never a mapping.
+"""Read tensors: `Reader` into buffers that are used again, `Mapped` as pages of the file.
 
-Mapped inputs would count as resident memory and a file truncated meanwhile would end the process with
-SIGBUS; a short `pread` is an error we can name.
+Merging, hashing and converting take a `Reader`: its memory does not grow with the files, and a file that is shortened
+meanwhile is an error with a name. Copying a checkpoint into a model takes `Mapped`: it needs each tensor whole and
+once, and copies it from where it is. Mapped pages count as resident memory, and a file shortened meanwhile would end
+the process: nothing that goes through many files maps them.
 """
 
 import errno
+import mmap
 import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -15,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clipmerge.checkpoint.tensors import Checkpoint, Stamp, Tensor, stamp
+from clipmerge.checkpoint.tensors import Checkpoint, Extent, Stamp, Tensor, stamp
 from clipmerge.dtypes import storage_dtype
 from clipmerge.errors import CheckpointError
 from clipmerge.types import Bytes
@@ -82,29 +85,26 @@ class Reader:
         return b"".join(found)
 
     def dense(self, tensor: Tensor) -> npt.NDArray[Any]:
-        """The whole tensor in row-major order, strides resolved; BF16 and F8 as raw bits."""
-        dtype = storage_dtype(tensor.dtype)
+        """Read the whole tensor in row-major order, strides resolved; BF16 and F8 as raw bits."""
         out = np.empty(sum(extent.nbytes for extent in tensor.extents), np.uint8)
         self.into(tensor, 0, out)
-        flat = out.view(dtype)
-        if tensor.strides is None:
-            return flat.reshape(tensor.shape)
-        apart = tuple(step * dtype.itemsize for step in tensor.strides)
-        return np.array(np.lib.stride_tricks.as_strided(flat, tensor.shape, apart), order="C", copy=True)
+        return np.array(tensor.view(out), order="C", copy=tensor.strides is not None)
 
     def blocks(self, tensor: Tensor, size: int) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-        """Read a tensor of any layout in order: (first element, at most `size` stored elements).
+        """Read a tensor in pieces, in row-major order, strides resolved.
 
-        They are valid until the next block is read.
+        Yields:
+            The first element's number, and at most `size` elements as stored, in memory that the next piece uses again.
         """
-        dtype = storage_dtype(tensor.dtype)
-        dense = None if tensor.strides is None else self.dense(tensor).reshape(-1)
-        buffer = np.empty(min(size, tensor.numel) if dense is None else 0, dtype)
+        if tensor.strides is not None:
+            flat = self.dense(tensor).reshape(-1)
+            yield from ((low, flat[low : low + size]) for low in range(0, flat.size, size))
+            return
+        buffer = np.empty(min(size, tensor.numel), storage_dtype(tensor.dtype))
         for low in range(0, tensor.numel, size):
-            count = min(size, tensor.numel - low)
-            if dense is None:
-                self.into(tensor, low * dtype.itemsize, buffer[:count].view(np.uint8))
-            yield low, buffer[:count] if dense is None else dense[low : low + count]
+            block = buffer[: tensor.numel - low]
+            self.into(tensor, low * buffer.itemsize, block.view(np.uint8))
+            yield low, block
 
     def unchanged(self) -> None:
         """Refuse files that were written to while they were read.
@@ -150,3 +150,46 @@ class Reader:
                         )
                     self._open[path] = found
         return found[0]
+
+
+class Mapped:
+    """Maps files on first use and keeps them mapped until closed; only the bytes that headers name are touched.
+
+    A file that is shorter than a header promises is refused here, not met as SIGBUS in the middle of a merge.
+    """
+
+    def __init__(self) -> None:
+        self._maps: dict[Path, Bytes] = {}
+
+    def __enter__(self) -> "Mapped":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._maps.clear()
+
+    def bytes_of(self, extent: Extent) -> Bytes:
+        """The extent's bytes, shape (nbytes,), read-only, not copied."""
+        whole = extent.source if isinstance(extent.source, np.ndarray) else self._map(extent.source)
+        if extent.offset + extent.nbytes > whole.size:
+            raise CheckpointError(
+                f"{extent.source} ends at byte {whole.size}, its header promises {extent.offset + extent.nbytes}",
+                hint="the file is truncated or was changed while it was read; copy it again",
+            )
+        return whole[extent.offset : extent.offset + extent.nbytes]
+
+    def array(self, tensor: Tensor) -> npt.NDArray[Any]:
+        """The tensor, read-only; copied only where it has several extents."""
+        parts = [self.bytes_of(extent) for extent in tensor.extents]
+        raw = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.uint8), *parts])
+        return tensor.view(raw)
+
+    def _map(self, path: Path) -> Bytes:
+        if path not in self._maps:
+            try:
+                with path.open("rb") as file:
+                    size = os.fstat(file.fileno()).st_size
+                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+            self._maps[path] = np.frombuffer(mapped, np.uint8)
+        return self._maps[path]

@@ -1,10 +1,8 @@
 """What a checkpoint is before anything is read: names, shapes, dtypes, and where the bytes lie."""
 
 import hashlib
-import mmap
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from keyword import iskeyword
 from math import prod
@@ -60,6 +58,14 @@ class Tensor:
     def is_float(self) -> bool:
         return self.dtype in FLOATS
 
+    def view(self, raw: Bytes) -> npt.NDArray[Any]:
+        """Return the bytes of all extents as an array of the tensor's shape (BF16 and F8 as raw bits); not a copy."""
+        flat = raw.view(storage_dtype(self.dtype))
+        if self.strides is None:
+            return flat.reshape(self.shape)
+        bytes_apart = tuple(step * flat.itemsize for step in self.strides)
+        return np.lib.stride_tricks.as_strided(flat, self.shape, bytes_apart)
+
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Checkpoint:
@@ -107,62 +113,16 @@ class Checkpoint:
         return found
 
     def read(self, name: str) -> npt.NDArray[Any]:
-        """One tensor as an array of its own (BF16 and F8 as raw bits)."""
+        """Read one tensor into an array of its own (BF16 and F8 as raw bits)."""
         tensor = self.tensors[name]
-        with Mapped() as mapped:
-            return np.array(mapped.array(tensor), copy=True)
-
-
-class Mapped:
-    """Maps files on first use and keeps them mapped until closed; only the bytes that headers name are touched.
-
-    A file that is shorter than a header promises is refused here, not met as SIGBUS in the middle of a merge.
-    """
-
-    def __init__(self) -> None:
-        self._maps: dict[Path, Bytes] = {}
-        self._stack = ExitStack()
-
-    def __enter__(self) -> "Mapped":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._maps.clear()
-        self._stack.close()
-
-    def bytes_of(self, extent: Extent) -> Bytes:
-        """The extent's bytes, shape (nbytes,), read-only, not copied."""
-        whole = extent.source if isinstance(extent.source, np.ndarray) else self._map(extent.source)
-        if extent.offset + extent.nbytes > whole.size:
-            raise CheckpointError(
-                f"{extent.source} ends at byte {whole.size}, its header promises {extent.offset + extent.nbytes}",
-                hint="the file is truncated or was changed while it was read; copy it again",
-            )
-        return whole[extent.offset : extent.offset + extent.nbytes]
-
-    def array(self, tensor: Tensor) -> npt.NDArray[Any]:
-        """The tensor, read-only; copied only where it has several extents or strides."""
-        dtype = storage_dtype(tensor.dtype)
-        parts = [self.bytes_of(extent) for extent in tensor.extents]
-        if not parts:
-            return np.empty(tensor.shape, dtype)
-        raw = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        flat = raw.view(dtype)
-        if tensor.strides is not None:
-            bytes_apart = tuple(step * dtype.itemsize for step in tensor.strides)
-            return np.lib.stride_tricks.as_strided(flat, tensor.shape, bytes_apart, writeable=False)
-        return flat.reshape(tensor.shape)
-
-    def _map(self, path: Path) -> Bytes:
-        if path not in self._maps:
-            try:
-                with path.open("rb") as file:
-                    size = os.fstat(file.fileno()).st_size
-                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
-            except OSError as error:
-                raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-            self._maps[path] = np.frombuffer(mapped, np.uint8)
-        return self._maps[path]
+        parts = [
+            np.fromfile(e.source, np.uint8, e.nbytes, offset=e.offset)
+            if isinstance(e.source, Path)
+            else e.source[e.offset : e.offset + e.nbytes]
+            for e in tensor.extents
+        ]
+        raw = np.concatenate(parts) if parts else np.empty(0, np.uint8)
+        return np.array(tensor.view(raw), order="C", copy=True)
 
 
 def identifiers(stems: list[str]) -> list[str]:
@@ -179,12 +139,6 @@ def identifiers(stems: list[str]) -> list[str]:
         taken.add(name)
         out.append(name)
     return out
-
-
-def iter_blocks(numel: int, size: int) -> Iterator[tuple[int, int]]:
-    """Half-open element ranges of at most `size` that cover `numel`."""
-    for start in range(0, numel, size):
-        yield start, min(start + size, numel)
 
 
 def names_digest(tensors: Mapping[str, Tensor]) -> str:

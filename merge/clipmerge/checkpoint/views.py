@@ -5,7 +5,8 @@ from math import prod
 
 import numpy as np
 
-from clipmerge.checkpoint.tensors import Extent, Mapped, Tensor
+from clipmerge.checkpoint.read import Reader
+from clipmerge.checkpoint.tensors import Extent, Tensor
 from clipmerge.dtypes import ITEMSIZE
 from clipmerge.types import Bytes
 
@@ -57,8 +58,8 @@ def _one_extent(tensor: Tensor) -> Tensor:
 
 
 def _read(tensor: Tensor) -> Tensor:
-    with Mapped() as mapped:
-        array = np.array(mapped.array(tensor), order="C", copy=True)
+    with Reader() as reader:
+        array = reader.dense(tensor)
     data: Bytes = array.reshape(-1).view(np.uint8)
     return Tensor(tensor.dtype, tensor.shape, (Extent(data, 0, data.size),))
 

@@ -8,7 +8,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from clipmerge.checkpoint.tensors import Checkpoint, Mapped
+from clipmerge.checkpoint.read import Mapped
+from clipmerge.checkpoint.tensors import Checkpoint
 from clipmerge.dtypes import torch_dtype
 from clipmerge.errors import MismatchError
 from clipmerge.evaluate.heads import text_digest

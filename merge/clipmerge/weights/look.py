@@ -12,7 +12,7 @@ import numpy as np
 from blake3 import blake3
 
 from clipmerge.checkpoint.read import Reader
-from clipmerge.checkpoint.tensors import Checkpoint, Tensor, iter_blocks
+from clipmerge.checkpoint.tensors import Checkpoint, Tensor
 from clipmerge.dtypes import finite, to_float64
 from clipmerge.types import Floats, Progress
 from clipmerge.weights.check import check
@@ -282,6 +282,6 @@ def _aligned_pieces(operands: Sequence[Weights], name: str, reader: Reader) -> I
             yield from (to_float64(raw, tensor.dtype) for _, raw in reader.blocks(tensor, PIECE))
         else:
             computed = evaluate(weights, name, leaf_numbers).reshape(-1)
-            yield from (computed[low:high] for low, high in iter_blocks(computed.size, PIECE))
+            yield from (computed[low : low + PIECE] for low in range(0, computed.size, PIECE))
 
     return zip(*map(stretches, operands), strict=True)
