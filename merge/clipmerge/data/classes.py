@@ -42,20 +42,20 @@ def resolve(raw: RawSplit, classnames: Names | None = None) -> Resolved:
     """
     if raw.labels is None:
         return Resolved((), np.full(len(raw.names), -1, np.int64), None, list(raw.unusable))
-    given = None if classnames is None else names_from(classnames)
+    user_names = None if classnames is None else names_from(classnames)
     are_numbers = isinstance(raw.labels, np.ndarray)
     labels = list(map(str, raw.labels.tolist() if isinstance(raw.labels, np.ndarray) else raw.labels))
     known = {*labels, *map(str, raw.all_labels)}
     words = () if are_numbers else raw.classes or tuple(sorted(set(labels)))
     problems: list[Unusable] = []
     counts_as: dict[int, int] = {}
-    if isinstance(given, Mapping):
+    if isinstance(user_names, Mapping):
         words = tuple(dict.fromkeys([*words, *sorted(set(labels))]))
-        names, index = _table_names(given)
-        counts_as = _counts_as(given, names, index, known)
+        names, index = _table_names(user_names)
+        counts_as = _counts_as(user_names, names, index, known)
     elif are_numbers or all(word.isdecimal() for word in words):
-        declared = raw.classes if are_numbers and given is None else None
-        names = given or declared or tuple(map(str, range(max(map(int, labels), default=-1) + 1)))
+        declared = raw.classes if are_numbers and user_names is None else None
+        names = user_names or declared or tuple(map(str, range(max(map(int, labels), default=-1) + 1)))
         index = {label: int(label) for label in known if 0 <= int(label) < len(names)}
         outside = f"is not in 0 … {len(names) - 1}"
         problems = [
@@ -66,8 +66,8 @@ def resolve(raw: RawSplit, classnames: Names | None = None) -> Resolved:
         absent = [] if declared is None else sorted(set(range(len(names))) - set(index.values()))
         problems += [Unusable(f"class {names[i]!r}", "no images") for i in absent]
         words = ()
-    elif given is not None:
-        names, index = given, _matches(words, given)
+    elif user_names is not None:
+        names, index = user_names, _matches(words, user_names)
     elif all(_WORDNET.fullmatch(word) for word in words):
         names, index = _wordnet_names(words)
     else:

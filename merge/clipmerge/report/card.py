@@ -13,6 +13,12 @@ from clipmerge.weights.record import read_record
 
 TASK = "zero-shot-image-classification"
 
+_USE = (
+    "## Use\n\n```python\nimport open_clip\n\n"
+    'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:PATH/TO/THIS/FOLDER")\n'
+    "```\n\nFrom the Hub, the name is `hf-hub:ORG/NAME`.\n"
+)
+
 
 def model_card(name: str, weights: Path) -> str:
     """Return README.md for the merged file at `weights`, from the record that it carries.
@@ -26,15 +32,15 @@ def model_card(name: str, weights: Path) -> str:
         _front_matter(name, record, parents),
         f"# {name}\n",
         _intro(record, parents),
-        _use(record),
+        _USE,
         _scores(record),
-        _made(record, parents),
+        _history(record, parents),
     ]
     return "\n".join(section for section in sections if section)
 
 
 def _front_matter(name: str, record: Mapping[str, Any], parents: Sequence[Parent]) -> str:
-    """YAML; text is written as JSON strings, which YAML reads as they are."""
+    """Return the YAML; text is written as JSON strings, which YAML reads as they are."""
     lines = ["---", "library_name: open_clip", f"pipeline_tag: {TASK}", "tags:"]
     lines += [f"- {tag}" for tag in ("clip", "open_clip", "clipmerge", *(("merge",) if parents else ()))]
     if parents:
@@ -51,14 +57,14 @@ def _front_matter(name: str, record: Mapping[str, Any], parents: Sequence[Parent
 
 
 def _bases(parents: Sequence[Parent]) -> list[str]:
-    """The parents as the Hub names models: `org/name` where they came from there, else the file's stem."""
-    found = []
+    """Return the parents as the Hub names models: `org/name` where they came from there, else the file's stem."""
+    names = []
     for parent in parents:
         file = parent.file or parent.name
         hub = re.fullmatch(r"hf-hub:([\w.-]+/[\w.-]+?)(?:@.*)?", file)
         stem = re.sub(r"\.(safetensors(\.index\.json)?|pt|pth|bin)$", "", file)
-        found.append(hub.group(1) if hub else re.sub(r"[^\w.-]+", "-", stem).strip("-.") or parent.name)
-    return list(dict.fromkeys(found))
+        names.append(hub.group(1) if hub else re.sub(r"[^\w.-]+", "-", stem).strip("-.") or parent.name)
+    return list(dict.fromkeys(names))
 
 
 def _intro(record: Mapping[str, Any], parents: Sequence[Parent]) -> str:
@@ -72,14 +78,6 @@ def _intro(record: Mapping[str, Any], parents: Sequence[Parent]) -> str:
     )
 
 
-def _use(record: Mapping[str, Any]) -> str:
-    return (
-        "## Use\n\n```python\nimport open_clip\n\n"
-        'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:PATH/TO/THIS/FOLDER")\n'
-        "```\n\nFrom the Hub, the name is `hf-hub:ORG/NAME`.\n"
-    )
-
-
 def _scores(record: Mapping[str, Any]) -> str:
     rows = [(data, metric, f"{value:.4f}", n) for data, metric, value, n in _listed_scores(record)]
     if not rows:
@@ -88,27 +86,30 @@ def _scores(record: Mapping[str, Any]) -> str:
 
 
 def _listed_scores(record: Mapping[str, Any]) -> list[tuple[str, str, float, int | None]]:
-    """(data, metric, value, images): what the merge was selected by, then what else was recorded."""
-    found = []
-    selection, scores = record.get("selection"), record.get("scores")
-    entries: list[tuple[str, Any]] = [("held-out (selection)", selection)]
-    if isinstance(scores, Mapping):
-        entries += sorted(scores.items())
+    """Return (data, metric, value, images): what the merge was selected by, then what else was recorded."""
+    scores = record.get("scores")
+    entries: list[tuple[str, Any]] = [("held-out (selection)", record.get("selection"))]
+    entries += sorted(scores.items()) if isinstance(scores, Mapping) else []
+    rows = []
     for data, entry in entries:
-        if isinstance(entry, int | float):
-            entry = {"value": entry}
-        if isinstance(entry, Mapping) and isinstance(entry.get("value"), int | float):
-            metric, n = str(entry.get("metric", "top1")), entry.get("n")
-            found.append((str(data), metric, float(entry["value"]), n if isinstance(n, int) else None))
-    return found
+        score = entry if isinstance(entry, Mapping) else {"value": entry}
+        value, n = score.get("value"), score.get("n")
+        if isinstance(value, int | float):
+            rows.append(
+                (str(data), str(score.get("metric", "top1")), float(value), n if isinstance(n, int) else None)
+            )
+    return rows
 
 
-def _made(record: Mapping[str, Any], parents: Sequence[Parent]) -> str:
+def _history(record: Mapping[str, Any], parents: Sequence[Parent]) -> str:
     if not parents:
         return ""
     rows = [(f"`{p.name}`", p.file, f"`{p.digest[:16]}…`" if p.digest else None) for p in parents]
-    selected = record.get("selection")
-    how = f"\nSelected by: {_flat(selected)}.\n" if isinstance(selected, Mapping) else ""
+    selection = record.get("selection")
+    how = ""
+    if isinstance(selection, Mapping):
+        plain = {key: value for key, value in selection.items() if isinstance(value, str | int | float)}
+        how = f"\nSelected by: {', '.join(f'{key} {value}' for key, value in plain.items())}.\n"
     return (
         "## How it was made\n\n"
         + markdown(("name", "file", "content digest"), rows)
@@ -116,11 +117,6 @@ def _made(record: Mapping[str, Any], parents: Sequence[Parent]) -> str:
         + f"\nclipmerge {record.get('version')} wrote it, dtype policy `{record.get('dtype')}`. With the parents at\n"
         f"hand, `clipmerge verify open_clip_model.safetensors --parents DIR` computes it again, bit for bit.\n"
     )
-
-
-def _flat(record: Mapping[str, Any]) -> str:
-    plain = {key: value for key, value in record.items() if isinstance(value, str | int | float)}
-    return ", ".join(f"{key} {value}" for key, value in plain.items())
 
 
 def _text(value: str) -> str:
