@@ -1,7 +1,15 @@
-"""Sums of fp16 in float32: twice as fast as in float64, and nothing is rounded.
+"""Sums of fp16 in float32: twice as fast as in float64, and exact.
 
-Every fp16 is a multiple of 2**-24, and float32 holds all multiples of it up to 1. So terms are added in float32
-while their largest magnitudes add up to at most 1, then in a second array, and in float64 only after that.
+Why float32 rounds nothing here:
+
+- Every finite fp16 is a whole multiple of its smallest number, 2**-24.
+- Float32 has 24 bits of mantissa, so it holds every multiple of 2**-24 up to 1.
+- Multiples of 2**-24 add up to multiples of 2**-24. While the largest magnitudes of the terms add up to at most 1, no
+  partial sum in any order leaves that range, and each addition is exact.
+
+Where the magnitudes outgrow that, the rest goes into a second array, and after that all of it into float64, which is
+exact up to 2**29. The two arrays together may need more digits than float32 has; such sums are rounded to odd, after
+which `narrow` rounds as if once. The arrays may hold numbers 2**112 times too small (see `spread_halves`).
 """
 
 from math import frexp
@@ -63,7 +71,7 @@ class HalfSum:
         return True
 
     def _widen(self, raw: npt.NDArray[Any], out: Singles) -> Singles:
-        """The numbers divided by `_scale`, which is put right once, in `over` or `spill`."""
+        """Widen to the numbers divided by `_scale`, which is put right once, in `over` or `spill`."""
         if self._scratch.torch:
             self._scratch.torch.from_numpy(out).copy_(self._scratch.torch.from_numpy(raw))
         else:
@@ -71,7 +79,7 @@ class HalfSum:
         return out
 
     def over(self, divisor: float) -> Singles | None:
-        """The sum / divisor, exact or rounded to odd, as `narrow` takes it; None where that wants float64."""
+        """Return the sum / divisor, exact or rounded to odd, as `narrow` takes it; None where that wants float64."""
         if self._spilled or not self._parts or frexp(divisor)[0] != 0.5 or divisor > FINEST:
             return None
         out, first, factor = self._arrays[2], self._parts[0], np.float32(self._scale / divisor)
@@ -79,7 +87,7 @@ class HalfSum:
             return np.multiply(first, factor, out=out)
         second, magnitude = self._parts[1], self._scratch.single[: out.size]
         np.add(first, second, out=out)
-        large = np.flatnonzero(np.abs(out, out=magnitude) > np.float32(1 / self._scale))
+        large = np.flatnonzero(np.abs(out, out=magnitude) >= np.float32(1 / self._scale))
         np.multiply(out, factor, out=out)
         if large.size:  # sums above 1 may have been rounded
             exact = (first[large].astype(np.float64) + second[large]) * float(factor)

@@ -1,17 +1,22 @@
 """Content digests: what is held decides, nothing else."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from blake3 import blake3
 
 from clipmerge.checkpoint.cache import cache_dir
+from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import Checkpoint, Extent, Tensor
+from clipmerge.weights import blocks
 from clipmerge.weights.digest import combine, content_digest, tensor_digests
-from clipmerge.weights.weights import Weights, load
+from clipmerge.weights.methods import apply
+from clipmerge.weights.weights import Weights, interpolate, load, mean
 
 Point = Callable[..., Weights]
 Put = Callable[..., Path]
@@ -86,3 +91,64 @@ def test_progress_ends_with_all_bytes(put: Put) -> None:
     told: list[tuple[str, int, int]] = []
     content_digest(load(put("a", x=X, y=X)).checkpoints[0], lambda *args: told.append(args))
     assert told[-1] == ("hashing a", 48, 48)
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of bytes of each read of a file from here on."""
+    sizes: list[int] = []
+    pread = Reader._read
+
+    def counting(reader: Reader, path: Path, offset: int, out: npt.NDArray[np.uint8]) -> None:
+        sizes.append(out.size)
+        pread(reader, path, offset, out)
+
+    monkeypatch.setattr(Reader, "_read", counting)
+    return sizes
+
+
+TENSORS = {"w": np.ones((300, 200)), "v": np.ones(7), "e": np.ones((0, 3)), "s": np.array(2.0)}
+
+
+def test_a_merge_takes_digests_from_the_bytes_that_it_reads_anyway(
+    put: Put, tmp_path: Path, reads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a block is a part of a tensor, and where integers, a method and a pattern read it otherwise."""
+    monkeypatch.setattr(blocks, "BLOCK", 1000)
+    monkeypatch.setenv("CLIPMERGE_CACHE", str(tmp_path / "cache"))
+    made = {n: {k: np.float32(v * i) for k, v in TENSORS.items()} for i, n in enumerate("abc", 1)}
+    a, b, c = (load(put(name, ids=np.arange(5), **tensors), name) for name, tensors in made.items())
+    recipes = {
+        "mean": mean([a, b, c]),
+        "some": interpolate(a, b, {"w": 0.5, "s": 1}),
+        "stock": apply("model_stock", [a, b, c]),
+        "vectors": a + 0.5 * apply("magmax", [b - a, c - a]),
+    }
+    for name, weights in recipes.items():
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        reads.clear()
+        first = weights.save(tmp_path / f"{name}-first.safetensors")
+        held = sum(t.nbytes for c in weights.checkpoints for t in c.tensors.values())
+        heads = 64 * sum(
+            len(c.tensors) for c in weights.checkpoints
+        )  # of each tensor, for the order of the sum
+        assert held <= sum(reads) <= held + heads
+        reads.clear()
+        known = weights.save(tmp_path / f"{name}-known.safetensors")
+        assert sum(reads) <= held + heads
+        assert first.read_bytes() == known.read_bytes()
+        parents = load(first).record["parents"]
+        shutil.rmtree(tmp_path / "cache")
+        for checkpoint in weights.checkpoints:
+            assert parents[checkpoint.name]["digest"] == content_digest(checkpoint)
+
+
+def test_shards_and_threads_take_the_same_digests(put: Put, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    files = [put(n, **{k: rng.standard_normal((90, 50)).astype("f4") for k in "xyz"}) for n in "ab"]
+    digests = set()
+    for number, options in enumerate(({"threads": 1}, {"threads": 5}, {"shard_size": 20_000})):
+        shutil.rmtree(cache_dir(), ignore_errors=True)
+        merged = mean([load(file) for file in files]).save(tmp_path / f"{number}.safetensors", **options)
+        digests.add(str(load(merged).record["parents"]))
+    assert len(digests) == 1
