@@ -1,10 +1,11 @@
 """Content digests: what a checkpoint holds, whatever file, container or order it is stored in."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,8 @@ from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import Checkpoint, Tensor, names_digest
 from clipmerge.errors import OutputError
 from clipmerge.types import Progress
+
+T = TypeVar("T")
 
 PIECE = 1 << 18
 """Elements read and hashed at a time."""
@@ -95,24 +98,35 @@ def tensor_digests(
     checkpoint: Checkpoint, names: Iterable[str], on_progress: Progress | None = None
 ) -> dict[str, str]:
     """Digest each named tensor's row-major bytes: BLAKE3, by name."""
-    largest_first = sorted(names, key=lambda name: -checkpoint.tensors[name].nbytes)
-    total, done = sum(checkpoint.tensors[name].nbytes for name in largest_first), 0
-    digests = {}
+
+    def digest(name: str, reader: Reader) -> str:
+        hasher = blake3()
+        for _, stored in reader.blocks(checkpoint.tensors[name], PIECE):
+            hasher.update(stored.view(np.uint8).data)
+        return hasher.hexdigest()
+
+    return for_each_tensor(checkpoint, names, digest, f"hashing {checkpoint.name}", on_progress)
+
+
+def for_each_tensor(
+    checkpoint: Checkpoint,
+    names: Iterable[str],
+    function: Callable[[str, Reader], T],
+    what: str,
+    on_progress: Progress | None,
+) -> dict[str, T]:
+    """Call `function` with each name and a reader, largest tensors first, in threads. Returns name → result."""
+    sizes = {name: checkpoint.tensors[name].nbytes for name in names}
+    order = sorted(sizes, key=lambda name: -sizes[name])
+    results, done = {}, 0
     with Reader([checkpoint]) as reader, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-
-        def digest(name: str) -> str:
-            hasher = blake3()
-            for _, stored in reader.blocks(checkpoint.tensors[name], PIECE):
-                hasher.update(stored.view(np.uint8).data)
-            return hasher.hexdigest()
-
-        for name, hexadecimal in zip(largest_first, pool.map(digest, largest_first), strict=True):
-            digests[name] = hexadecimal
-            done += checkpoint.tensors[name].nbytes
+        for name, result in zip(order, pool.map(lambda name: function(name, reader), order), strict=True):
+            results[name] = result
+            done += sizes[name]
             if on_progress:
-                on_progress(f"hashing {checkpoint.name}", done, total)
+                on_progress(what, done, sum(sizes.values()))
         reader.unchanged()
-    return digests
+    return results
 
 
 def _cache_path(checkpoint: Checkpoint) -> Path | None:

@@ -1,8 +1,6 @@
 """Look at checkpoints: what one holds, and how far apart two are, tower by tower and block by block."""
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from math import sqrt
 from pathlib import Path
@@ -17,7 +15,7 @@ from clipmerge.dtypes import finite, to_float64
 from clipmerge.types import Floats, Progress
 from clipmerge.weights.check import check
 from clipmerge.weights.describe import count_words
-from clipmerge.weights.digest import Digests
+from clipmerge.weights.digest import Digests, for_each_tensor
 from clipmerge.weights.expression import Leaf
 from clipmerge.weights.names import TOWERS, block_of, tower_of
 from clipmerge.weights.nonfinite import PIECE
@@ -113,30 +111,22 @@ def _count_nonfinite(
     checkpoint: Checkpoint, digests: Digests, on_progress: Progress | None
 ) -> dict[str, int]:
     """Tensor name → how many of its elements are NaN or infinite, where there are some; digests are taken too."""
-    total, done = sum(tensor.nbytes for tensor in checkpoint.tensors.values()), 0
-    counts = {}
-    with Reader((checkpoint,)) as reader, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
 
-        def examine(name: str) -> int:
-            tensor, count = checkpoint.tensors[name], 0
-            hasher = blake3() if digests.wants(checkpoint, name) else None
-            for _, raw in reader.blocks(tensor, PIECE) if hasher or tensor.is_float else ():
-                if hasher:
-                    hasher.update(raw.view(np.uint8).data)
-                if tensor.is_float and not finite(raw, tensor.dtype):
-                    count += int(np.count_nonzero(~np.isfinite(to_float64(raw, tensor.dtype))))
+    def count(name: str, reader: Reader) -> int:
+        tensor, bad = checkpoint.tensors[name], 0
+        hasher = blake3() if digests.wants(checkpoint, name) else None
+        for _, raw in reader.blocks(tensor, PIECE) if hasher or tensor.is_float else ():
             if hasher:
-                digests.add(checkpoint, name, hasher.hexdigest())
-            return count
+                hasher.update(raw.view(np.uint8).data)
+            if tensor.is_float and not finite(raw, tensor.dtype):
+                bad += int(np.count_nonzero(~np.isfinite(to_float64(raw, tensor.dtype))))
+        if hasher:
+            digests.add(checkpoint, name, hasher.hexdigest())
+        return bad
 
-        for name, count in zip(checkpoint.tensors, pool.map(examine, checkpoint.tensors), strict=True):
-            if count:
-                counts[name] = count
-            done += checkpoint.tensors[name].nbytes
-            if on_progress:
-                on_progress(f"reading {checkpoint.name}", done, total)
-        reader.unchanged()
-    return counts
+    what = f"reading {checkpoint.name}"
+    counts = for_each_tensor(checkpoint, checkpoint.tensors, count, what, on_progress)
+    return {name: counts[name] for name in checkpoint.tensors if counts[name]}
 
 
 def _part(

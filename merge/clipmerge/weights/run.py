@@ -31,6 +31,7 @@ def execute(
     threads: int | None = None,
     allow_nonfinite: bool = False,
     digests: Digests | None = None,
+    what: str = "merging",
     on_progress: Progress | None = None,
 ) -> None:
     """Compute every step into its sink.
@@ -38,6 +39,7 @@ def execute(
     Args:
         threads: worker threads; None takes the cores this process may use, at most four.
         digests: of the inputs, taken as their tensors are read.
+        what: the name of the work, for `on_progress`.
 
     Raises:
         MismatchError: integer tensors that should agree do not.
@@ -59,7 +61,7 @@ def execute(
         if on_progress:
             with lock:
                 done += computed.size
-                on_progress("merging", done, plan.written_bytes)
+                on_progress(what, done, plan.written_bytes)
 
     def compute_whole(step: Step, sink: Sink, offset: int, _: Buffers) -> None:
         write(sink, offset, _WholeStep(step, reader, allow_nonfinite, digests).compute())

@@ -168,21 +168,14 @@ def _first_difference(
             have = f"{tensor.dtype} {list(tensor.shape)}"
             return name, f"{name!r} is {have}, not {step.dtype} {list(step.shape)}"
 
-    def report(_what: str, done: int, total: int) -> None:
-        if on_progress:
-            on_progress("verifying", done, total)
-
     wrong: dict[str, int] = {}
     with Reader((checkpoint, *plan.checkpoints)) as reader:
-        placed = [
-            (step, _comparer(name, checkpoint.tensors[name], reader, wrong), 0)
-            for name, step in plan.steps.items()
-        ]
-        execute(plan, placed, reader, allow_nonfinite=True, on_progress=report if on_progress else None)
+        comparers = {n: _comparer(n, checkpoint.tensors[n], reader, wrong) for n in plan.steps}
+        placed = [(step, comparers[name], 0) for name, step in plan.steps.items()]
+        execute(plan, placed, reader, allow_nonfinite=True, what="verifying", on_progress=on_progress)
     for name in plan.steps:
         if name in wrong:
-            numel = checkpoint.tensors[name].numel
-            return name, f"{wrong[name]:,} of the {numel:,} elements of {name!r} differ"
+            return name, f"{wrong[name]:,} of the {plan.steps[name].numel:,} elements of {name!r} differ"
     return None
 
 
