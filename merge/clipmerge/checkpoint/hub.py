@@ -1,23 +1,24 @@
-"""`hf-hub:org/name` and `ViT-B-32:openai`, fetched by open_clip's own download code.
+"""Fetch weights by reference: `hf-hub:org/name` from the Hub, `ViT-B-32:openai` from open_clip's table.
 
-open_clip is imported by name inside the function: this room must not depend on a model library (an import
-contract checks that), and only these two forms of a path need one.
+Only the second form needs open_clip, and only inside its function: it is the one exception that the contract "merging
+needs no model library" lists.
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from clipmerge.errors import CheckpointError
-from clipmerge.text import nearest
+from clipmerge.text import did_you_mean
 
 _HUB = re.compile(r"hf-hub:(?P<model>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _TAG = re.compile(r"(?P<model>[\w.-]+):(?P<tag>[\w.-]+)")
-_FILES = (None, "model.safetensors", "pytorch_model.bin")
-"""What to ask a repository for: open_clip's own names (its default), then Hugging Face's."""
+_WEIGHTS = (
+    "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin",
+)  # fmt: skip
+"""What to ask a repository for: open_clip's own names, then Hugging Face's."""
+_CONFIGS = ("open_clip_config.json", "config.json", "preprocessor_config.json")
 _PREPROCESS = ("size", "mean", "std", "interpolation", "resize_mode")
 
 
@@ -31,7 +32,7 @@ class Download:
 
 
 def is_reference(text: str) -> bool:
-    """True for `hf-hub:org/name` and `model:tag`."""
+    """Return whether the text is `hf-hub:org/name` or `model:tag`."""
     return bool(_HUB.fullmatch(text) or _TAG.fullmatch(text))
 
 
@@ -41,78 +42,72 @@ def download(reference: str) -> Download:
     Raises:
         CheckpointError: no such model or tag, or it cannot be fetched.
     """
-    pretrained = import_module("open_clip.pretrained")
-    if match := _HUB.fullmatch(reference):
-        path = _from_hub(pretrained, reference, match["model"], match["revision"])
-        return Download(path, match["model"].rpartition("/")[2])
-    match = _TAG.fullmatch(reference)
-    config = pretrained.get_pretrained_cfg(match["model"], match["tag"]) if match else {}
-    if not match or not config:
-        known = nearest(reference, pretrained.list_pretrained(as_str=True))
+    try:
+        if match := _HUB.fullmatch(reference):
+            path = _from_hub(reference, match["model"], match["revision"])
+            return Download(path, match["model"].rpartition("/")[2])
+        model, _, tag = reference.partition(":")
+        return _from_open_clip(reference, model, tag)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever network, server and libraries come up with
+        first = str(error).strip().partition("\n")[0][:300]
+        raise CheckpointError(
+            f"{reference} cannot be fetched: {first}",
+            hint="check the name and the network, or give a local file",
+        ) from error
+
+
+def _from_open_clip(reference: str, model: str, tag: str) -> Download:
+    from open_clip import get_model_config
+    from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained
+
+    config = get_pretrained_cfg(model, tag)
+    if not config:
         raise CheckpointError(
             f"open_clip has no pretrained weights {reference!r}",
-            hint=f"did you mean {known}?" if known else "open_clip.list_pretrained() lists them",
+            hint=did_you_mean(
+                reference, list_pretrained(as_str=True), "open_clip.list_pretrained() lists them"
+            ),
         )
-    try:
-        path = Path(pretrained.download_pretrained(config))
-    except Exception as error:
-        raise _failed(reference, error) from error
-    return Download(path, f"{match['model']}_{match['tag']}", _known(match["model"], config))
-
-
-def _known(model: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What open_clip's table says about pretrained weights, as the model record that our files carry."""
     preprocess = {key: config[key] for key in _PREPROCESS if config.get(key) is not None}
-    record = {
-        "name": model,
-        "config": import_module("open_clip").get_model_config(model),
-        "preprocess": preprocess,
-    }
-    return {"model": record, **({"quick_gelu": True} if config.get("quick_gelu") else {})}
+    record = {"name": model, "config": get_model_config(model), "preprocess": preprocess}
+    extra = {"model": record, **({"quick_gelu": True} if config.get("quick_gelu") else {})}
+    return Download(Path(download_pretrained(config)), f"{model}_{tag}", extra)
 
 
-def _from_hub(pretrained: Any, reference: str, model: str, revision: str | None) -> Path:
-    failure: Exception | None = None
-    path: Path | None = None
-    for name in _FILES:
+def _from_hub(reference: str, model: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    path = None
+    for name in _WEIGHTS:
         try:
-            path = Path(pretrained.download_pretrained_from_hf(model, filename=name, revision=revision))
+            path = hf_hub_download(model, name, revision=revision)
             break
-        except Exception as error:
-            failure = failure or error
-            if _unreachable(error):  # every further name would cost the same half minute of retries
-                path = _kept(model, revision)
-                break
+        except (
+            LocalEntryNotFoundError
+        ) as error:  # out of reach: each further name would cost half a minute of retries
+            cached = (try_to_load_from_cache(model, name, revision=revision) for name in _WEIGHTS)
+            found = next((Path(path) for path in cached if isinstance(path, str)), None)
+            if found is None:
+                raise CheckpointError(
+                    f"{reference} cannot be fetched: the Hub is out of reach, and the cache does not hold it",
+                    hint="check the network, or give a local file",
+                ) from error
+            return found  # the configurations that the cache has lie beside it
+        except EntryNotFoundError:
+            continue
     if path is None:
-        raise _failed(reference, failure) from failure
-    for name in ("open_clip_config.json", "config.json", "preprocessor_config.json"):
-        try:
-            pretrained.download_pretrained_from_hf(model, filename=name, revision=revision)
-        except Exception as error:  # a repository without a configuration still has weights
-            if _unreachable(error):  # what the cache has lies beside the weights
-                break
-    return path
-
-
-def _kept(model: str, revision: str | None) -> Path | None:
-    """A file with weights in Hugging Face's cache, without asking the network."""
-    look = import_module("huggingface_hub").try_to_load_from_cache
-    found = (look(model, name, revision=revision) for name in _FILES[1:])
-    return next((Path(path) for path in found if isinstance(path, str)), None)
-
-
-def _unreachable(error: Exception | None) -> bool:
-    """Whether huggingface_hub found neither the network nor a file in its cache."""
-    return type(getattr(error, "__context__", None)).__name__ == "LocalEntryNotFoundError"
-
-
-def _failed(reference: str, error: Exception | None) -> CheckpointError:
-    if _unreachable(error):
-        return CheckpointError(
-            f"{reference} cannot be fetched: the Hub is out of reach, and the cache does not hold it",
-            hint="check the network, or give a local file",
+        raise CheckpointError(
+            f"{reference} cannot be fetched: it holds none of {', '.join(_WEIGHTS)}",
+            hint="download the file that you mean and give its path",
         )
-    first = str(error).strip().partition("\n")[0][:300]
-    return CheckpointError(
-        f"{reference} cannot be fetched: {first}", hint="check the name and the network, or give a local file"
-    )
+    for name in _CONFIGS:
+        try:
+            hf_hub_download(model, name, revision=revision)
+        except LocalEntryNotFoundError:
+            break
+        except EntryNotFoundError:  # a repository without a configuration still has weights
+            continue
+    return Path(path)

@@ -124,14 +124,6 @@ def fake_open_clip(monkeypatch: pytest.MonkeyPatch) -> Any:
     """open_clip.pretrained without a network: a dict of what can be fetched."""
     module: Any = ModuleType("open_clip.pretrained")
     module.files = {}
-
-    def from_hf(model_id: str, filename: str | None = None, revision: str | None = None) -> str:
-        key = (model_id, filename or "open_clip_model.safetensors", revision)
-        if key not in module.files:
-            raise FileNotFoundError(f"Failed to download {key}")
-        return str(module.files[key])
-
-    module.download_pretrained_from_hf = from_hf
     module.download_pretrained = lambda config: str(module.files[config["url"]])
     known = {("ViT-B-32", "openai"): {"url": "u", "mean": 0.5, "quick_gelu": True}}
     module.get_pretrained_cfg = lambda model, tag: known.get((model, tag), {})
@@ -143,49 +135,61 @@ def fake_open_clip(monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
-def test_the_hub_through_open_clip(
-    fake_open_clip: Any, small: StateDict, tmp_path: Path, assert_same: Same
-) -> None:
-    save_file(dict(small), tmp_path / "open_clip_model.safetensors")
+@pytest.fixture
+def fake_hub(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """huggingface_hub without a network: a dict of what it has, or nothing but its cache where it is out of reach."""
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    hub: Any = ModuleType("huggingface_hub")
+    hub.files, hub.cache, hub.asked, hub.reachable = {}, {}, [], True
+
+    def fetch(model: str, name: str, *, revision: str | None = None) -> str:
+        hub.asked.append(name)
+        if not hub.reachable:
+            raise LocalEntryNotFoundError("no network")
+        if not any(key[0] == model for key in hub.files):
+            raise RuntimeError(f"Repository {model} not found")
+        if (model, name, revision) not in hub.files:
+            raise EntryNotFoundError(f"no {name}")
+        return str(hub.files[model, name, revision])
+
+    hub.hf_hub_download = fetch
+    hub.try_to_load_from_cache = lambda model, name, revision: hub.cache.get((model, name))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    return hub
+
+
+def test_the_hub(fake_hub: Any, small: StateDict, tmp_path: Path, assert_same: Same) -> None:
+    path = tmp_path / "open_clip_model.safetensors"
+    save_file(dict(small), path)
     (tmp_path / "open_clip_config.json").write_text('{"model_cfg": {}}')
-    fake_open_clip.files["org/name", "open_clip_model.safetensors", None] = (
-        tmp_path / "open_clip_model.safetensors"
-    )
-    fake_open_clip.files["org/hf", "model.safetensors", "v1"] = tmp_path / "open_clip_model.safetensors"
+    fake_hub.files["org/name", "open_clip_model.safetensors", None] = path
+    fake_hub.files["org/hf", "model.safetensors", "v1"] = path
+    fake_hub.files["org/empty", "README.md", None] = path
     checkpoint = open_checkpoint("hf-hub:org/name")
     assert_same(checkpoint, small)
     assert checkpoint.name == "name"
     assert checkpoint.extra["model"] == {"name": tmp_path.name, "config": {}, "preprocess": {}}
     assert_same(open_checkpoint("hf-hub:org/hf@v1"), small)
-    with pytest.raises(CheckpointError, match="hf-hub:org/none cannot be fetched: Failed to download"):
+    with pytest.raises(
+        CheckpointError, match="hf-hub:org/none cannot be fetched: Repository org/none not found"
+    ):
         open_checkpoint("hf-hub:org/none")
-
-
-class LocalEntryNotFoundError(FileNotFoundError):
-    """As huggingface_hub's, raised where there is neither a network nor a cached file."""
+    with pytest.raises(
+        CheckpointError, match=r"hf-hub:org/empty cannot be fetched: it holds none of open_clip_"
+    ):
+        open_checkpoint("hf-hub:org/empty")
 
 
 def test_without_a_network_the_hub_is_asked_once(
-    fake_open_clip: Any, small: StateDict, tmp_path: Path, assert_same: Same, monkeypatch: pytest.MonkeyPatch
+    fake_hub: Any, small: StateDict, tmp_path: Path, assert_same: Same
 ) -> None:
-    asked, kept = [], {}
-
-    def unreachable(model_id: str, filename: str | None = None, revision: str | None = None) -> str:
-        asked.append(filename)
-        try:
-            raise LocalEntryNotFoundError
-        except FileNotFoundError:
-            raise FileNotFoundError("Failed to download")  # noqa: B904 (as open_clip does)
-
-    fake_open_clip.download_pretrained_from_hf = unreachable
-    cache: Any = ModuleType("huggingface_hub")
-    cache.try_to_load_from_cache = lambda model, name, revision: kept.get((model, name))
-    monkeypatch.setitem(sys.modules, "huggingface_hub", cache)
+    fake_hub.reachable = False
     with pytest.raises(CheckpointError, match="hf-hub:org/name cannot be fetched: the Hub is out of reach"):
         open_checkpoint("hf-hub:org/name")
-    assert asked == [None]
+    assert fake_hub.asked == ["open_clip_model.safetensors"]
     save_file(dict(small), tmp_path / "model.safetensors")
-    kept["org/name", "model.safetensors"] = str(tmp_path / "model.safetensors")
+    fake_hub.cache["org/name", "model.safetensors"] = str(tmp_path / "model.safetensors")
     assert_same(open_checkpoint("hf-hub:org/name"), small)
 
 
