@@ -7,20 +7,23 @@ resumed run sees what an uninterrupted one sees.
 
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from PIL.Image import Image
+from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from clipmerge.errors import TrainingError
 from clipmerge.types import Pixels
 
-__all__ = ["Augmentation", "Crop", "parse_augmentation"]
+__all__ = ["Augmentation", "Crop", "DeviceCrops", "parse_augmentation", "to_device"]
 
 Step: TypeAlias = Callable[[Image, random.Random], Image]
 Augmentation: TypeAlias = Callable[[Image, str], Pixels]
@@ -37,7 +40,7 @@ def parse_augmentation(
     Args:
         augment: "none"; or steps joined by "+": "crop" (scale 0.9–1, as open_clip and FLYP), "crop:0.5"
             (scale 0.5–1), "flip", "jitter:0.4", "gray:0.2", "randaugment:N,M" (N operations, magnitude M of 30);
-            or open_clip's AugmentationCfg as a mapping, `use_timm` included.
+            or open_clip's AugmentationCfg as a mapping.
         preprocess: open_clip's preprocess_cfg, for the size.
 
     Raises:
@@ -47,9 +50,7 @@ def parse_augmentation(
     height, width = (size, size) if isinstance(size, int) else size
     if augment == "none":
         return None
-    if isinstance(augment, Mapping) and augment.get("use_timm"):
-        return _timm(augment, (height, width), str(preprocess["interpolation"]))
-    crop, steps = _from_cfg(augment) if isinstance(augment, Mapping) else _from_text(augment)
+    crop, steps = _parse(augment)
 
     def apply(image: Image, seed: str) -> Pixels:
         generator = random.Random(seed)
@@ -60,6 +61,49 @@ def parse_augmentation(
         return np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
 
     return apply
+
+
+@dataclass(frozen=True)
+class DeviceCrops:
+    """Crop and flip whole batches on the device, from squares that were decoded once, a little larger than the model's.
+
+    The boxes are those of the same augmentation on the CPU; the pixels are not: they come from a square, and are read
+    by bilinear interpolation.
+
+    Attributes:
+        height, width: of what comes out.
+    """
+
+    augment: str | Mapping[str, Any]
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        if any(step is not _flip for step in _parse(self.augment)[1]):
+            raise TrainingError(
+                "only crops and flips can be made on the device", hint="leave out --augment-on device"
+            )
+
+    def __call__(self, pixels: Tensor, seeds: Sequence[str]) -> Tensor:
+        """Return one crop of each image, 0 … 255, fp32; each from its own seed."""
+        crop, flips = _parse(self.augment)
+        size = pixels.shape[-1]
+        boxes = []
+        for seed in seeds:
+            generator = random.Random(seed)
+            top, left, h, w = crop.draw(size, size, generator)
+            mirrored = bool(flips) and generator.random() < 0.5
+            # From output coordinates in -1 … 1 to input coordinates: x and y scaled, and moved to the box's centre.
+            boxes.append([[-w if mirrored else w, 0, 2 * left + w - size], [0, h, 2 * top + h - size]])
+        matrices = to_device(np.array(boxes, dtype=np.float32) / size, pixels.device)
+        grid = F.affine_grid(matrices, [len(seeds), 3, self.height, self.width], align_corners=False)
+        return F.grid_sample(pixels.float(), grid, padding_mode="border", align_corners=False)
+
+
+def to_device(numbers: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """Copy a few numbers to the device without waiting for it."""
+    tensor = torch.from_numpy(np.ascontiguousarray(numbers))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 @dataclass(frozen=True)
@@ -83,10 +127,12 @@ class Crop:
         return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _from_text(text: str) -> tuple[Crop, list[Step]]:
+def _parse(augment: str | Mapping[str, Any]) -> tuple[Crop, list[Step]]:
+    if isinstance(augment, Mapping):
+        return _from_cfg(augment)
     crop = Crop()
     steps: list[Step] = []
-    for part in text.split("+"):
+    for part in augment.split("+"):
         name, _, value = part.strip().partition(":")
         try:
             numbers = [float(number) for number in value.split(",")] if value else []
@@ -108,12 +154,10 @@ def _from_text(text: str) -> tuple[Crop, list[Step]]:
 
 
 def _from_cfg(cfg: Mapping[str, Any]) -> tuple[Crop, list[Step]]:
-    known = {"scale", "ratio", "color_jitter", "color_jitter_prob", "gray_scale_prob", "use_timm"}
+    known = {"scale", "ratio", "color_jitter", "color_jitter_prob", "gray_scale_prob"}
     if unknown := sorted(set(cfg) - known):
-        raise TrainingError(
-            f"the aug-cfg has {', '.join(unknown)}, which only timm's transform knows",
-            hint="add use_timm=true",
-        )
+        hint = f"leave it out, or use randaugment:N,M; known: {', '.join(sorted(known))}"
+        raise TrainingError(f"the aug-cfg has {', '.join(unknown)}, which is timm's", hint=hint)
     steps: list[Step] = []
     if cfg.get("color_jitter_prob"):
         steps.append(_jitter(list(cfg["color_jitter"]), float(cfg["color_jitter_prob"])))
@@ -193,32 +237,3 @@ def _randaugment(operations: int, magnitude: int) -> Step:
         return image
 
     return step
-
-
-def _timm(cfg: Mapping[str, Any], size: tuple[int, int], interpolation: str) -> Augmentation:
-    """Return timm's training transform, whose three global generators are seeded for each image and put back."""
-    from timm.data.transforms_factory import create_transform
-
-    options = {k: v for k, v in cfg.items() if k not in ("use_timm", "color_jitter_prob", "gray_scale_prob")}
-    if options.get("re_prob"):
-        raise TrainingError(
-            "random erasing works on normalised images", hint="leave re_prob out of the aug-cfg"
-        )
-    options = {"color_jitter": None, "hflip": 0.0, **options}
-    transform = create_transform(
-        (3, *size), is_training=True, mean=(0, 0, 0), std=(1, 1, 1), interpolation=interpolation, **options
-    )
-
-    def apply(image: Image, seed: str) -> Pixels:
-        number = random.Random(seed).getrandbits(32)
-        before = random.getstate(), np.random.get_state()
-        with torch.random.fork_rng(devices=[]):
-            random.seed(number)
-            np.random.seed(number)
-            torch.default_generator.manual_seed(number)  # torch.manual_seed would reseed every GPU as well
-            pixels: Pixels = (transform(image) * 255).round().to(torch.uint8).numpy()
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        return pixels
-
-    return apply

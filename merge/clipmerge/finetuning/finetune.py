@@ -14,19 +14,17 @@ from clipmerge.data.sampling import few_shot
 from clipmerge.data.split import Split
 from clipmerge.device import float32_matmul, resolve_device, resolve_precision
 from clipmerge.errors import DeviceError, TrainingError
-from clipmerge.finetuning.augment import parse_augmentation
-from clipmerge.finetuning.batches import Sampler, fit_batch
+from clipmerge.finetuning.batches import Sampler, Tokenizer, fit_batch, tokenizer_of, training_prompts
 from clipmerge.finetuning.checkpointing import Checkpoints, Files
+from clipmerge.finetuning.head import held_out_scores
 from clipmerge.finetuning.images import Images, check_images, keep_on_device
 from clipmerge.finetuning.log import Event, Log
 from clipmerge.finetuning.loop import train_steps
 from clipmerge.finetuning.methods import apply_method
 from clipmerge.finetuning.optimiser import MovingAverage, adamw
-from clipmerge.finetuning.prompts import Tokenizer, tokenizer_of, training_prompts
 from clipmerge.finetuning.settings import Settings
 from clipmerge.finetuning.state import TrainingState
 from clipmerge.finetuning.towers import HEAD, Towers, trained_parameters
-from clipmerge.finetuning.validation import held_out_scores
 from clipmerge.model import ModelSpec, build_model, load_weights, resolve_model
 from clipmerge.types import Progress
 from clipmerge.weights.digest import content_digest
@@ -91,9 +89,8 @@ def finetune(
         net, spec = starting_model(base, model, settings.seed, device)
         files = Files(Path(out))
         files.check(force=force, resume=resume)
-        augment = parse_augmentation(settings.augment, spec.preprocess)
-        at_once = min(settings.batch_size, 256)
-        images = Images(train, val, spec.preprocess, device, augment, at_once, on_progress)
+        images = Images(train, val, spec.preprocess, device, settings, on_progress)
+        loader = images.loader()
         tokenizer = tokenizer_of(spec)
         prompts = training_prompts(net, tokenizer, train, settings.templates, device)
 
@@ -132,7 +129,6 @@ def finetune(
         log.begin(done)
         if settings.start and not done:
             checkpoints.write(files.beside("start"), 0)
-        loader = images.loader(settings.seed, settings.workers)
         train_steps(objective, state, sampler, loader, checkpoints, settings, done, on_progress)
         written = checkpoints.finish()
         log.close()
@@ -203,4 +199,4 @@ def _scorer(
         return None
     prompts = training_prompts(towers.model, tokenizer, images.val, settings.templates, images.device)
     pixels = keep_on_device(images.held_out(), images.device)
-    return partial(held_out_scores, towers, images.val, pixels, prompts, images.batch_size)
+    return partial(held_out_scores, towers, images.val, pixels, prompts, min(settings.batch_size, 256))

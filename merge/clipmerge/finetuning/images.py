@@ -1,20 +1,25 @@
-"""The images of a run, as pixels and as features: decoded once on each machine, or augmented at each visit."""
+"""The images of a run, as pixels and as features, and training batches on the device before the step asks for them."""
 
+import multiprocessing
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import tee
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from clipmerge.data.pixels import pixels
 from clipmerge.data.split import Split
-from clipmerge.distributed import first_on_machine_first
+from clipmerge.distributed import first_on_machine_first, share
 from clipmerge.errors import DataError, TrainingError
-from clipmerge.finetuning.augment import Augmentation
-from clipmerge.finetuning.loader import Loader
+from clipmerge.finetuning.augment import Augmentation, DeviceCrops, parse_augmentation, to_device
+from clipmerge.finetuning.batches import Batch
 from clipmerge.finetuning.settings import Settings
 from clipmerge.finetuning.towers import Towers, image_features
 from clipmerge.types import Pixels, Progress
@@ -22,7 +27,7 @@ from clipmerge.types import Pixels, Progress
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["Images", "check_images", "keep_on_device"]
+__all__ = ["Images", "Loader", "check_images", "keep_on_device"]
 
 RESIDENT = 0.25
 """Share of the GPU's free memory that cached pixels may take; beyond it they are copied batch by batch."""
@@ -30,47 +35,51 @@ RESIDENT = 0.25
 
 @dataclass(frozen=True)
 class Images:
-    """Training and held-out images of one model's size.
-
-    Attributes:
-        augment: makes pixels of an image at each visit; None trains on the eval transform's pixels.
-        batch_size: of features that are computed once.
-    """
+    """Training and held-out images of one model's size."""
 
     train: Split
     val: Split | None
     preprocess: Mapping[str, Any]
     device: torch.device
-    augment: Augmentation | None
-    batch_size: int = 256
+    settings: Settings
     on_progress: Progress | None = None
+
+    @property
+    def random(self) -> bool:
+        """Whether an image looks different at each visit."""
+        return self.settings.augment != "none"
 
     def plain(self) -> Pixels:
         """Return training images through the eval transform, uint8 (n, 3, H, W)."""
-        return self._decode(self.train)
+        return self._decode(self.train, self.preprocess)
 
     def held_out(self) -> Pixels:
         """Return held-out images through the eval transform."""
         assert self.val is not None
-        return self._decode(self.val)
+        return self._decode(self.val, self.preprocess)
 
-    def _decode(self, split: Split) -> Pixels:
-        return first_on_machine_first(lambda: pixels(split, self.preprocess, on_progress=self.on_progress))
+    def _decode(self, split: Split, preprocess: Mapping[str, Any]) -> Pixels:
+        return first_on_machine_first(lambda: pixels(split, preprocess, on_progress=self.on_progress))
 
     def features(self, towers: Towers, images: Pixels, what: str = "features") -> "Float[Tensor, 'images d']":
         """Return unit features of images, computed once."""
-        return image_features(
-            towers, images, self.device, self.batch_size, what=what, on_progress=self.on_progress
-        )
+        at_once = min(self.settings.batch_size, 256)
+        return image_features(towers, images, self.device, at_once, what=what, on_progress=self.on_progress)
 
-    def loader(self, seed: int, workers: int | None) -> Loader:
+    def loader(self) -> "Loader":
         """Return what yields batches of training pixels."""
-        fixed: Pixels | Tensor | None = self.plain() if self.augment is None else None
-        if isinstance(fixed, np.ndarray):
-            fixed = keep_on_device(fixed, self.device)
-        if workers is None:
-            workers = _default_workers(self.device)
-        return Loader(self.train, self.device, seed, self.augment, fixed, workers)
+        settings, size = self.settings, self.preprocess["size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        loader = Loader(self.train, self.device, settings.seed, workers=settings.workers)
+        if not self.random:
+            loader.fixed = keep_on_device(self.plain(), self.device)
+        elif settings.augment_on == "device":
+            loader.crops = DeviceCrops(settings.augment, height, width)
+            square = {**self.preprocess, "size": round(max(height, width) * 8 / 7), "resize_mode": "shortest"}
+            loader.fixed = keep_on_device(self._decode(self.train, square), self.device)
+        else:
+            loader.augment = parse_augmentation(settings.augment, self.preprocess)
+        return loader
 
 
 def keep_on_device(images: Pixels, device: torch.device) -> Pixels | Tensor:
@@ -80,14 +89,6 @@ def keep_on_device(images: Pixels, device: torch.device) -> Pixels | Tensor:
     return torch.from_numpy(np.ascontiguousarray(images)).to(device)
 
 
-def _default_workers(device: torch.device) -> int:
-    """Return one process a core beside a GPU, shared by this machine's ranks; beside training on the CPU none."""
-    if device.type != "cuda":
-        return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-
-
 def check_images(settings: Settings, train: Split, val: Split | None) -> None:
     """Refuse images without what the method needs.
 
@@ -95,27 +96,139 @@ def check_images(settings: Settings, train: Split, val: Split | None) -> None:
         TrainingError: the best checkpoint is asked for without held-out images.
         DataError: no images, no labels (captions do for contrastive training), or other classes held out.
     """
+
+    def labelled(split: Split) -> bool:
+        return bool(split.classes) and bool((split.labels >= 0).all())
+
+    headless = settings.row.head is None
+    captioned = headless and train.captions is not None and not train.classes
     if settings.select == "best" and val is None:
         raise TrainingError("nothing says which checkpoint is best", hint="give held-out images with --val")
-    headless = settings.row.head is None
     if not len(train):
         raise DataError(f"{train.source} has no images", hint="check the part and the limit")
-    captioned = headless and train.captions is not None and not train.classes
-    if not captioned and not _labelled(train):
-        raise DataError(
-            f"{train.source} has images without a label",
-            hint=f"{settings.method} needs a class for each image",
-        )
-    if val is not None and not (len(val) and _labelled(val)):
-        raise DataError(
-            f"{val.source} cannot score: it has no labelled images", hint="name another held-out split"
-        )
+    if not captioned and not labelled(train):
+        hint = f"{settings.method} needs a class for each image"
+        raise DataError(f"{train.source} has images without a label", hint=hint)
+    if val is not None and not (len(val) and labelled(val)):
+        hint = "name another held-out split"
+        raise DataError(f"{val.source} cannot score: it has no labelled images", hint=hint)
     if val is not None and not headless and val.classes != train.classes:
-        raise DataError(
-            f"{val.source} has other classes than {train.source}",
-            hint="a trained head scores the classes that it was trained on, in their order",
-        )
+        hint = "a trained head scores the classes that it was trained on, in their order"
+        raise DataError(f"{val.source} has other classes than {train.source}", hint=hint)
 
 
-def _labelled(split: Split) -> bool:
-    return bool(split.classes) and bool((split.labels >= 0).all())
+Key: TypeAlias = tuple[int, int]
+"""(epoch, item): with the run's seed, all that an image's pixels depend on."""
+
+
+@dataclass
+class _Batches(Dataset[Tensor | Exception]):
+    """Makes whole batches of pixels, in a worker process or in this one."""
+
+    split: Split
+    seed: int
+    augment: Augmentation | None
+    fixed: Pixels | None
+
+    def __getitems__(self, keys: list[Key]) -> Tensor | Exception:
+        """Return the batch, or what went wrong: raised in a worker, torch would bury it in a traceback's text."""
+        try:
+            if self.fixed is not None:
+                return torch.from_numpy(self.fixed[[item for _, item in keys]])
+            assert self.augment is not None
+            rows = [self.augment(self.split.image(i), f"{self.seed}/{epoch}/{i}") for epoch, i in keys]
+            return torch.from_numpy(np.stack(rows))
+        except Exception as error:
+            return error
+
+
+@dataclass
+class Loader:
+    """uint8 pixels (batch, 3, H, W) of each batch's items on this rank, on the device.
+
+    Order and pixels are a function of (seed, epoch, item): the same for any number of workers.
+
+    Attributes:
+        augment: makes pixels of an image at each visit; None takes them from `fixed`.
+        fixed: (n, 3, H, W): an array, or a tensor on the device if it fits there.
+        crops: what is still to be done on the device.
+        workers: processes that decode and augment, None for what suits the device; 0 works in this process.
+        waited: seconds that the training loop has spent waiting for pixels.
+    """
+
+    split: Split
+    device: torch.device
+    seed: int
+    augment: Augmentation | None = None
+    fixed: Pixels | Tensor | None = None
+    crops: DeviceCrops | None = None
+    workers: int | None = None
+    waited: float = field(default=0.0, init=False)
+
+    def __call__(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
+        """Yield each batch with its pixels."""
+        ahead, batches = tee(batches)
+        source = self._index(self.fixed, ahead) if isinstance(self.fixed, Tensor) else self._load(ahead)
+        for batch in batches:
+            began = perf_counter()
+            pixels = next(source)
+            self.waited += perf_counter() - began
+            if self.crops is not None:
+                items = batch.items[share(len(batch.items))].tolist()
+                pixels = self.crops(pixels, [f"{self.seed}/{batch.epoch}/{i}" for i in items])
+            yield batch, pixels
+
+    def _index(self, fixed: Tensor, batches: Iterable[Batch]) -> Iterator[Tensor]:
+        for batch in batches:
+            yield fixed[to_device(batch.items[share(len(batch.items))], self.device)]
+
+    def _load(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
+        """Yield pixels that workers make ahead.
+
+        Workers are forked: that takes milliseconds, works in scripts without a `__main__` guard, and they never touch
+        the GPU. The DataLoader's own generator keeps it from drawing from the global one, which dropout uses. Pinned
+        batches are copied on a stream of their own, beside the kernels of the step before.
+        """
+        workers = _default_workers(self.device) if self.workers is None else self.workers
+        forks = workers > 0 and "fork" in multiprocessing.get_all_start_methods()
+        cuda = self.device.type == "cuda"
+        keys = ([(b.epoch, i) for i in b.items[share(len(b.items))].tolist()] for b in batches)
+        fixed = self.fixed if isinstance(self.fixed, np.ndarray) else None
+        with warnings.catch_warnings():
+            # More workers than cores are the user's choice; Python 3.12 warns of any fork beside threads.
+            warnings.simplefilter("ignore")
+            loader = DataLoader(
+                _Batches(self.split, self.seed, self.augment, fixed),
+                batch_sampler=keys,
+                collate_fn=_same,
+                num_workers=workers,
+                pin_memory=cuda,
+                generator=torch.Generator(),
+                multiprocessing_context="fork" if forks else None,
+            )
+            source = iter(loader)
+        stream = torch.cuda.Stream(self.device) if cuda else None  # type: ignore[no-untyped-call]
+        for batch in source:
+            if isinstance(batch, Exception):
+                raise batch
+            if stream is None:
+                yield batch
+                continue
+            with torch.cuda.stream(stream):
+                copied = batch.to(self.device, non_blocking=True)
+            compute = torch.cuda.current_stream(self.device)
+            compute.wait_stream(stream)
+            copied.record_stream(compute)  # its memory is not given away before the step has read it
+            yield copied
+
+
+def _same(batch: Any) -> Any:
+    return batch
+
+
+def _default_workers(device: torch.device) -> int:
+    """Return one process a core beside a GPU, shared by this machine's ranks; beside training on the CPU none."""
+    if device.type != "cuda":
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

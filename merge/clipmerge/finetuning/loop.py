@@ -14,13 +14,13 @@ from clipmerge.distributed import any_rank, average_gradients, world
 from clipmerge.errors import TrainingError
 from clipmerge.finetuning.batches import Batch, Sampler
 from clipmerge.finetuning.checkpointing import Checkpoints
-from clipmerge.finetuning.loader import Loader
+from clipmerge.finetuning.images import Loader
+from clipmerge.finetuning.log import StepLog
 from clipmerge.finetuning.objective import Objective
 from clipmerge.finetuning.optimiser import LOG_SCALE_LIMIT, clip_gradients, learning_rate, set_learning_rate
 from clipmerge.finetuning.parallel import unsynced
 from clipmerge.finetuning.settings import Settings
 from clipmerge.finetuning.state import TrainingState
-from clipmerge.finetuning.step_log import StepLog
 from clipmerge.finetuning.towers import is_outside
 from clipmerge.types import Progress
 

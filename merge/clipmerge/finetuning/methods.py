@@ -7,11 +7,11 @@ from torch.nn import functional as F
 
 from clipmerge.data.prompts import CONTEXTS, context_templates
 from clipmerge.distributed import world
+from clipmerge.finetuning.batches import Prompts, Tokenizer, training_prompts
 from clipmerge.finetuning.head import attach_head, initial_head, read_head
 from clipmerge.finetuning.images import Images
 from clipmerge.finetuning.objective import BaseContexts, Classification, Contrastive, Objective
 from clipmerge.finetuning.parallel import wrap
-from clipmerge.finetuning.prompts import Prompts, Tokenizer, training_prompts
 from clipmerge.finetuning.settings import Settings
 from clipmerge.finetuning.towers import Towers, freeze, set_modes
 from clipmerge.weights.weights import Weights
@@ -60,7 +60,7 @@ def apply_method(
 def contrastive(towers: Towers, prompts: Prompts, images: Images, settings: Settings) -> Contrastive:
     """Return the contrastive objective; features of a frozen tower are looked up where nothing in them is random."""
     image, text = settings.towers != "text", settings.towers != "image"
-    fixed = not image and images.augment is None
+    fixed = not image and not images.random
     return Contrastive(
         towers,
         towers,
@@ -83,7 +83,7 @@ def classification(
     base = None
     if settings.row.contexts:
         base = base_contexts(towers, tokenizer, images, settings.contexts, settings.car_weight)
-        if images.augment is None and not settings.mixup:
+        if not images.random and not settings.mixup:
             base.table = images.features(base.towers, images.plain())
     return Classification(towers, towers, settings.seed, settings.label_smoothing, settings.mixup, base)
 

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from clipmerge.distributed import gather, rank, share, world
 from clipmerge.evaluate.heads import class_logits
 from clipmerge.finetuning import gradient_cache, losses
-from clipmerge.finetuning.batches import Batch
-from clipmerge.finetuning.loader import to_device
-from clipmerge.finetuning.prompts import Prompts, unique_prompts
+from clipmerge.finetuning.augment import to_device
+from clipmerge.finetuning.batches import Batch, Prompts, unique_prompts
 from clipmerge.finetuning.towers import Towers
 
 __all__ = ["BaseContexts", "Classification", "Contrastive", "Objective"]

@@ -3,10 +3,11 @@
 The keywords of `finetune`, the options of the command, the record inside a checkpoint and the comparison with a saved
 state all follow from these fields. Nothing heavy is imported: the command reads this file to show its help.
 """
-# ruff: noqa: RUF009  (`_option` makes a field, whose default is a plain value)
+# ruff: noqa: RUF009  (`_field` makes a field, whose default is a plain value)
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any, Literal, get_args, get_type_hints
 
 from clipmerge.errors import TrainingError
@@ -15,13 +16,10 @@ from clipmerge.text import did_you_mean
 
 __all__ = ["RECORDED", "Settings"]
 
-METHOD, OPTIMISER, DEVICE, KEEP = "Method", "Optimiser", "Device", "What is kept"
-"""Panels of the command's help; a field without a panel is for Python only."""
 
-
-def _option(
-    default: Any,
+def _field(
     panel: str | None,
+    default: Any,
     help: str,
     *,
     min: float | None = None,
@@ -32,6 +30,7 @@ def _option(
     """Declare a hyperparameter.
 
     Args:
+        panel: where the command's help shows it; None: for Python only.
         min, max: limits, both allowed.
         recorded: written into checkpoints and compared on resume; False where it does not change what is computed.
         option: the command's name for it, where that is not the field's.
@@ -40,120 +39,80 @@ def _option(
     return field(default=default, metadata=metadata)
 
 
+_method, _optimiser, _device, _keep, _python = (
+    partial(_field, panel) for panel in ("Method", "Optimiser", "Device", "What is kept", None)
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """How to finetune. Each field is a keyword of `finetune`; its meaning is in its metadata, under "help".
 
     Raises:
-        TrainingError: a value that is out of its limits, or no choice.
+        TrainingError: a value that is out of its limits, or no choice, or two that contradict each other.
     """
 
-    method: MethodName = _option("flyp", METHOD, "How to finetune.")
-    towers: Literal["both", "image", "text"] = _option(
-        "both", METHOD, "Which towers train; text is LiT's locked image tower."
+    method: MethodName = _method("flyp", "How to finetune.")
+    towers: Literal["both", "image", "text"] = _method(
+        "both", "What trains; text: LiT, with a locked image tower."
     )
-    templates: Sequence[str] | str | None = _option(None, None, "Prompts with {}; the data's own by default.")
-    contexts: Sequence[str] | None = _option(None, None, 'CAR-FT\'s contexts ("photo", "sketch" …).')
-    shots: int | None = _option(
-        None, METHOD, "Train on this many images of each class; the best held-out loss is kept.", min=1
-    )
-    augment: str | Mapping[str, Any] = _option(
+    templates: Sequence[str] | str | None = _python(None, "Prompts with {}; the data's own by default.")
+    contexts: Sequence[str] | None = _python(None, 'CAR-FT\'s contexts ("photo", "sketch" …).')
+    shots: int | None = _method(None, "Images a class to train on; the best held-out loss is kept.", min=1)
+    augment: str | Mapping[str, Any] = _method(
         "crop",
-        METHOD,
         "none, or of crop:0.9 flip jitter:0.4 gray:0.2 randaugment:N,M joined by +, or a JSON aug-cfg.",
     )
-    mixup: float = _option(0.0, METHOD, "Mix images in pairs, with a share from Beta(a, a).", min=0)
-    label_smoothing: float = _option(
-        0.0, METHOD, "Share of the target that is spread over all classes.", min=0, max=1
+    augment_on: Literal["cpu", "device"] = _device(
+        "cpu", "device: crop and flip in batches, from pixels decoded once; other pixels than on the CPU."
     )
-    multi_positive: bool = _option(
-        False, METHOD, "Images of one class are positives of each other (not FLYP)."
+    mixup: float = _method(0.0, "Mix images in pairs, with a share from Beta(a, a).", min=0)
+    label_smoothing: float = _method(0.0, "Share of the target spread over all classes.", min=0, max=1)
+    multi_positive: bool = _method(False, "Images of one class are positives of each other (not FLYP).")
+    logit_scale: Literal["learned", "clamped", "frozen"] = _method("learned", "clamped: at most 100.")
+    car_weight: float = _method(1.0, "Weight of CAR-FT's term.", min=0)
+    lr: float = _optimiser(1e-5, "Peak learning rate.", min=0)
+    wd: float = _optimiser(0.1, "Weight decay.", min=0)
+    decay: Literal["all", "matrices"] = _optimiser("all", "matrices: not norms, biases, logit_scale.")
+    batch_size: int = _optimiser(512, "Images of a batch on one device.", min=1)
+    accumulate: int = _optimiser(1, "Batches whose gradients make a step.", min=1)
+    chunk: int | None = _optimiser(None, "Gradient caching: images in memory at once, exact loss.", min=1)
+    epochs: float | None = _optimiser(None, "Passes over the images; 10 by default.", min=0)
+    steps: int | None = _optimiser(None, "Steps in all, instead of --epochs.", min=1)
+    warmup: int | None = _optimiser(None, "Steps; by default 500, a tenth of all at most.", min=0)
+    clip_grad: float | None = _optimiser(None, "Largest norm of the gradient.", min=0)
+    ema: float | None = _optimiser(None, "Decay of a moving average, which is then scored and written.")
+    seed: int = _optimiser(0, "Seed of everything random.", min=0)
+    device: str | None = _device(None, "By default the GPU if there is one.", recorded=False)
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] | None = _device(
+        None, "What the towers compute in; by default bf16 autocast on a GPU, else fp32."
     )
-    logit_scale: Literal["learned", "clamped", "frozen"] = _option(
-        "learned", METHOD, "clamped: at most 100; frozen: as in the base."
+    compile: bool = _device(False, "Use torch.compile.", recorded=False)
+    checkpointing: bool = _device(False, "Less memory, a third more time.", recorded=False)
+    channels_last: bool | None = _python(None, "Memory layout of convolutional towers.", recorded=False)
+    fsdp: bool = _device(False, "Shard the model over torchrun's processes.", recorded=False)
+    workers: int | None = _device(None, "Processes that decode and augment images.", min=0, recorded=False)
+    score_every: int | None = _keep(None, "Steps between held-out scores; an epoch by default.", min=0)
+    select: Literal["last", "best"] | None = _keep(None, "Write the last (default; with --shots the best).")
+    select_by: Literal["top1", "loss"] | None = _keep(
+        None, "What is best: top1 (default; with --shots loss)."
     )
-    car_weight: float = _option(1.0, METHOD, "Weight of CAR-FT's term.", min=0)
-    lr: float = _option(1e-5, OPTIMISER, "Peak learning rate.", min=0)
-    wd: float = _option(0.1, OPTIMISER, "Weight decay.", min=0)
-    decay: Literal["all", "matrices"] = _option(
-        "all", OPTIMISER, "What weight decay holds for; matrices: not norms, biases, logit_scale."
-    )
-    batch_size: int = _option(512, OPTIMISER, "Images of a batch on one device.", min=1)
-    accumulate: int = _option(1, OPTIMISER, "Batches whose gradients make a step.", min=1)
-    chunk: int | None = _option(
-        None,
-        OPTIMISER,
-        "Gradient caching: hold this many images in memory, with the exact loss over the batch.",
-        min=1,
-    )
-    epochs: float | None = _option(None, OPTIMISER, "Passes over the images; 10 by default.", min=0)
-    steps: int | None = _option(None, OPTIMISER, "Steps in all, instead of --epochs.", min=1)
-    warmup: int | None = _option(
-        None, OPTIMISER, "Steps of warmup; by default 500, a tenth of all at most.", min=0
-    )
-    clip_grad: float | None = _option(None, OPTIMISER, "Largest norm of the gradient.", min=0)
-    ema: float | None = _option(
-        None, OPTIMISER, "Decay of a moving average of the weights, which is then scored and written."
-    )
-    seed: int = _option(0, OPTIMISER, "Seed of everything random.", min=0)
-    device: str | None = _option(None, DEVICE, "By default the GPU if there is one.", recorded=False)
-    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] | None = _option(
-        None, DEVICE, "What the towers compute in; by default bf16 autocast on a GPU, else fp32."
-    )
-    compile: bool = _option(False, DEVICE, "Use torch.compile.", recorded=False)
-    checkpointing: bool = _option(False, DEVICE, "Less memory, a third more time.", recorded=False)
-    channels_last: bool | None = _option(
-        None, None, "Memory layout; by default for convolutional towers on a GPU.", recorded=False
-    )
-    fsdp: bool = _option(False, DEVICE, "Shard the model over torchrun's processes.", recorded=False)
-    workers: int | None = _option(
-        None, DEVICE, "Processes that decode and augment; 0: none beside the training.", min=0, recorded=False
-    )
-    score_every: int | None = _option(
-        None, KEEP, "Steps between held-out scores; an epoch by default, 0: only at the end.", min=0
-    )
-    select: Literal["last", "best"] | None = _option(
-        None, KEEP, "The checkpoint to write: the last (with --shots the best), or the best held-out one."
-    )
-    select_by: Literal["top1", "loss"] | None = _option(
-        None, KEEP, "What makes a checkpoint the best: accuracy, or (with --shots) loss."
-    )
-    trajectory: int = _option(0, KEEP, "Keep this many evenly spaced checkpoints.", min=0)
-    start: bool = _option(
-        False,
-        KEEP,
-        "Also keep base and initial head, for WiSE-FT over a trained head.",
-        recorded=False,
-        option="--save-start",
-    )
-    save_every: int | None = _option(
-        None,
-        KEEP,
-        "Steps between saved states; an epoch (100 steps at least) by default, 0: none.",
-        min=0,
-        recorded=False,
-    )
+    trajectory: int = _keep(0, "Keep this many evenly spaced checkpoints.", min=0)
+    start: bool = _keep(False, "Also keep base and initial head.", recorded=False, option="--save-start")
+    save_every: int | None = _keep(None, "Steps between saved states; 0: none.", min=0, recorded=False)
 
     def __post_init__(self) -> None:
         types = get_type_hints(type(self))
         for spec in fields(self):
-            _check(
-                spec.name,
-                getattr(self, spec.name),
-                _choices(types[spec.name]),
-                spec.metadata["min"],
-                spec.metadata["max"],
-            )
+            _check(spec.name, getattr(self, spec.name), _choices(types[spec.name]), spec.metadata)
+        name, headless = self.method, self.row.head is None
         rules = [
-            (self.row.head is not None and self.towers == "text",
-             f"{self.method} trains a head over images, not the text tower", "--towers text goes with --method flyp"),
-            (self.row.head is None and self.mixup > 0, f"{self.method} has no label to mix",
-             "mixup goes with ce, car-ft and lp-ft"),
-            (self.row.head is not None and self.chunk is not None,
-             f"{self.method} has no contrastive batch to cut into pieces",
+            (not headless and self.towers == "text", f"{name} trains a head over images, not the text tower",
+             "--towers text goes with --method flyp"),
+            (headless and self.mixup > 0, f"{name} has no label to mix", "mixup goes with ce, car-ft and lp-ft"),
+            (not headless and self.chunk is not None, f"{name} has no contrastive batch to cut into pieces",
              "use --accumulate: it is exact for this loss"),
-            (self.row.head is not None and self.multi_positive, f"{self.method} has no contrastive targets",
-             "it goes with --method flyp"),
+            (not headless and self.multi_positive, f"{name} has no contrastive targets", "it goes with flyp"),
             (self.epochs is not None and self.steps is not None, "both epochs and steps are given", "give one of them"),
             (self.ema is not None and not 0 < self.ema < 1, f"a moving average cannot decay by {self.ema}",
              "use a number such as 0.999"),
@@ -196,18 +155,15 @@ def _choices(hint: Any) -> tuple[str, ...]:
     return next((get_args(part) for part in parts if getattr(part, "__origin__", None) is Literal), ())
 
 
-def _check(name: str, value: Any, choices: tuple[str, ...], low: float | None, high: float | None) -> None:
+def _check(name: str, value: Any, choices: tuple[str, ...], limits: Mapping[str, Any]) -> None:
+    low, high = limits["min"], limits["max"]
     if value is None:
         return
     if choices and value not in choices:
-        raise TrainingError(
-            f"{name} cannot be {value!r}",
-            hint=did_you_mean(str(value), choices, "one of " + ", ".join(choices)),
-        )
+        hint = did_you_mean(str(value), choices, f"one of {', '.join(choices)}")
+        raise TrainingError(f"{name} cannot be {value!r}", hint=hint)
     if low is None and high is None:
         return
-    if not isinstance(value, (int, float)):
-        raise TrainingError(f"{name} is {value!r}", hint="give a number")
-    if (low is not None and not value >= low) or (high is not None and not value <= high):
-        span = f"{low:g} or more" if high is None else f"between {low:g} and {high:g}"
-        raise TrainingError(f"{name} cannot be {value}", hint=f"give a number {span}")
+    span = f"{low:g} or more" if high is None else f"between {low:g} and {high:g}"
+    if not isinstance(value, (int, float)) or not low <= value <= (value if high is None else high):
+        raise TrainingError(f"{name} cannot be {value!r}", hint=f"give a number {span}")
