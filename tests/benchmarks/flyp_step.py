@@ -74,7 +74,7 @@ def tokens_of(setting: str, model: Any, spec: Any, device: torch.device) -> Any:
 
     from clipmerge.data.split import Split
     from clipmerge.data.stored import ArrayImages
-    from clipmerge.finetuning.prompts import tokenizer_of, training_prompts
+    from clipmerge.finetuning.batches import tokenizer_of, training_prompts
 
     classes, templates = SETTINGS[setting]
     labels = np.arange(classes * 100) % classes
@@ -219,7 +219,7 @@ def text_towers(
 ) -> dict[str, Any]:
     """The text tower alone, forward and backward: every prompt at full context, or each distinct one cut."""
     from clipmerge.evaluate.heads import encode_text
-    from clipmerge.finetuning.prompts import unique_prompts
+    from clipmerge.finetuning.batches import unique_prompts
 
     texts = prompts.tokens[torch.from_numpy(batch.prompts).to(place)]
     rows, where = unique_prompts(batch.prompts)

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from clipmerge.errors import DataError, TrainingError
+from clipmerge.finetuning.batches import tokenizer_of, training_prompts
 from clipmerge.finetuning.finetune import starting_model
 from clipmerge.finetuning.images import Images
 from clipmerge.finetuning.methods import base_contexts
 from clipmerge.finetuning.optimiser import adamw, learning_rate
 from clipmerge.finetuning.probe import linear_probe
-from clipmerge.finetuning.prompts import tokenizer_of, training_prompts
+from clipmerge.finetuning.settings import Settings
 from clipmerge.finetuning.towers import Towers, image_features
 from clipmerge.weights.weights import load
 
@@ -75,6 +76,9 @@ def test_equal_settings_give_equal_bytes_whatever_the_workers(
     for workers in (0, 3):
         tune(f"w{workers}", augment=augment, workers=workers)
     assert (tmp_path / "w0.safetensors").read_bytes() == (tmp_path / "w3.safetensors").read_bytes()
+    for workers in (0, 2):
+        tune(f"device{workers}", augment="crop:0.5+flip", augment_on="device", workers=workers)
+    assert (tmp_path / "device0.safetensors").read_bytes() == (tmp_path / "device2.safetensors").read_bytes()
     tune("other", augment=augment, seed=1)
     assert (tmp_path / "other.safetensors").read_bytes() != (tmp_path / "w0.safetensors").read_bytes()
 
@@ -97,7 +101,7 @@ def test_contexts_are_normalised_one_by_one(base: Any, train: Any, tiny_spec: An
     """CAR-FT's W[class, context]: each prompt a unit vector, each mean a unit vector, never the whole matrix."""
     model, spec = starting_model(base, tiny_spec, 0, CPU)
     towers = Towers(model, spec.preprocess)
-    images = Images(train, None, spec.preprocess, CPU, None)
+    images = Images(train, None, spec.preprocess, CPU, Settings())
     contexts = base_contexts(towers, tokenizer_of(spec), images, ["photo", "sketch"], 1.0)
     for vector, template in zip(contexts.vectors, ["a photo of a {}.", "a sketch of a {}."], strict=True):
         prompts = training_prompts(model, tokenizer_of(spec), train, [template], CPU)
@@ -118,7 +122,7 @@ def test_car_fts_term_keeps_the_bases_contexts(
             model, spec = starting_model(weights, tiny_spec, 0, CPU)
             towers = Towers(model, spec.preprocess)
             if weights is base:
-                images = Images(train, None, spec.preprocess, CPU, None)
+                images = Images(train, None, spec.preprocess, CPU, Settings())
                 contexts = base_contexts(towers, tokenizer_of(spec), images, None, 1.0)
             pixels = np.stack(
                 [np.asarray(train.image(i).resize((16, 16))).transpose(2, 0, 1) for i in range(40)]
@@ -257,7 +261,7 @@ def test_tensorboard_gets_the_same_events(tune: Callable[..., Any], tmp_path: Pa
         ({"ema": 1.0}, "cannot decay by 1.0"),
         ({"select": "best"}, "nothing says which checkpoint is best"),
         ({"augment": "crop+upside-down"}, "'upside-down' is no augmentation"),
-        ({"augment": {"auto_augment": "x"}}, "auto_augment, which only timm's"),
+        ({"augment": {"auto_augment": "x"}}, "auto_augment, which is timm's"),
         ({"base": None, "model": None}, "needs to know the model"),
         ({"accumulate": 100}, "cannot fill 100 batches"),
     ],

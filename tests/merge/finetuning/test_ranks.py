@@ -17,12 +17,11 @@ import open_clip, sklearn.datasets, torch, torch.distributed as dist, torchvisio
 torch.set_num_threads(1)
 folder, base, model = sys.argv[1:]
 from clipmerge.data.open import open_split
-from clipmerge.finetuning.batches import Sampler
+from clipmerge.finetuning.batches import Sampler, tokenizer_of, training_prompts
 from clipmerge.distributed import average_gradients, rank, world
 from clipmerge.finetuning.finetune import finetune, starting_model
 from clipmerge.finetuning.images import Images
 from clipmerge.finetuning.methods import apply_method
-from clipmerge.finetuning.prompts import tokenizer_of, training_prompts
 from clipmerge.finetuning.settings import Settings
 from clipmerge.finetuning.towers import Towers, is_outside, trained_parameters
 from clipmerge.model import resolve_model
@@ -36,11 +35,11 @@ def gradients(case, name):
     tokenizer = tokenizer_of(spec)
     prompts = training_prompts(net, tokenizer, train, texts, cpu)
     more = {"chunk": {"chunk": 3}, "ce": {"method": "ce", "label_smoothing": 0.1}}
-    settings = Settings.create(None, more.get(case, {}))
-    images = Images(train, None, spec.preprocess, cpu, None)
+    settings = Settings.create(None, {"augment": "none", **more.get(case, {})})
+    images = Images(train, None, spec.preprocess, cpu, settings)
     objective = apply_method(Towers(net, spec.preprocess), tokenizer, prompts, images, settings)
     synced = world() > 1 and case != "chunk"
-    loader = images.loader(0, workers=0)
+    loader = images.loader()
     (batch, pixels), = loader(Sampler(train.labels, prompts.first, prompts.count, 0, 16).batches(0, 1))
     loss = objective.backward(batch, pixels, lambda x: x)
     if case == "ce" and world() > 1:

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from clipmerge.finetuning import gradient_cache, losses
-from clipmerge.finetuning.batches import Batch
+from clipmerge.finetuning.batches import Batch, tokenizer_of, training_prompts, unique_prompts
 from clipmerge.finetuning.objective import Contrastive
-from clipmerge.finetuning.prompts import tokenizer_of, training_prompts, unique_prompts
 from clipmerge.finetuning.towers import Towers, freeze
 
 
@@ -103,7 +102,7 @@ def test_features_of_a_frozen_tower_are_looked_up(
     from clipmerge.finetuning.methods import contrastive
     from clipmerge.finetuning.settings import Settings
 
-    images = Images(train, None, tiny_spec.preprocess, torch.device("cpu"), None)
+    images = Images(train, None, tiny_spec.preprocess, torch.device("cpu"), Settings(augment="none"))
     batch, _ = batch_of(prompts, train)
     pixels = torch.from_numpy(images.plain()[batch.items])
     freeze(towers.model, image=trains == "image", text=trains == "text", scale=True)
