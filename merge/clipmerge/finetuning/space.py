@@ -4,13 +4,16 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from clipmerge.errors import TrainingError
 from clipmerge.finetuning.settings import RECORDED
 from clipmerge.text import did_you_mean
+
+if TYPE_CHECKING:
+    import optuna
 
 __all__ = ["SOUPS", "Range", "Space", "draw", "load_space", "options"]
 
@@ -32,6 +35,27 @@ class Range:
     whole: bool = False
     zero: float = 0.0
     choices: tuple[Value, ...] = ()
+
+    def draw(self, generator: np.random.Generator) -> Value:
+        """Draw a value."""
+        position, zero = generator.random(), generator.random() < self.zero
+        if self.choices:
+            return self.choices[int(position * len(self.choices))]
+        if zero:
+            return 0.0
+        if self.whole:
+            return int(self.low + position * (self.high - self.low + 1))
+        if self.log:
+            return float(np.exp(np.log(self.low) + position * (np.log(self.high) - np.log(self.low))))
+        return float(self.low + position * (self.high - self.low))
+
+    def suggest(self, trial: "optuna.Trial", name: str) -> Any:
+        """Return the value that Optuna suggests, or that the trial was queued with."""
+        if self.choices:
+            return trial.suggest_categorical(name, list(self.choices))
+        if self.whole:
+            return trial.suggest_int(name, int(self.low), int(self.high), log=self.log)
+        return trial.suggest_float(name, self.low, self.high, log=self.log)
 
 
 @dataclass(frozen=True)
@@ -111,20 +135,7 @@ def _range(where: str, table: Any) -> Range:
 def draw(space: Space, seed: int, number: int) -> dict[str, Value]:
     """Return the values of a trial of a random search: the same whichever worker asks."""
     generator = np.random.default_rng([seed, number])
-    return {name: _value(one, generator) for name, one in space.ranges.items()}
-
-
-def _value(one: Range, generator: np.random.Generator) -> Value:
-    position, zero = generator.random(), generator.random() < one.zero
-    if one.choices:
-        return one.choices[int(position * len(one.choices))]
-    if zero:
-        return 0.0
-    if one.whole:
-        return int(one.low + position * (one.high - one.low + 1))
-    if one.log:
-        return float(np.exp(np.log(one.low) + position * (np.log(one.high) - np.log(one.low))))
-    return float(one.low + position * (one.high - one.low))
+    return {name: one.draw(generator) for name, one in space.ranges.items()}
 
 
 def options(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:

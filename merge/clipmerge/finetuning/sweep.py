@@ -12,35 +12,30 @@ from clipmerge.distributed import independent
 from clipmerge.errors import ClipmergeError, MissingExtraError, TrainingError
 from clipmerge.finetuning.finetune import finetune
 from clipmerge.finetuning.loop import StoppedBySignalError
-from clipmerge.finetuning.space import Range, Space, draw, load_space, options
+from clipmerge.finetuning.space import Space, draw, load_space, options
 from clipmerge.finetuning.table import METHODS
 from clipmerge.weights.weights import Weights, load
 
 if TYPE_CHECKING:
-    from optuna import Study
-    from optuna import Trial as Asked
+    import optuna
     from optuna.trial import FrozenTrial
 
 __all__ = ["Trial", "finetune_sweep", "table"]
 
-HEARTBEAT = 30
-"""Seconds: a worker that has not been heard of for two of these is dead, and its trial is taken over."""
-
 
 @dataclass(frozen=True)
 class Trial:
-    """A trial that is done.
-
-    Attributes:
-        number: its place in the sweep; the file is trial-NNNN.safetensors.
-        score: held-out accuracy.
-        settings: what was drawn for it.
-    """
+    """A trial that is done: its place in the sweep, its checkpoint, its held-out accuracy, what was drawn for it."""
 
     number: int
     file: Path
     score: float
     settings: Mapping[str, Any]
+
+
+def table(trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """Return rows for a table or JSON: file, held-out accuracy, what was drawn."""
+    return [{"file": str(t.file), "held_out": t.score, **t.settings} for t in trials]
 
 
 def finetune_sweep(
@@ -55,7 +50,7 @@ def finetune_sweep(
     sampler: str = "random",
     seed: int = 0,
     retries: int = 2,
-    heartbeat: int = HEARTBEAT,
+    heartbeat: int = 30,
     on_trial: Callable[[Trial, int], None] | None = None,
     **fixed: Any,
 ) -> list[Trial]:
@@ -70,6 +65,7 @@ def finetune_sweep(
         storage: Optuna's storage URL; by default SQLite in `folder`.
         sampler: "random" draws trial n from (seed, n), whoever runs it; "tpe" learns from finished trials.
         retries: how often a trial that dies is tried again.
+        heartbeat: seconds; a worker that has not been heard of for two of these is dead.
         on_trial: called with each trial that this worker finished, and how many are finished in all.
         fixed: further arguments of `finetune`, the same in every trial; a [fixed] table of the space wins.
 
@@ -82,35 +78,35 @@ def finetune_sweep(
     method = str({"method": "flyp", **fixed, **space.fixed}["method"])
     if method in METHODS and METHODS[method].head is None:  # no labels to mix
         space = Space({name: r for name, r in space.ranges.items() if name != "mixup"}, space.fixed)
+    study, retry = _study(storage or f"sqlite:///{folder / 'sweep.db'}", sampler, seed, retries, heartbeat)
+
+    def after(study: "optuna.Study", trial: "FrozenTrial") -> None:
+        if trial.state.name == "FAIL":
+            retry(study, trial)
+        elif on_trial is not None and trial.state.name == "COMPLETE":
+            finished = _finished(study, folder)
+            on_trial(next(t for t in finished if t.number == trial.user_attrs["slot"]), len(finished))
+
     with independent():
-        study, retry = _study(
-            storage or f"sqlite:///{folder / 'sweep.db'}", sampler, seed, retries, heartbeat
-        )
         if method == "lp-ft" and fixed.get("head") is None:
             fixed["head"] = _probe(base, train, val, folder / "probe.safetensors", fixed)
         if sampler == "random":
-            for number in range(trials):
-                study.enqueue_trial(draw(space, seed, number), {"slot": number}, skip_if_exists=True)
-
-        def run(trial: "Asked") -> float:
-            return _run(trial, base, train, val, folder, space, fixed)
-
-        def after(study: "Study", trial: "FrozenTrial") -> None:
-            if trial.state.name == "FAIL":
-                retry(study, trial)
-            elif on_trial is not None and trial.state.name == "COMPLETE":
-                on_trial(_done(trial, folder), len(_finished(study, folder)))
-
+            for slot in range(trials):
+                study.enqueue_trial(draw(space, seed, slot), {"slot": slot}, skip_if_exists=True)
         while _work_left(study, trials, sampler):
-            study.optimize(run, n_trials=1, catch=(_TrialDiedError,), callbacks=[after])
-    finished = _finished(study, folder)
-    if not finished:
-        reasons = [t.user_attrs["error"] for t in study.get_trials(deepcopy=False) if "error" in t.user_attrs]
-        raise TrainingError(
-            "no trial could be finished" + (f"; the last one: {reasons[-1]}" if reasons else ""),
-            hint="try one finetuning with clipmerge finetune first",
-        )
-    return finished
+            study.optimize(
+                lambda trial: _run(trial, base, train, val, folder, space, fixed),
+                n_trials=1,
+                catch=(_TrialDiedError,),
+                callbacks=[after],
+            )
+    if finished := _finished(study, folder):
+        return finished
+    reasons = [t.user_attrs["error"] for t in study.get_trials(deepcopy=False) if "error" in t.user_attrs]
+    raise TrainingError(
+        "no trial could be finished" + (f"; the last one: {reasons[-1]}" if reasons else ""),
+        hint="try one finetuning with clipmerge finetune first",
+    )
 
 
 class _TrialDiedError(Exception):
@@ -118,7 +114,7 @@ class _TrialDiedError(Exception):
 
 
 def _run(
-    trial: "Asked",
+    trial: "optuna.Trial",
     base: Weights | None,
     train: Split,
     val: Split,
@@ -131,19 +127,18 @@ def _run(
 
     slot = int(trial.user_attrs.get("slot", trial.number))
     trial.set_user_attr("slot", slot)
-    if _runs_elsewhere(trial, slot):
-        raise optuna.TrialPruned
-    values = {name: _suggest(trial, name, one) for name, one in space.ranges.items()}
+    alive = [s for s in optuna.trial.TrialState if s.name in ("WAITING", "RUNNING", "COMPLETE")]
+    there = trial.study.get_trials(deepcopy=False, states=alive)
+    if any(other.number < trial.number and other.user_attrs.get("slot") == slot for other in there):
+        raise optuna.TrialPruned  # two workers that start together may both fill the queue
+    values = {name: one.suggest(trial, name) for name, one in space.ranges.items()}
     out = folder / f"trial-{slot:04d}.safetensors"
-    keywords = {"score_every": 0, **fixed, **options(space, values)}
+    keywords = {"score_every": 0, **fixed, **options(space, values), "metadata": {"trial": slot}}
     resume = out.with_suffix(".state").exists()
     try:
-        if out.exists():
-            weights = load(out)
-        else:
-            weights = finetune(
-                base, train, val=val, out=out, resume=resume, metadata={"trial": slot}, **keywords
-            )
+        done = (
+            load(out) if out.exists() else finetune(base, train, val=val, out=out, resume=resume, **keywords)
+        )
     except StoppedBySignalError:
         trial.study.enqueue_trial(trial.params, {"slot": slot})  # nothing is wrong with it: no try is counted
         raise
@@ -151,24 +146,7 @@ def _run(
         trial.set_user_attr("error", str(error))
         raise _TrialDiedError from error
     trial.set_user_attr("file", out.name)
-    return float(weights.record["training"]["scores"]["top1"])
-
-
-def _runs_elsewhere(trial: "Asked", slot: int) -> bool:
-    """Return whether an earlier trial is this one too: two workers that start together may both fill the queue."""
-    from optuna.trial import TrialState
-
-    alive = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)
-    earlier = (t for t in trial.study.get_trials(deepcopy=False, states=alive) if t.number < trial.number)
-    return any(t.user_attrs.get("slot") == slot for t in earlier)
-
-
-def _suggest(trial: "Asked", name: str, one: Range) -> Any:
-    if one.choices:
-        return trial.suggest_categorical(name, list(one.choices))
-    if one.whole:
-        return trial.suggest_int(name, int(one.low), int(one.high), log=one.log)
-    return trial.suggest_float(name, one.low, one.high, log=one.log)
+    return float(done.record["training"]["scores"]["top1"])
 
 
 def _probe(base: Weights | None, train: Split, val: Split, out: Path, fixed: Mapping[str, Any]) -> Weights:
@@ -182,7 +160,7 @@ def _probe(base: Weights | None, train: Split, val: Split, out: Path, fixed: Map
 
 def _study(
     url: str, sampler: str, seed: int, retries: int, heartbeat: int
-) -> "tuple[Study, Callable[[Study, FrozenTrial], None]]":
+) -> "tuple[optuna.Study, Callable[[optuna.Study, FrozenTrial], None]]":
     """Return the study, and what queues a failed trial again until it has had its retries."""
     try:
         import optuna
@@ -199,25 +177,21 @@ def _study(
         storage = optuna.storages.RDBStorage(
             url, heartbeat_interval=heartbeat, heartbeat_stale_trial_callback=retry
         )
+    chosen = samplers[sampler](seed=seed)
     study = optuna.create_study(
-        storage=storage,
-        study_name="sweep",
-        direction="maximize",
-        load_if_exists=True,
-        sampler=samplers[sampler](seed=seed),
+        storage=storage, study_name="sweep", direction="maximize", load_if_exists=True, sampler=chosen
     )
     return study, retry
 
 
-def _work_left(study: "Study", trials: int, sampler: str) -> bool:
+def _work_left(study: "optuna.Study", trials: int, sampler: str) -> bool:
     """Return whether there is a trial to start now; wait for those of other workers, which may die."""
-    from optuna.exceptions import ExperimentalWarning
-    from optuna.storages import fail_stale_trials
+    import optuna
 
     while True:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            fail_stale_trials(study)
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            optuna.storages.fail_stale_trials(study)
         there = study.get_trials(deepcopy=False)
         states = {trial.state.name for trial in there}
         slots = {trial.user_attrs.get("slot", trial.number) for trial in there}
@@ -228,17 +202,10 @@ def _work_left(study: "Study", trials: int, sampler: str) -> bool:
         time.sleep(1)
 
 
-def _finished(study: "Study", folder: Path) -> list[Trial]:
-    there = study.get_trials(deepcopy=False)
-    rows = [_done(trial, folder) for trial in there if trial.state.name == "COMPLETE"]
+def _finished(study: "optuna.Study", folder: Path) -> list[Trial]:
+    rows = [
+        Trial(t.user_attrs["slot"], folder / t.user_attrs["file"], float(t.value or 0), dict(t.params))
+        for t in study.get_trials(deepcopy=False)
+        if t.state.name == "COMPLETE"
+    ]
     return sorted(rows, key=lambda row: (-row.score, row.number))
-
-
-def _done(trial: "FrozenTrial", folder: Path) -> Trial:
-    score = float(trial.value or 0.0)
-    return Trial(trial.user_attrs["slot"], folder / trial.user_attrs["file"], score, dict(trial.params))
-
-
-def table(trials: Sequence[Trial]) -> list[dict[str, Any]]:
-    """Return rows for a table or JSON: file, held-out accuracy, what was drawn."""
-    return [{"file": str(t.file), "held_out": t.score, **t.settings} for t in trials]
