@@ -111,7 +111,8 @@ def tiny_checkpoints(tiny_spec: Any, tmp_path_factory: pytest.TempPathFactory) -
 def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `clipmerge demo` leaves, made with a twentieth of its training steps. Copy it before writing there."""
     from clipmerge_cli import demo
+    from clipmerge_cli.options import Talk
 
     out = tmp_path_factory.mktemp("demo") / "clipmerge-demo"
-    demo.run(out, quiet=True, pace=0.05)
+    demo.run(out, Talk(quiet=True), pace=0.05)
     return out

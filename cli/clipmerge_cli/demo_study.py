@@ -1,40 +1,38 @@
-"""The demo's work, step by step: images, trainings, merges, and what each of them scores."""
+"""The demo's work: images, trainings and merges by clipmerge's own commands, and what each model scores."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from functools import cached_property
+import io
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, chdir, redirect_stdout
+from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from clipmerge.errors import TrainingError
-from clipmerge.report.documents import write_json
-from clipmerge_cli.demo_setting import (
-    ALPHAS,
+from clipmerge_cli.demo_steps import (
     BASE,
     COMPARED,
     INGREDIENTS,
     MODEL,
     MODEL_FILE,
-    SCALES,
+    SHARED,
     SPLITS,
+    TASKS,
     TASKWISE,
     TEMPLATE,
     TRAININGS,
     Training,
+    merges,
+    script,
 )
-from clipmerge_cli.options import numbers
 
-if TYPE_CHECKING:
-    from clipmerge.evaluate.evaluator import Evaluator
-    from clipmerge.types import Progress
-    from clipmerge.weights.weights import Weights
-
-Watched = Callable[[str], AbstractContextManager["Progress | None"]]
-"""Name of a step → a context that yields `on_progress` for it."""
-
-
+RESULTS = "results.json"
 TASK_ROLES = ("task", "added", "negated", "patched")
+
+Watched = Callable[[str], AbstractContextManager[Any]]
+"""Name of a step → a context that shows that it runs."""
+Scores = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Row:
     name: str
     role: str
     file: str | None
-    scores: Mapping[str, Mapping[str, Any]]
+    scores: Scores
 
 
 @dataclass
@@ -54,7 +52,7 @@ class Study:
     Attributes:
         pace: a factor on the number of training steps; below 1 only in tests.
         rows: what has been scored so far.
-        documents: the JSON of each search.
+        documents: what each search printed as JSON.
     """
 
     folder: Path
@@ -64,222 +62,176 @@ class Study:
     documents: dict[str, Any] = field(default_factory=dict)
 
     def run(self) -> None:
-        """All steps in order; trainings whose files are there are not repeated."""
+        """Do all steps in order; trainings whose files are there are not repeated."""
         self.prepare()
         for training in TRAININGS:
             if not (self.folder / training.path).exists():
                 self.train(training)
-        self.soups()
-        self.robust()
-        self.tasks()
-
-    # -- the steps ---------------------------------------------------------------------------------------
+        self.compare()
+        with self.watched("figures"):
+            self.report()
 
     def prepare(self) -> None:
-        """The model's configuration, and three sets of images made from the digits."""
-        for name in ("data", "ft", "tasks", "again"):
+        """Write the model's configuration, and three sets of images made from the digits."""
+        from clipmerge.report.documents import write_json
+
+        for name in ("data", "ft", "tasks"):
             (self.folder / name).mkdir(exist_ok=True, parents=True)
         write_json(MODEL, self.folder / MODEL_FILE)
         with self.watched("images"):
             write_images(self.folder / "data")
 
     def train(self, training: Training) -> None:
-        """One finetuning, or the base from scratch."""
-        from clipmerge.finetuning.finetune import finetune
-
-        base = self.base if training.base else None
+        """Finetune the base, or train it from scratch; go on from a saved state where there is one."""
         state = self.folder / f"{training.name}.state"
-        with self.watched(training.path) as on_progress:
+        with self.watched(training.path):
             try:
-                finetune(
-                    base,
-                    self.split(training.train, role="train"),
-                    out=self.folder / training.path,
-                    model=None if training.base else self.folder / MODEL_FILE,
-                    resume=state.exists(),
-                    on_progress=on_progress,
-                    **training.options(self.pace),
-                )
+                self.command(*training.words(self.pace), *(["--resume"] if state.exists() else []))
             except TrainingError as error:
                 hint = "the same command goes on from there" if state.exists() else error.hint
                 raise TrainingError(error.message, hint=hint) from error
 
-    def soups(self) -> None:
-        """Each ingredient, the best of them, uniform and greedy soups, and the logit ensemble as a yardstick."""
-        from clipmerge.search.soup import greedy_soup, uniform_soup
-
-        with self.watched("soups") as on_progress:
-            self.add_row("base", "base", self.base, BASE.path)
-            for weights, training in zip(self.ingredients, INGREDIENTS, strict=True):
-                self.add_row(training.title, "ingredient", weights, training.path)
-            best = self.best
-            self.rows.append(
-                Row(f"best single ({best.name.partition(':')[0]})", "best", best.file, best.scores)
-            )
-            uniform = uniform_soup(self.ingredients)
-            greedy = greedy_soup(self.ingredients, self.evaluator, split="held-out", on_progress=on_progress)
-            self.keep("uniform soup", "uniform", uniform.weights, "uniform.safetensors")
-            name = f"greedy soup ({len(greedy.ingredients)} of {len(greedy.names)})"
-            self.keep(name, "greedy", greedy.weights, "greedy.safetensors")
-            self.documents |= {"uniform_soup": uniform.to_json(), "greedy_soup": greedy.to_json()}
-            self.rows.append(Row("logit ensemble (all)", "ensemble", None, self.ensemble()))
-
-    def robust(self) -> None:
-        """WiSE-FT: from the base to the best single, α by the held-out images and their shift."""
-        from clipmerge.search.rules import best_mean
-        from clipmerge.search.sweep import sweep
-        from clipmerge.weights.weights import interpolate
-
-        best = self.load(str(self.best.file))
-        alphas = numbers(ALPHAS, "alphas")
-        rule = best_mean("held-out", ["held-out shift"])
-        with self.watched("WiSE-FT") as on_progress:
-            found = sweep(
-                lambda alpha: interpolate(self.base, best, alpha),
-                alphas, self.evaluator, rule=rule, splits=rule.splits, on_progress=on_progress,
-            )  # fmt: skip
-            self.keep(f"WiSE-FT, α = {found.coefficient:g}", "wise-ft", found.weights, "wise-ft.safetensors")
-            self.documents["wise_ft"] = found.to_json()
-            self.documents["curve"] = [
-                {"alpha": alpha, "scores": self.score(interpolate(self.base, best, alpha), "test", "shift")}
-                for alpha in alphas
+    def compare(self) -> None:
+        """Merge in every way that `merges` lists, and score every model on the splits of its table."""
+        with self.watched("scores of single models"):
+            self.score([("base", "base", BASE.path)], *COMPARED, *TASKWISE)
+            self.score([(t.title, "ingredient", t.path) for t in INGREDIENTS], *COMPARED)
+        best = self.best
+        self.rows.append(Row(f"best single ({best.name.partition(':')[0]})", "best", best.file, best.scores))
+        for key, words in merges(str(best.file)).items():
+            with self.watched(key.replace("_", " ").replace("wise ft", "WiSE-FT")):
+                self.documents[key] = self.command(*words, "--force", "--fresh")
+        with self.watched("scores of merged models"):
+            greedy, alpha = self.documents["greedy_soup"], self.documents["wise_ft"]["coefficient"]
+            name = f"greedy soup ({len(greedy['ingredients'])} of {len(greedy['candidates'])})"
+            soups = [
+                ("uniform soup", "uniform", "uniform.safetensors"),
+                (name, "greedy", "greedy.safetensors"),
             ]
+            self.score(soups, *COMPARED)
+            self.rows.append(Row("logit ensemble (all)", "ensemble", None, self.ensemble()))
+            self.score([(f"WiSE-FT, α = {alpha:g}", "wise-ft", "wise-ft.safetensors")], *COMPARED)
+            added, forgot = (self.documents[key]["coefficient"] for key in ("addition", "negation"))
+            patched = self.documents["patching"]["alpha"]
+            tasks = [(f"{task.name.removeprefix('tasks/')} alone", "task", task.path) for task in TASKS]
+            tasks += [
+                (f"low + high, scale {added:g}", "added", "added.safetensors"),
+                (f"low forgotten, scale {forgot:g}", "negated", "forgot.safetensors"),
+                (f"patched, α = {patched:g}", "patched", "patched.safetensors"),
+            ]
+            self.score(tasks, *TASKWISE)
+            self.documents["curve"] = self.curve(str(best.file))
 
-    def tasks(self) -> None:
-        """Task arithmetic on low and high digits, and PAINT on blurred ones."""
-        from clipmerge.search.patch import patch
-        from clipmerge.search.rules import keep_control, normalised_mean
-        from clipmerge.search.sweep import reference_scores, sweep
+    def report(self) -> None:
+        """Write commands.sh, the comparison as a figure, and at last results.json: the demo is finished."""
+        from clipmerge.report import figures
+        from clipmerge.report.documents import write_json
 
-        low, high, blurred = (self.load(f"tasks/{name}.safetensors") for name in ("low", "high", "blurred"))
-        base, judge, scales = self.base, self.evaluator, numbers(SCALES, "scales")
-        with self.watched("task arithmetic and patching") as on_progress:
-            own = reference_scores({"held-out low": low, "held-out high": high}, judge)
-            add = sweep(
-                lambda scale: base + scale * ((low - base) + (high - base)), scales, judge,
-                rule=(rule := normalised_mean(own)), splits=rule.splits, name="add", on_progress=on_progress,
-            )  # fmt: skip
-            forget = sweep(
-                lambda scale: base - scale * (low - base), scales, judge,
-                rule=(rule := keep_control(0.95, "held-out low", "held-out high")), splits=rule.splits,
-                name="negate", on_progress=on_progress,
-            )  # fmt: skip
-            patched = patch(
-                base, blurred, judge, patching="held-out blurred", supported="held-out",
-                grid=numbers(ALPHAS, "alphas"), on_progress=on_progress,
-            )  # fmt: skip
-            for name, weights in (("low", low), ("high", high), ("blurred", blurred)):
-                self.add_row(f"{name} alone", "task", weights, f"tasks/{name}.safetensors")
-            self.keep(f"low + high, scale {add.coefficient:g}", "added", add.weights, "added.safetensors")
-            self.keep(
-                f"low forgotten, scale {forget.coefficient:g}",
-                "negated",
-                forget.weights,
-                "forgot.safetensors",
-            )
-            self.keep(
-                f"patched, α = {patched.coefficient:g}", "patched", patched.weights, "patched.safetensors"
-            )
-        self.documents |= {
-            "addition": add.to_json(), "negation": forget.to_json(), "patching": patched.to_json(),
-        }  # fmt: skip
+        best, curve = str(self.best.file), self.documents["curve"]
+        (self.folder / "commands.sh").write_text(script(best, self.pace), encoding="utf-8")
+        rows = [{"role": r.role, "scores": {s: r.scores[s]["value"] for s in r.scores}} for r in self.rows]
+        axes = {"x": "test", "y": "shift", "labels": {"test": "test digits", "shift": "turned by 25°"}}
+        figure = {"kind": "comparison", "rows": rows, "curve": curve, **axes}
+        figures.plot(figure, self.folder / "comparison.png")
+        models = [asdict(row) for row in self.rows]
+        write_json(
+            {"model": MODEL, "splits": SPLITS, "models": models, **self.documents}, self.folder / RESULTS
+        )
 
     # -- what they share ---------------------------------------------------------------------------------
-
-    @cached_property
-    def base(self) -> "Weights":
-        return self.load(BASE.path)
-
-    @cached_property
-    def ingredients(self) -> "list[Weights]":
-        from clipmerge.weights.weights import load_all
-
-        return load_all([self.folder / training.path for training in INGREDIENTS])
-
-    @cached_property
-    def evaluator(self) -> "Evaluator":
-        from clipmerge.evaluate.evaluator import Evaluator
-
-        splits = {name: self.split(data) for name, data in SPLITS.items()}
-        return Evaluator(self.folder / MODEL_FILE, splits, templates=TEMPLATE)
 
     @property
     def best(self) -> Row:
         """The ingredient with the best held-out score, the first of them on a tie."""
-        alone = [row for row in self.rows if row.role == "ingredient"]
-        return max(alone, key=lambda row: row.scores["held-out"]["value"])
+        singles = [row for row in self.rows if row.role == "ingredient"]
+        return max(singles, key=lambda row: row.scores["held-out"]["value"])
 
-    def load(self, path: str) -> "Weights":
-        from clipmerge.weights.weights import load
+    def command(self, *words: str) -> Any:
+        """Run a command in this folder and this process; return the JSON document that it prints."""
+        from clipmerge_cli.app import application
 
-        return load(self.folder / path)
+        printed = io.StringIO()
+        with chdir(self.folder), redirect_stdout(printed):
+            globbed = [sorted(map(str, Path().glob(word))) if "*" in word else [word] for word in words]
+            code = application(words[0])(args=[*chain(*globbed), "--json"], standalone_mode=False)
+        if code == 130:
+            raise KeyboardInterrupt
+        document = json.loads(printed.getvalue())
+        document.pop("output", None)
+        document.pop("figures", None)
+        return document
 
-    def split(self, data: str, role: str = "test") -> Any:
-        from clipmerge.data.open import open_split
+    def score(self, models: Sequence[tuple[str, str, str]], *splits: str) -> None:
+        """Score (name, role, file) on the named splits, a row each."""
+        data = {SPLITS[split]: split for split in splits}
+        options = [word for source in data for word in ("--data", source)]
+        document = self.command("evaluate", *(file for _, _, file in models), *options, *SHARED)
+        for (name, role, file), model in zip(models, document["checkpoints"], strict=True):
+            scores = {data[source]: score for source, score in model["scores"].items()}
+            self.rows.append(Row(name, role, file, scores))
 
-        return open_split(str(self.folder / data) if data.startswith("data/") else data, role=role)
+    def curve(self, best: str) -> list[dict[str, Any]]:
+        """Return test scores along the line from the base to the best single, for the figure alone."""
+        words = merges(best)["wise_ft"]
+        tests = ["--eval", f"test={SPLITS['test']}", "--eval", f"shift={SPLITS['shift']}"]
+        points = self.command(*words[: words.index("--eval")], *tests, *SHARED, "--fresh")["points"]
+        return [
+            {
+                "alpha": point["coefficient"],
+                "scores": {split: s["value"] for split, s in point["scores"].items()},
+            }
+            for point in points
+        ]
 
-    def score(self, weights: "Weights", *splits: str) -> dict[str, float]:
-        return {split: self.evaluator.score(weights, split).value for split in splits}
-
-    def add_row(self, name: str, role: str, weights: "Weights", file: str) -> None:
-        compared = () if role in TASK_ROLES else COMPARED
-        taskwise = TASKWISE if role in ("base", *TASK_ROLES) else ()
-        scores = {split: self.evaluator.score(weights, split).to_json() for split in (*compared, *taskwise)}
-        self.rows.append(Row(name, role, file, scores))
-
-    def keep(self, name: str, role: str, weights: "Weights", file: str) -> None:
-        """Write a merged model, and score the file that was written."""
-        weights.save(self.folder / file, force=True)
-        self.add_row(name, role, self.load(file), file)
-
-    def ensemble(self) -> dict[str, dict[str, Any]]:
-        """Scores of the mean of all ingredients' logits, on the splits that the soups are compared on."""
+    def ensemble(self) -> Scores:
+        """Score the mean of all ingredients' logits, on the splits that the soups are compared on."""
         import torch
 
+        from clipmerge.data.open import open_split
+        from clipmerge.evaluate.evaluator import Evaluator
         from clipmerge.evaluate.metrics import interval
+        from clipmerge.weights.weights import load_all
 
-        found = {}
+        splits = {name: open_split(SPLITS[name], role="test") for name in COMPARED}
+        evaluator = Evaluator(self.folder / MODEL_FILE, splits, templates=TEMPLATE, device="cpu")
+        ingredients = load_all([self.folder / training.path for training in INGREDIENTS])
+        scores = {}
         for split in COMPARED:
-            logits = torch.stack([self.evaluator.logits(weights, split) for weights in self.ingredients])
-            right = logits.mean(0).argmax(1).numpy() == self.evaluator.labels(split)
+            logits = torch.stack([evaluator.logits(weights, split) for weights in ingredients])
+            right = logits.mean(0).argmax(1).numpy() == evaluator.labels(split)
             correct, n = int(right.sum()), len(right)
-            found[split] = {
-                "value": correct / n, "correct": correct, "n": n, "interval": list(interval(correct, n)),
-            }  # fmt: skip
-        return found
+            bounds = list(interval(correct, n))
+            scores[split] = {"value": correct / n, "correct": correct, "n": n, "interval": bounds}
+        return scores
 
 
 def write_images(folder: Path) -> None:
-    """broad.npz (each training digit turned by its own angle), low.npz (0 to 4) and high.npz (5 to 9)."""
+    """Write broad.npz (each training digit turned by its own angle), low.npz (0 to 4) and high.npz (5 to 9)."""
     import numpy as np
+    from PIL import Image
 
     from clipmerge.data.open import open_split
 
     parts = [open_split(f"digits#{part}") for part in ("train", "val", "test")]
-    train = parts[0]
-    angles = np.random.default_rng(0).uniform(-45, 45, len(train))
-    turned = np.stack(list(_pixels(train, angles)))
-    write_npz(folder / "broad.npz", turned, train.labels, np.zeros(len(train), np.uint8), train.classes)
-    pixels = np.concatenate([np.stack(list(_pixels(part, np.zeros(len(part))))) for part in parts])
-    labels = np.concatenate([part.labels for part in parts])
+    digits = [part.image(i).convert("L") for part in parts for i in range(len(part))]
+    labels = np.concatenate([part.labels for part in parts]).astype(np.int16)
     split = np.repeat(np.arange(3, dtype=np.uint8), [len(part) for part in parts])
+    classes = np.array(parts[0].classes)
+    angles = np.random.default_rng(0).uniform(-45, 45, len(parts[0]))
+    turned = [
+        digit.rotate(angle, Image.Resampling.BICUBIC) for digit, angle in zip(digits, angles, strict=False)
+    ]
+    train, pixels = split == 0, np.stack([np.asarray(digit) for digit in digits])
+    np.savez(
+        folder / "broad.npz",
+        images=np.stack([np.asarray(image) for image in turned]),
+        labels=labels[train],
+        split=split[train],
+        classes=classes,
+    )
     for name, first in (("low", 0), ("high", 5)):
-        mine = (labels >= first) & (labels < first + 5)
-        classes = train.classes[first : first + 5]
-        write_npz(folder / f"{name}.npz", pixels[mine], labels[mine] - first, split[mine], classes)
-
-
-def _pixels(split: Any, angles: Any) -> Iterator[Any]:
-    import numpy as np
-    from PIL import Image
-
-    for i, angle in enumerate(angles):
-        yield np.asarray(split.image(i).convert("L").rotate(float(angle), Image.Resampling.BICUBIC))
-
-
-def write_npz(path: Path, images: Any, labels: Any, split: Any, classes: Sequence[str]) -> None:
-    """An .npz as `DATA` reads it."""
-    import numpy as np
-
-    np.savez(path, images=images, labels=labels.astype(np.int16), split=split, classes=np.array(classes))
+        rows, stop = (labels >= first) & (labels < first + 5), first + 5
+        np.savez(
+            folder / f"{name}.npz", images=pixels[rows], labels=labels[rows] - first, split=split[rows],
+            classes=classes[first:stop],
+        )  # fmt: skip

@@ -61,7 +61,7 @@ def finetune(
 
     from clipmerge import distributed
     from clipmerge.device import describe, resolve_device, resolve_precision
-    from clipmerge.finetuning.finetune import finetune as run
+    from clipmerge.finetuning.finetune import finetune as run_finetuning
     from clipmerge.weights.weights import load
 
     resolved = resolve_device(device)
@@ -69,21 +69,19 @@ def finetune(
     distributed.start(resolved)
     talk.say(f"training on {describe(resolved, precision)}")
     with training(quiet=talk.quiet or talk.json or not show.is_first()) as (on_progress, on_event):
-        weights = run(
+        weights = run_finetuning(
             None if base == "none" else load(base),
             images.open(train, "train", talk, limit=images.limit),
             val=None if val is None else images.open(val, "val", talk),
             head=None if head is None else load(head),
             out=output,
             model=images.model,
-            **vars(
-                replace(
-                    settings,
-                    augment=aug_cfg,
-                    device=str(resolved),
-                    precision=precision,
-                    templates=images.templates,
-                )
+            settings=replace(
+                settings,
+                augment=aug_cfg,
+                device=str(resolved),
+                precision=precision,
+                templates=images.templates,
             ),
             resume=resume,
             tensorboard=tensorboard,

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from clipmerge.errors import TrainingError
 from clipmerge_cli import demo
 from clipmerge_cli.app import main
-from clipmerge_cli.demo_setting import BASE, INGREDIENTS, MODEL, MODEL_FILE, TRAININGS
+from clipmerge_cli.demo_steps import BASE, INGREDIENTS, MODEL, MODEL_FILE, TRAININGS
 from clipmerge_cli.demo_study import Row, Study
 
 
@@ -107,6 +107,7 @@ def test_its_commands_work_when_typed_and_give_the_same_weights(
     monkeypatch.chdir(folder)
     for name in ("ft", "tasks"):
         Path("again", name).mkdir(parents=True, exist_ok=True)
+    monkeypatch.setenv("CLIPMERGE_CACHE", str(folder / "cache"))  # nothing is remembered
     for words in command_lines(folder / "commands.sh"):
         globbed = [
             w for word in words for w in (sorted(map(str, Path().glob(word))) if "*" in word else [word])
@@ -132,7 +133,9 @@ def test_a_finished_demo_is_not_overwritten(folder: Path, capsys: pytest.Capture
 def test_a_folder_of_something_else_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     assert main(["demo", "--out", str(tmp_path), "--force"]) == 1
-    assert f"error: {tmp_path} is not empty, and no demo's" in capsys.readouterr().err
+    assert (
+        f"error: {tmp_path} is not empty and was not created by `clipmerge demo`" in capsys.readouterr().err
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -157,7 +160,7 @@ def test_an_interrupted_demo_goes_on_with_what_is_missing(
 ) -> None:
     trained: list[str] = []
     monkeypatch.setattr(Study, "train", lambda self, training: trained.append(training.path))
-    for step in ("soups", "robust", "tasks"):
+    for step in ("compare", "report"):
         monkeypatch.setattr(Study, step, lambda self: None)
     study = Study(tmp_path, lambda step: nullcontext(None))
     (tmp_path / "ft").mkdir()
