@@ -30,13 +30,15 @@ MAKE, LOOK = "Make checkpoints", "Look and check"
 COMMANDS = {
     "demo": Command("demo", "All of it in two minutes on real images, offline.", START),
     "soup": Command("soup", "Average checkpoints: uniform, greedy or learned soup.", CHOOSE),
-    "interpolate": Command("interpolate", "Between a base and a finetuned checkpoint (WiSE-FT).", CHOOSE),
-    "patch": Command("patch", "Learn a new task, keep the old ones (PAINT).", CHOOSE),
-    "add": Command("add", "Add what finetuned checkpoints learned to the base (task addition).", CHOOSE),
-    "negate": Command("negate", "Make the base forget a task (task negation).", CHOOSE),
-    "analogy": Command("analogy", "base + scale * (C + B - A), all as task vectors.", MERGE),
+    "interpolate": Command("interpolation", "Between a base and a finetuned checkpoint (WiSE-FT).", CHOOSE),
+    "patch": Command("interpolation", "Learn a new task, keep the old ones (PAINT).", CHOOSE),
+    "add": Command(
+        "task_arithmetic", "Add what finetuned checkpoints learned to the base (task addition).", CHOOSE
+    ),
+    "negate": Command("task_arithmetic", "Make the base forget a task (task negation).", CHOOSE),
+    "analogy": Command("task_arithmetic", "base + scale * (C + B - A), all as task vectors.", MERGE),
     "merge": Command("merge", "Any expression over checkpoints, or a TOML recipe.", MERGE),
-    "task-vector": Command("task_vector", "Write finetuned minus base as a file of its own.", MERGE),
+    "task-vector": Command("task_arithmetic", "Write finetuned minus base as a file of its own.", MERGE),
     "convert": Command("convert", "Between layouts: open_clip, Hugging Face.", MERGE),
     "finetune": Command(
         "finetune", "FLYP, cross-entropy, LP-FT, CAR-FT, linear probe, or from scratch.", MAKE

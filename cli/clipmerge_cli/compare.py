@@ -1,11 +1,9 @@
 """`clipmerge compare`: how far apart two checkpoints are, and in which parts."""
 
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from clipmerge_cli import show
-from clipmerge_cli.groups import opt
+from clipmerge_cli.groups import arg, opt
 from clipmerge_cli.options import Talk
 
 if TYPE_CHECKING:
@@ -13,12 +11,13 @@ if TYPE_CHECKING:
 
 
 def compare(
-    a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="Another of the same model.")],
+    *,
+    a: str = arg("A", "A checkpoint."),
+    b: str = arg("B", "Another of the same model."),
     talk: Talk,
-    base: Annotated[
-        str | None, opt("What both were finetuned from: adds task vectors' cosines.", metavar="CKPT")
-    ] = None,
+    base: str | None = opt(
+        None, "What both were finetuned from: adds task vectors' cosines.", metavar="CKPT"
+    ),
 ) -> None:
     """How far apart two checkpoints are, by tower and block.
 

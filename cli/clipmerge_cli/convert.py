@@ -1,23 +1,21 @@
 """`clipmerge convert`: any layout in, open_clip's or Hugging Face's names out."""
 
-from typing import Annotated, Literal
-
-import typer
+from pathlib import Path
+from typing import Literal
 
 from clipmerge_cli import show
-from clipmerge_cli.groups import opt
-from clipmerge_cli.options import HUB_FILE, Force, Model, OutputFile, Talk
+from clipmerge_cli.groups import arg, opt
+from clipmerge_cli.options import FORCE, HUB_FILE, MODEL, Talk, output_option
 
 
 def convert(
-    checkpoint: Annotated[
-        str, typer.Argument(metavar="CKPT", help="File, folder, hf-hub:ORG/NAME or MODEL:TAG.")
-    ],
-    output: OutputFile,
+    *,
+    checkpoint: str = arg("CKPT", "File, folder, hf-hub:ORG/NAME or MODEL:TAG."),
+    output: Path = output_option(...),
     talk: Talk,
-    to: Annotated[Literal["open_clip", "huggingface"], opt("Whose names to write.")] = "open_clip",
-    model: Model = None,
-    force: Force = False,
+    to: Literal["open_clip", "huggingface"] = opt("open_clip", "Whose names to write."),
+    model: str | None = MODEL,
+    force: bool = FORCE,
 ) -> None:
     """Rewrite a checkpoint as safetensors under open_clip's or Hugging Face's names, bit for bit.
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, Any
+from typing import Any
 
 from clipmerge.errors import OutputError
 from clipmerge_cli import show
@@ -17,9 +17,10 @@ from clipmerge_cli.options import Talk
 
 
 def demo(
+    *,
     talk: Talk,
-    out: Annotated[Path, opt("The folder that keeps everything.", metavar="DIR")] = Path("clipmerge-demo"),
-    force: Annotated[bool, opt("Start a finished demo anew.")] = False,
+    out: Path = opt(Path("clipmerge-demo"), "The folder that keeps everything.", metavar="DIR"),
+    force: bool = opt(False, "Start a finished demo anew."),
 ) -> None:
     """Finetune, merge, choose and compare: two minutes on two cores, no network.
 

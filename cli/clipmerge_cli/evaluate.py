@@ -1,11 +1,11 @@
 """`clipmerge evaluate`: checkpoints × labelled images → scores with intervals."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from clipmerge_cli import show
 from clipmerge_cli.groups import opt
-from clipmerge_cli.options import INPUT, Checkpoints, Talk, named
+from clipmerge_cli.options import CHECKPOINTS, INPUT, Talk, named
 from clipmerge_cli.scoring import Scoring
 
 if TYPE_CHECKING:
@@ -13,16 +13,11 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    checkpoints: Checkpoints,
-    data: Annotated[
-        list[str],
-        opt(
-            "Labelled images, or NAME=DATA; may be given several times.",
-            INPUT,
-            metavar="DATA",
-            show_default=False,
-        ),
-    ],
+    *,
+    checkpoints: list[str] = CHECKPOINTS,
+    data: list[str] = opt(
+        ..., "Labelled images, or NAME=DATA; may be given several times.", INPUT, metavar="DATA"
+    ),
     scoring: Scoring,
     talk: Talk,
 ) -> None:

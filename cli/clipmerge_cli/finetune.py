@@ -3,15 +3,17 @@
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Any
 
 import typer
 
 from clipmerge.finetuning.settings import Settings
 from clipmerge_cli import show
 from clipmerge_cli.groups import opt, setting
-from clipmerge_cli.options import INPUT, Force, Images, OutputFile, Plot, Talk
+from clipmerge_cli.options import FORCE, INPUT, PLOT, Images, Talk, output_option
 from clipmerge_cli.progress import training
+from clipmerge_cli.scoring import Precision
 
 
 def _augment(text: str) -> str | Mapping[str, Any]:
@@ -25,24 +27,22 @@ def _augment(text: str) -> str | Mapping[str, Any]:
 
 
 def finetune(
-    train: Annotated[str, opt("Training images.", INPUT, metavar="DATA")],
-    output: OutputFile,
+    *,
+    train: str = opt(..., "Training images.", INPUT, metavar="DATA"),
+    output: Path = output_option(...),
     images: Images,
     settings: Settings,
     talk: Talk,
-    base: Annotated[
-        str, opt("Where training starts; 'none' trains from scratch.", INPUT, metavar="CKPT")
-    ] = "none",
-    val: Annotated[str | None, opt("Held-out images, scored on the way.", INPUT, metavar="DATA")] = None,
-    head: Annotated[
-        str | None, opt("Take classification_head from this checkpoint.", "Method", metavar="CKPT")
-    ] = None,
-    augment: Annotated[str, setting(Settings, "augment")] = "crop",
-    device: Annotated[str, setting(Settings, "device")] = "auto",
-    tensorboard: Annotated[str | None, opt("Folder for its log.", "What is kept", metavar="DIR")] = None,
-    resume: Annotated[bool, opt("Go on from the saved state.", "What is kept")] = False,
-    plot: Plot = None,
-    force: Force = False,
+    base: str = opt("none", "Where training starts; 'none' trains from scratch.", INPUT, metavar="CKPT"),
+    val: str | None = opt(None, "Held-out images, scored on the way.", INPUT, metavar="DATA"),
+    head: str | None = opt(None, "Take classification_head from this checkpoint.", "Method", metavar="CKPT"),
+    augment: str = setting(Settings, "augment"),
+    device: str = setting(Settings, "device", "auto"),
+    precision: Precision = setting(Settings, "precision", "auto"),
+    tensorboard: Path | None = opt(None, "Folder for its log.", "What is kept", metavar="DIR"),
+    resume: bool = opt(False, "Go on from the saved state.", "What is kept"),
+    plot: Path | None = PLOT,
+    force: bool = FORCE,
 ) -> None:
     """Finetune a CLIP model on labelled images; what is written is ready for soup, interpolate and patch.
 
@@ -57,17 +57,22 @@ def finetune(
     Killed? The same command with --resume goes on to the same bytes. DATA is a folder of class folders, a .npz,
     a CSV, WebDataset shards, Parquet, torchvision:NAME:ROOT, or digits.
     """
-    aug_cfg = _augment(augment)
-
     from clipmerge import distributed
     from clipmerge.device import describe, resolve_device, resolve_precision
     from clipmerge.finetuning.finetune import finetune as run_finetuning
     from clipmerge.weights.weights import load
 
     resolved = resolve_device(device)
-    precision = resolve_precision(settings.precision, resolved)
+    computing = resolve_precision(precision, resolved)
+    settings = replace(
+        settings,
+        augment=_augment(augment),
+        device=str(resolved),
+        precision=computing,
+        templates=images.templates,
+    )
     distributed.start(resolved)
-    talk.say(f"training on {describe(resolved, precision)}")
+    talk.say(f"training on {describe(resolved, computing)}")
     with training(quiet=talk.quiet or talk.json or not show.is_first()) as (on_progress, on_event):
         weights = run_finetuning(
             None if base == "none" else load(base),
@@ -76,13 +81,7 @@ def finetune(
             head=None if head is None else load(head),
             out=output,
             model=images.model,
-            settings=replace(
-                settings,
-                augment=aug_cfg,
-                device=str(resolved),
-                precision=precision,
-                templates=images.templates,
-            ),
+            settings=settings,
             resume=resume,
             tensorboard=tensorboard,
             force=force,

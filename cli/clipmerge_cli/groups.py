@@ -1,44 +1,57 @@
-"""Groups of options: a frozen dataclass whose fields are the options of every command that takes it."""
+"""How commands declare their options, alone or in groups: a group is a frozen dataclass that a command takes."""
 
 import inspect
 from collections.abc import Callable
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, field, fields, is_dataclass
 from functools import wraps
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
 
-def opt(help: str, panel: str | None = None, *names: str, **more: Any) -> Any:
-    """Describe an option. Its name is the parameter's own (`dry_run` is --dry-run) unless `names` say others."""
-    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+def opt(default: Any, help: str, panel: str | None = None, *names: str, **more: Any) -> Any:
+    """Declare an option, as the default of a command's parameter or of a group's field.
+
+    Args:
+        default: ... where it must be given.
+        panel: the box of --help that lists it.
+        names: such as "--output", "-o"; by default made from the parameter's (`dry_run` is --dry-run).
+        more: metavar, min, parser …, as for `typer.Option`.
+    """
+    return _declare(default, typer.Option(*names, help=help, rich_help_panel=panel, **more))
 
 
-def setting(group: type, name: str, panel: str | None = None, **more: Any) -> Any:
-    """Describe an option by the metadata of a library's dataclass field: its meaning, limits and panel."""
-    (field,) = (field for field in fields(group) if field.name == name)
-    meta = field.metadata
-    names = (meta["option"],) if meta["option"] else ()
-    return opt(meta["help"], panel or meta["panel"], *names, min=meta["min"], max=meta["max"], **more)
+def arg(metavar: str, help: str, default: Any = ...) -> Any:
+    """Declare an argument, as the default of a command's parameter."""
+    return _declare(default, typer.Argument(metavar=metavar, help=help, show_default=False))
+
+
+def setting(group: type, name: str, default: Any = ..., panel: str | None = None) -> Any:
+    """Declare an option by the metadata of a library's dataclass field: its meaning, limits and panel."""
+    (like,) = (like for like in fields(group) if like.name == name)
+    return _declare(like.default if default is ... else default, _option_like(like, panel))
 
 
 def flatten(command: Callable[..., None]) -> Callable[..., None]:
     """Return a function with the options of each group as its own keywords, for typer, which knows no groups.
 
-    An option that the command spells itself as well is left out of the group, whose field keeps its default.
+    An option that the command declares itself as well is left out of the group, whose field keeps its default.
     """
-    hints = get_type_hints(command, include_extras=True)
+    hints = get_type_hints(command)
     own = inspect.signature(command).parameters
     groups = {name: hints[name] for name in own if is_dataclass(hints[name])}
     parameters: list[inspect.Parameter] = []
     members: dict[str, list[str]] = {}
     for name, parameter in own.items():
         if name in groups:
-            options = {n: p for n, p in _options(groups[name]).items() if n not in own or n in groups}
-            members[name] = list(options)
-            parameters += options.values()
+            types = get_type_hints(groups[name])
+            declared = [
+                f for f in fields(groups[name]) if f.name not in own and f.metadata.get("panel", True)
+            ]
+            members[name] = [f.name for f in declared]
+            parameters += [_parameter(f.name, types[f.name], f) for f in declared]
         else:
-            parameters.append(parameter.replace(annotation=hints[name], kind=parameter.KEYWORD_ONLY))
+            parameters.append(_parameter(name, hints.get(name, str), parameter.default))
 
     @wraps(command)
     def flat(**options: Any) -> None:
@@ -49,21 +62,19 @@ def flatten(command: Callable[..., None]) -> Callable[..., None]:
     return flat
 
 
-def _options(group: Any) -> dict[str, inspect.Parameter]:
-    """Return a parameter for each field; a field without `opt` has it from its metadata, or is no option."""
-    hints = get_type_hints(group, include_extras=True)
-    options = {}
-    for field in fields(group):
-        hint = hints[field.name]
-        if not hasattr(hint, "__metadata__"):
-            if not field.metadata.get("panel"):
-                continue
-            hint = Annotated[hint, setting(group, field.name)]
-        options[field.name] = inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=_default(field), annotation=hint
-        )
-    return options
+def _declare(default: Any, option: Any) -> Any:
+    return field(default=MISSING if default is ... else default, metadata={"typer": option})
 
 
-def _default(field: "Field[Any]") -> Any:
-    return inspect.Parameter.empty if field.default is MISSING else field.default
+def _option_like(like: "Field[Any]", panel: str | None = None) -> Any:
+    meta = like.metadata
+    names = (meta["option"],) if meta["option"] else ()
+    panel = panel or meta["panel"]
+    return typer.Option(*names, help=meta["help"], rich_help_panel=panel, min=meta["min"], max=meta["max"])
+
+
+def _parameter(name: str, hint: Any, default: Any) -> inspect.Parameter:
+    if isinstance(default, Field):
+        hint = Annotated[hint, default.metadata.get("typer") or _option_like(default)]
+        default = inspect.Parameter.empty if default.default is MISSING else default.default
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)

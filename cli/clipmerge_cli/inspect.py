@@ -1,13 +1,11 @@
 """`clipmerge inspect`: what a checkpoint holds and how it was made."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from clipmerge.text import and_more
 from clipmerge_cli import show
-from clipmerge_cli.groups import opt
+from clipmerge_cli.groups import arg, opt
 from clipmerge_cli.options import Talk
 
 if TYPE_CHECKING:
@@ -18,10 +16,11 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A checkpoint: file, folder, hf-hub:ORG/NAME.")],
+    *,
+    file: str = arg("FILE", "A checkpoint: file, folder, hf-hub:ORG/NAME."),
     talk: Talk,
-    tensors: Annotated[bool, opt("List every tensor.")] = False,
-    headers: Annotated[bool, opt("Read headers only: no digest, no count of NaN.")] = False,
+    tensors: bool = opt(False, "List every tensor."),
+    headers: bool = opt(False, "Read headers only: no digest, no count of NaN."),
 ) -> None:
     """What a checkpoint holds and how it was made.
 

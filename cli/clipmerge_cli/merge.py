@@ -1,25 +1,18 @@
 """`clipmerge merge`: any expression over checkpoints, or a recipe file."""
 
 from dataclasses import replace
-from typing import Annotated
 
-import typer
-
-from clipmerge_cli.options import Model, named
+from clipmerge_cli.groups import arg
+from clipmerge_cli.options import MODEL, named
 from clipmerge_cli.writing import Output
 
 
 def merge(
-    expression: Annotated[
-        str,
-        typer.Argument(metavar="EXPRESSION|RECIPE.toml", help="What to compute, or a recipe that says it."),
-    ],
+    *,
+    expression: str = arg("EXPRESSION|RECIPE.toml", "What to compute, or a recipe that says it."),
+    files: list[str] | None = arg("[NAME=FILE]...", "The checkpoint behind each name.", None),
     out: Output,
-    files: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[NAME=FILE]...", help="The checkpoint behind each name.", show_default=False),
-    ] = None,
-    model: Model = None,
+    model: str | None = MODEL,
 ) -> None:
     """Any expression over checkpoints, computed in one pass.
 

@@ -5,12 +5,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
 from clipmerge_cli import show
-from clipmerge_cli.groups import opt
+from clipmerge_cli.groups import arg, opt
 from clipmerge_cli.progress import progress
 
 if TYPE_CHECKING:
@@ -31,45 +31,36 @@ def output_path(text: str) -> Path:
     return path / HUB_FILE if text.endswith(("/", "\\")) or path.is_dir() else path
 
 
-_out = opt("Where to write; DIR/ makes a Hub-ready folder.", OUTPUT, "--output", "-o", metavar="FILE",
-           parser=output_path, show_default=False)  # fmt: skip
+def output_option(default: Any) -> Any:
+    """Declare --output, a file or the file of a Hub-ready folder."""
+    more: dict[str, Any] = {"metavar": "FILE", "parser": output_path, "show_default": False}
+    return opt(default, "Where to write; DIR/ makes a Hub-ready folder.", OUTPUT, "--output", "-o", **more)
 
-Base = Annotated[str, typer.Argument(metavar="BASE", help="The model before finetuning.")]
-Checkpoints = Annotated[
-    list[str],
-    typer.Argument(
-        help="Checkpoints: files, folders, hf-hub:ORG/NAME.", metavar="CKPT...", show_default=False
-    ),
-]
-OutputFile = Annotated[Path, _out]
-MaybeOutput = Annotated[Path | None, _out]
-Force = Annotated[bool, opt("Overwrite an output that exists.", OUTPUT)]
-Plot = Annotated[
-    Path | None,
-    opt("Draw it: FILE as PNG, and as SVG beside it.", OUTPUT, metavar="FILE", show_default=False),
-]
-Model = Annotated[
-    str | None,
-    opt("An open_clip model name or JSON config; default: what the checkpoint says.", INPUT, metavar="M",
-        show_default=False),
-]  # fmt: skip
-Refine = Annotated[bool, opt("Narrow the choice down between the points of the grid.", SEARCH)]
-Scale = Annotated[str, opt("Multiplies the task vector (or their sum); auto: chosen on images.", metavar="X")]
-Scales = Annotated[
-    str, opt("With auto: scales to try, as START:STOP:STEP or a list.", SEARCH, metavar="GRID")
-]
-Alphas = Annotated[
-    str, opt("Alphas to try, as START:STOP:STEP or a list such as 0,0.5.", SEARCH, metavar="GRID")
-]
-Seed = Annotated[int, opt("Seed of anything random.", SEARCH)]
+
+def scale_option(default: str) -> Any:
+    """Declare --scale, a number or "auto"."""
+    return opt(default, "Multiplies the task vector (or their sum); auto: chosen on images.", metavar="X")
+
+
+BASE = arg("BASE", "The model before finetuning.")
+FINETUNED = arg("FINETUNED", "The model after finetuning.")
+CHECKPOINTS = arg("CKPT...", "Checkpoints: files, folders, hf-hub:ORG/NAME.")
+FORCE = opt(False, "Overwrite an output that exists.", OUTPUT)
+PLOT = opt(None, "Draw it: FILE as PNG, and as SVG beside it.", OUTPUT, metavar="FILE")
+MODEL = opt(
+    None, "An open_clip model name or JSON config; default: what the checkpoint says.", INPUT, metavar="M"
+)
+REFINE = opt(False, "Narrow the choice down between the points of the grid.", SEARCH)
+SCALES = opt("0:1:0.05", "With auto: scales to try, as START:STOP:STEP or a list.", SEARCH, metavar="GRID")
+SEED = opt(0, "Seed of anything random.", SEARCH)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Talk:
     """How a command speaks: its result on stdout, remarks and progress on stderr."""
 
-    json: Annotated[bool, opt("Print one JSON document on stdout.", OUTPUT)] = False
-    quiet: Annotated[bool, opt("No progress, no remarks.", OUTPUT, "--quiet", "-q")] = False
+    json: bool = opt(False, "Print one JSON document on stdout.", OUTPUT)
+    quiet: bool = opt(False, "No progress, no remarks.", OUTPUT, "--quiet", "-q")
 
     def say(self, text: str) -> None:
         """Print a remark on stderr, in torchrun's first process only; a JSON document says it all by itself."""
@@ -84,16 +75,15 @@ class Talk:
 class Images:
     """Labelled images, and the model and prompts for them."""
 
-    model: Model = None
-    templates: Annotated[
-        str | None,
-        opt("Prompts: openai, simple, a file, or text such as 'a photo of a {}.'", INPUT, metavar="T"),
-    ] = None
-    classnames: Annotated[
-        Path | None, opt("Class names, one per line, in the order of the labels.", INPUT, metavar="FILE")
-    ] = None
-    limit: Annotated[int | None, opt("Use at most this many images.", INPUT, min=1)] = None
-    skip_bad: Annotated[bool, opt("Leave out images that cannot be used.", INPUT)] = False
+    model: str | None = MODEL
+    templates: str | None = opt(
+        None, "Prompts: openai, simple, a file, or text such as 'a photo of a {}.'", INPUT, metavar="T"
+    )
+    classnames: Path | None = opt(
+        None, "Class names, one per line, in the order of the labels.", INPUT, metavar="FILE"
+    )
+    limit: int | None = opt(None, "Use at most this many images.", INPUT, min=1)
+    skip_bad: bool = opt(False, "Leave out images that cannot be used.", INPUT)
 
     def open(self, data: str, role: str | None, talk: Talk, **changes: Any) -> "Split":
         """Open labelled images with these options and `changes` to them, and say what --skip-bad left out."""
@@ -111,12 +101,11 @@ class Images:
 class Several:
     """How several coefficients are searched together."""
 
-    method: Annotated[
-        Literal["coordinate", "random", "cmaes"],
-        opt("How several coefficients are searched.", SEARCH, "--search"),
-    ] = "coordinate"
-    budget: Annotated[int, opt("Models that a search may score.", SEARCH, min=1)] = 60
-    seed: Seed = 0
+    method: Literal["coordinate", "random", "cmaes"] = opt(
+        "coordinate", "How several coefficients are searched.", SEARCH, "--search"
+    )
+    budget: int = opt(60, "Models that a search may score.", SEARCH, min=1)
+    seed: int = SEED
 
 
 def named(values: Sequence[str], option: str, unnamed: Sequence[str] | None = None) -> dict[str, str]:

@@ -4,50 +4,47 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from clipmerge_cli import show
 from clipmerge_cli.groups import opt
-from clipmerge_cli.options import INPUT, SCORING, SEARCH, Images, Plot, Talk
+from clipmerge_cli.options import INPUT, PLOT, SCORING, SEARCH, Images, Talk
 from clipmerge_cli.writing import Output
 
 if TYPE_CHECKING:
     from clipmerge.evaluate.evaluator import Evaluator
     from clipmerge.evaluate.journal import Journal
     from clipmerge.evaluate.score import Score
+    from clipmerge.search.results import SoupResult, SweepResult
     from clipmerge.search.rules import Rule
     from clipmerge.types import Progress
     from clipmerge.weights.coefficient import Scalar
     from clipmerge.weights.weights import Weights
 
+    Result: TypeAlias = SoupResult | SweepResult
+    Search: TypeAlias = Callable[[Evaluator, Progress | None], Result]
+    """Chooses weights by an evaluator."""
+
 Metric = Literal["top1", "top5", "mean_per_class", "macro_f1", "worst_group", "ece"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
-Search = Callable[["Evaluator", "Progress | None"], Any]
-"""Chooses weights by an evaluator; returns a result."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scoring(Images):
     """How weights are scored."""
 
-    holdout: Annotated[
-        str | None,
-        opt(
-            "Use only this share of the images, e.g. 2%; a hash of the name decides which.",
-            INPUT,
-            metavar="SHARE",
-        ),
-    ] = None
-    metric: Annotated[
-        Metric,
-        opt("What decides: top1, top5, mean_per_class, macro_f1, worst_group or ece.", SCORING, metavar="M"),
-    ] = "top1"
-    precision: Annotated[
-        Precision,
-        opt("fp32, tf32, or bf16 / fp16 autocast; auto: bf16 on a GPU, else fp32.", SCORING, metavar="P"),
-    ] = "auto"
-    device: Annotated[str, opt("cpu, cuda, cuda:1, mps; auto: the GPU where there is one.", SCORING)] = "auto"
-    batch_size: Annotated[int, opt("Images at once.", SCORING, min=1)] = 256
+    holdout: str | None = opt(
+        None,
+        "Use only this share of the images, e.g. 2%; a hash of the name decides which.",
+        INPUT,
+        metavar="SHARE",
+    )
+    metric: Metric = opt("top1", f"What decides: {', '.join(get_args(Metric))}.", SCORING, metavar="M")
+    precision: Precision = opt(
+        "auto", "fp32, tf32, or bf16 / fp16 autocast; auto: bf16 on a GPU, else fp32.", SCORING, metavar="P"
+    )
+    device: str = opt("auto", "cpu, cuda, cuda:1, mps; auto: the GPU where there is one.", SCORING)
+    batch_size: int = opt(256, "Images at once.", SCORING, min=1)
 
     def open_journal(self) -> "Journal | None":
         """Return where scores are remembered: nowhere, but for searches."""
@@ -101,12 +98,11 @@ class Scoring(Images):
 class Choosing(Scoring):
     """How a search on held-out images scores, remembers and draws."""
 
-    journal: Annotated[
-        Path | None,
-        opt("Where scores are remembered; default: one file in the cache folder.", SEARCH, metavar="FILE"),
-    ] = None
-    fresh: Annotated[bool, opt("Ignore scores that are remembered.", SEARCH)] = False
-    plot: Plot = None
+    journal: Path | None = opt(
+        None, "Where scores are remembered; default: one file in the cache folder.", SEARCH, metavar="FILE"
+    )
+    fresh: bool = opt(False, "Ignore scores that are remembered.", SEARCH)
+    plot: Path | None = PLOT
 
     def open_journal(self) -> "Journal":
         """Open the journal that --journal names, or the one in the cache folder."""
@@ -128,7 +124,7 @@ def choose(
     *,
     rule: "Rule | None" = None,
     refine: bool = False,
-    search: Search | None = None,
+    search: "Search | None" = None,
     remark: str | None = None,
 ) -> None:
     """Write the model at one coefficient: at `value`, or at the one that is chosen on images.
@@ -151,7 +147,7 @@ def choose(
         out.merge(at(value), choosing.model, remark=remark)
         return
 
-    def sweep_grid(evaluator: "Evaluator", on_progress: "Progress | None") -> Any:
+    def sweep_grid(evaluator: "Evaluator", on_progress: "Progress | None") -> "SweepResult":
         from clipmerge.search.sweep import sweep
 
         assert rule is not None
@@ -161,7 +157,7 @@ def choose(
 
 
 def run_search(
-    search: Search,
+    search: "Search",
     data: Mapping[str, str],
     models: "Sequence[Weights]",
     choosing: Choosing,
@@ -179,56 +175,55 @@ def run_search(
         result = search(evaluator, on_progress)
         written = None
         if show.is_first() and out.output is not None:
-            record = {
-                "model": evaluator.model.to_metadata(),
-                "selection": _selection(result, evaluator, data),
-            }
+            selection = _selection(result, evaluator, data)
+            record = {"model": evaluator.model.to_metadata(), "selection": selection}
             written = out.write(result.weights, record, on_progress)
-    if show.is_first():
-        _show(result, written, choosing.plot, out)
-        for remark in _remarks(result, coefficient):
-            out.say(remark)
-        out.finish(written)
-
-
-def _selection(result: Any, evaluator: "Evaluator", data: Mapping[str, str]) -> dict[str, Any]:
-    """Return what the written file records about how it was chosen; absolute paths stay private."""
-    score = getattr(result, "score", None)
-    facts = {} if score is None else {"metric": score.metric, "value": score.value, "n": score.n}
-    names = [Path(text).name if Path(text).is_absolute() else text for text in data.values()]
-    if hasattr(result, "ingredients"):
-        facts["ingredients"] = list(result.ingredients)
-    digests = {name: evaluator.data_key(name) for name in data}
-    return {"by": result.to_json()["kind"], "data": ", ".join(names), **facts, "digests": digests}
-
-
-def _show(result: Any, output: Path | None, plot: Path | None, talk: Talk) -> None:
-    """Print a search's table or document, and draw its figure where one was asked for."""
-    drawn: list[str] = []
-    if plot:
-        from clipmerge.report.figures import plot as draw
-
-        drawn = [str(path) for path in draw(result.to_json(), plot)]
-    if talk.json:
-        show.document(result.to_json() | {"output": output} | ({"figures": drawn} if drawn else {}))
+    if not show.is_first():
+        return
+    drawn = _draw(result, choosing.plot) if choosing.plot else []
+    if out.json:
+        show.document(result.to_json() | {"output": written} | ({"figures": drawn} if drawn else {}))
     else:
         table = result.table()
         show.table(table.headers, table.rows, title=table.title or None)
-    for path in drawn:
-        talk.say(f"drew {path}")
+    for remark in (*(f"drew {path}" for path in drawn), *_remarks(result, coefficient)):
+        out.say(remark)
+    out.finish(written)
 
 
-def _remarks(result: Any, coefficient: str | None) -> Iterator[str]:
-    if coefficient is None:
+def _selection(result: "Result", evaluator: "Evaluator", data: Mapping[str, str]) -> dict[str, Any]:
+    """Return what the written file records about how it was chosen; absolute paths stay private."""
+    from clipmerge.search.results import SoupResult
+
+    names = [Path(text).name if Path(text).is_absolute() else text for text in data.values()]
+    facts: dict[str, Any] = {"by": result.kind, "data": ", ".join(names)}
+    if isinstance(result, SoupResult) and result.score:
+        score = result.score
+        facts |= {"metric": score.metric, "value": score.value, "n": score.n}
+        facts["ingredients"] = list(result.ingredients)
+    return {**facts, "digests": {name: evaluator.data_key(name) for name in data}}
+
+
+def _draw(result: "Result", path: Path) -> list[Path]:
+    from clipmerge.report.figures import plot
+
+    return plot(result.to_json(), path)
+
+
+def _remarks(result: "Result", coefficient: str | None) -> Iterator[str]:
+    from clipmerge.search.results import SoupResult
+
+    if isinstance(result, SoupResult):
         yield f"kept {len(result.ingredients)} of {len(result.names)} checkpoints"
-        yield held_out(result.score)
-        images = getattr(result, "images", None)
-        if images and images["saved"]:
-            yield f"scored {images['scored']} images; stopping early spared {images['saved']}"
+        if result.score:
+            yield held_out(result.score)
+        if result.images and result.images["saved"]:
+            scored, saved = result.images["scored"], result.images["saved"]
+            yield f"scored {scored} images; stopping early and the journal spared {saved}"
     elif len(result.coefficients) > 1:
         yield "chose " + ", ".join(f"{name} {number:g}" for name, number in result.coefficients.items())
     else:
-        ends = {0: " (the base)", 1: " (the finetuned model)" if coefficient == "alpha" else ""}
+        ends = {0.0: " (the base)", 1.0: " (the finetuned model)" if coefficient == "alpha" else ""}
         yield f"chose {coefficient} = {result.coefficient:g}{ends.get(result.coefficient, '')}"
 
 

@@ -1,40 +1,39 @@
 """`clipmerge soup`: uniform, greedy and learned soups."""
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
 from clipmerge_cli.groups import opt
-from clipmerge_cli.options import INPUT, SEARCH, Checkpoints, Seed
+from clipmerge_cli.options import CHECKPOINTS, INPUT, SEARCH, SEED
 from clipmerge_cli.scoring import Choosing, run_search
 from clipmerge_cli.writing import Output, refuse_mixture
 
 if TYPE_CHECKING:
     from clipmerge.evaluate.evaluator import Evaluator
+    from clipmerge.search.results import SoupResult
     from clipmerge.types import Progress
 
 _KIND = "Kind of soup"
 
 
 def soup(
-    checkpoints: Checkpoints,
+    *,
+    checkpoints: list[str] = CHECKPOINTS,
     out: Output,
     choosing: Choosing,
-    greedy: Annotated[bool, opt("Keep what helps on held-out images.", _KIND)] = False,
-    learned: Annotated[bool, opt("Learn coefficients on held-out images.", _KIND)] = False,
-    ensemble: Annotated[bool, opt("The greedy ensemble of logits, as a yardstick.", _KIND)] = False,
-    val: Annotated[str | None, opt("Held-out images.", INPUT, metavar="DATA")] = None,
-    strict: Annotated[bool, opt("Keep only what raises the score.", SEARCH)] = False,
-    order: Annotated[
-        Literal["score", "given", "random"], opt("Order in which candidates are tried.", SEARCH)
-    ] = "score",
-    per: Annotated[
-        Literal["model", "tower", "block", "tensor"],
-        opt("Learned: one share per model, or per part of it.", SEARCH),
-    ] = "model",
-    epochs: Annotated[int, opt("Learned: passes over the images.", SEARCH, min=1)] = 5,
-    lr: Annotated[float, opt("Learned: AdamW's learning rate.", SEARCH)] = 0.05,
-    seed: Seed = 0,
+    greedy: bool = opt(False, "Keep what helps on held-out images.", _KIND),
+    learned: bool = opt(False, "Learn coefficients on held-out images.", _KIND),
+    ensemble: bool = opt(False, "The greedy ensemble of logits, as a yardstick.", _KIND),
+    val: str | None = opt(None, "Held-out images.", INPUT, metavar="DATA"),
+    strict: bool = opt(False, "Keep only what raises the score.", SEARCH),
+    order: Literal["score", "given", "random"] = opt("score", "Order in which candidates are tried.", SEARCH),
+    per: Literal["model", "tower", "block", "tensor"] = opt(
+        "model", "Learned: one share per model, or per part of it.", SEARCH
+    ),
+    epochs: int = opt(5, "Learned: passes over the images.", SEARCH, min=1),
+    lr: float = opt(0.05, "Learned: AdamW's learning rate.", SEARCH),
+    seed: int = SEED,
 ) -> None:
     """Average checkpoints into one: all of them (uniform), or those that help on held-out images.
 
@@ -73,7 +72,7 @@ def soup(
         out.merge(uniform.weights, choosing.model, document, remark)
         return
 
-    def search(evaluator: "Evaluator", on_progress: "Progress | None") -> Any:
+    def search(evaluator: "Evaluator", on_progress: "Progress | None") -> "SoupResult":
         from clipmerge.search.ensemble import greedy_ensemble
         from clipmerge.search.learned import learned_soup
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 from clipmerge.finetuning.settings import Settings
 from clipmerge.finetuning.table import MethodName
@@ -18,31 +18,31 @@ _TRAIN = "Every trial"
 
 
 def sweep(
-    train: Annotated[str, opt("Training images.", INPUT, metavar="DATA")],
-    val: Annotated[str, opt("Held-out images.", INPUT, metavar="DATA")],
-    output: Annotated[
-        Path, opt("The folder for the checkpoints, one per trial.", SEARCH, "--output", "-o", metavar="DIR")
-    ],
-    base: Annotated[str, opt("Where every trial starts.", INPUT, metavar="CKPT")],
+    *,
+    train: str = opt(..., "Training images.", INPUT, metavar="DATA"),
+    val: str = opt(..., "Held-out images.", INPUT, metavar="DATA"),
+    output: Path = opt(
+        ..., "Folder for the checkpoints, one per trial.", SEARCH, "--output", "-o", metavar="DIR"
+    ),
+    base: str = opt(..., "Where every trial starts.", INPUT, metavar="CKPT"),
     images: Images,
     talk: Talk,
-    trials: Annotated[int, opt("How many in all.", SEARCH, min=1)] = 72,
-    space: Annotated[str, opt("soups (the model-soups paper's), or a TOML file.", SEARCH)] = "soups",
-    storage: Annotated[
-        str | None,
-        opt("Optuna's database, shared by workers; by default SQLite in DIR.", SEARCH, metavar="URL"),
-    ] = None,
-    sampler: Annotated[
-        Literal["random", "tpe"], opt("How trials are drawn; tpe learns from finished ones.", SEARCH)
-    ] = "random",
-    retries: Annotated[int, opt("How often a trial that dies is tried again.", SEARCH, min=0)] = 2,
-    seed: Annotated[int, opt("Seed of the draws.", SEARCH)] = 0,
-    method: Annotated[
-        MethodName | None, opt("As in clipmerge finetune; default: the space's (soups: lp-ft).", _TRAIN)
-    ] = None,
-    batch_size: Annotated[int, setting(Settings, "batch_size", _TRAIN)] = Settings.batch_size,
-    device: Annotated[str, setting(Settings, "device", _TRAIN)] = "auto",
-    precision: Annotated[Precision, setting(Settings, "precision", _TRAIN)] = "auto",
+    trials: int = opt(72, "How many in all.", SEARCH, min=1),
+    space: str = opt("soups", "soups (the model-soups paper's), or a TOML file.", SEARCH),
+    storage: str | None = opt(
+        None, "Optuna's database, shared by workers; by default SQLite in DIR.", SEARCH, metavar="URL"
+    ),
+    sampler: Literal["random", "tpe"] = opt(
+        "random", "How trials are drawn; tpe learns from others.", SEARCH
+    ),
+    retries: int = opt(2, "How often a trial that dies is tried again.", SEARCH, min=0),
+    seed: int = opt(0, "Seed of the draws.", SEARCH),
+    method: MethodName | None = opt(
+        None, "As in clipmerge finetune; default: the space's (soups: lp-ft).", _TRAIN
+    ),
+    batch_size: int = setting(Settings, "batch_size", panel=_TRAIN),
+    device: str = setting(Settings, "device", "auto", _TRAIN),
+    precision: Precision = setting(Settings, "precision", "auto", _TRAIN),
 ) -> None:
     """Finetune many times over a search space; what is left is ready for a soup.
 

@@ -1,11 +1,11 @@
 """`clipmerge verify`: is a merged file what its record says?"""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from clipmerge_cli import show
-from clipmerge_cli.groups import opt
+from clipmerge_cli.groups import arg, opt
 from clipmerge_cli.options import Talk
 
 if TYPE_CHECKING:
@@ -13,11 +13,12 @@ if TYPE_CHECKING:
 
 
 def verify(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A file that clipmerge wrote.")],
+    *,
+    file: str = arg("FILE", "A file that clipmerge wrote."),
     talk: Talk,
-    parents: Annotated[
-        list[str] | None, opt("Where to look for the parents, besides FILE's folder.", metavar="DIR")
-    ] = None,
+    parents: list[str] | None = opt(
+        None, "Where to look for the parents, besides FILE's folder.", metavar="DIR"
+    ),
 ) -> None:
     """Recompute a merged file from its parents and compare every bit.
 

@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from clipmerge_cli import show
 from clipmerge_cli.groups import opt
-from clipmerge_cli.options import HUB_FILE, OUTPUT, Force, MaybeOutput, Talk
+from clipmerge_cli.options import FORCE, HUB_FILE, OUTPUT, Talk, output_option
 
 if TYPE_CHECKING:
     from clipmerge.types import Progress
@@ -35,31 +35,24 @@ class Output(Talk):
     card beside it.
     """
 
-    output: MaybeOutput = None
-    force: Force = False
-    dtype: Annotated[
-        str | None, opt("fp32, fp16 or bf16; default: the first input's.", OUTPUT, metavar="DTYPE")
-    ] = None
-    shard_size: Annotated[
-        int | None, opt("Write shards of at most this, e.g. 5GB.", OUTPUT, metavar="SIZE", parser=_size)
-    ] = None
-    allow_nonfinite: Annotated[bool, opt("Let NaN and infinity through.", OUTPUT)] = False
-    threads: Annotated[int | None, opt("Threads of the merge.", OUTPUT, min=1)] = None
-    digests: Annotated[
-        bool,
-        opt(
-            "Do not hash the inputs; `verify` will not find them.",
-            OUTPUT,
-            " /--no-digests",
-            show_default=False,
-        ),
-    ] = True
-    fsync: Annotated[bool, opt("Return when the output is on the disk, not in its cache.", OUTPUT)] = False
-    push_to_hub: Annotated[
-        str | None,
-        opt("Upload the folder written with -o DIR/.", OUTPUT, metavar="ORG/NAME", show_default=False),
-    ] = None
-    dry_run: Annotated[bool, opt("Check and show the plan; write nothing.", OUTPUT)] = False
+    output: Path | None = output_option(None)
+    force: bool = FORCE
+    dtype: str | None = opt(None, "fp32, fp16 or bf16; default: the first input's.", OUTPUT, metavar="DTYPE")
+    shard_size: int | None = opt(
+        None, "Write shards of at most this, e.g. 5GB.", OUTPUT, metavar="SIZE", parser=_size
+    )
+    allow_nonfinite: bool = opt(False, "Let NaN and infinity through.", OUTPUT)
+    threads: int | None = opt(None, "Threads of the merge.", OUTPUT, min=1)
+    digests: bool = opt(
+        True,
+        "Do not hash the inputs; `verify` will not find them.",
+        OUTPUT,
+        " /--no-digests",
+        show_default=False,
+    )
+    fsync: bool = opt(False, "Return when the output is on the disk, not in its cache.", OUTPUT)
+    push_to_hub: str | None = opt(None, "Upload the folder written with -o DIR/.", OUTPUT, metavar="ORG/NAME")
+    dry_run: bool = opt(False, "Check and show the plan; write nothing.", OUTPUT)
 
     def check_usage(self, *, needed: bool = False) -> None:
         """Refuse wrong usage: no output where one is `needed`, or an upload of no folder."""
