@@ -243,7 +243,7 @@ def clipmerge(args: list[str]) -> None:
         import open_clip  # noqa: F401
 
         from clipmerge.data import open as opening
-        from clipmerge.evaluate import forward, resident
+        from clipmerge.evaluate import predictor, resident
         from clipmerge_cli.app import main
 
     def timed(owner: Any, name: str, what: str) -> None:
@@ -255,14 +255,14 @@ def clipmerge(args: list[str]) -> None:
 
         setattr(owner, name, call)
 
-    timed(forward, "pixels", "pixels")
-    timed(forward, "zero_shot_head", "head")
-    timed(forward, "get_tokenizer", "tokenizer")
+    timed(predictor, "pixels", "pixels")
+    timed(predictor, "zero_shot_head", "head")
+    timed(predictor, "get_tokenizer", "tokenizer")
     timed(opening, "open_split", "opening the data")
     timed(resident.Resident, "__init__", "building the model")
     timed(resident.Resident, "load", "weights into the model")
     timed(resident.Resident, "lerp", "weights into the model")
-    timed(forward.ClipPredictor, "_logits", "forward")
+    timed(predictor.Predictor, "_logits", "forward")
     code = main(args)
     if code:
         sys.exit(code)

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -19,9 +19,9 @@ from clipmerge.data.open import open_split
 from clipmerge.data.split import Split
 from clipmerge.device import resolve_device, resolve_precision
 from clipmerge.errors import NonFiniteError, SelectionError
-from clipmerge.evaluate.forward import ClipPredictor, Predictor
 from clipmerge.evaluate.journal import Journal, recipe_digest
 from clipmerge.evaluate.metrics import METRICS, Predictions
+from clipmerge.evaluate.predictor import Predictor
 from clipmerge.evaluate.score import Score, Stopped, check_metric, is_better, read_result, score_of
 from clipmerge.evaluate.sources import Source, as_weights, open_all
 from clipmerge.model import ModelSpec
@@ -56,7 +56,7 @@ class Evaluator:
         journal: a file of scores already paid for, read and appended to, so that a killed search goes on from it.
             Under torchrun the first process's answers for all.
         on_progress: called as (what, done, total).
-        predictor: what predicts in place of an open_clip model.
+        predictor: what predicts in place of an open_clip model (in tests).
 
     Attributes:
         images_scored, images_saved: images through the model so far, and spared by stopping early and remembering.
@@ -83,15 +83,9 @@ class Evaluator:
         self.images_saved = 0
         if predictor is None:
             place = resolve_device(device)
-            predictor = ClipPredictor(
-                model,
-                self.splits,
-                device=place,
-                precision=resolve_precision(precision, place),
-                batch_size=batch_size,
-                templates=templates,
-                cache=cache,
-                on_progress=on_progress,
+            computed = resolve_precision(precision, place)
+            predictor = Predictor(
+                model, self.splits, place, computed, batch_size, templates, cache, on_progress
             )
         self.predictor = predictor
         self._journal = journal if isinstance(journal, Journal) or journal is None else Journal(journal)
@@ -151,10 +145,10 @@ class Evaluator:
         try:
             if self._mean != (recipe := recipe_digest(held, self._digest)):
                 self.load(held)
-                self.predictor.hold()
+                self.predictor.resident.hold()
                 self._mean = recipe
             self._loaded = None
-            self.predictor.lerp(candidate, 1 / (len(members) + 1))
+            self.predictor.resident.lerp(candidate, 1 / (len(members) + 1))
             result = self._run(name, incumbent, strict=strict, early_stop=early_stop)
         except NonFiniteError as error:
             raise NonFiniteError(f"with {candidate!r}, {error.message}", hint=error.hint) from error
@@ -233,20 +227,13 @@ class Evaluator:
     # -- the model and the data ---------------------------------------------------------------------------
 
     @property
-    def clip(self) -> ClipPredictor:
-        """The open_clip model that scores, with what it needs of the splits."""
-        if not isinstance(self.predictor, ClipPredictor):
-            raise SelectionError("this needs an open_clip model, and the evaluator has another predictor")
-        return self.predictor
-
-    @property
     def model(self) -> ModelSpec:
         """The model that scores.
 
         Raises:
             ModelError: it was left to the weights, and none have been loaded yet.
         """
-        return self.clip.spec()
+        return self.predictor.spec()
 
     def load(self, weights: Source) -> None:
         """Copy weights into the resident model.
@@ -263,12 +250,12 @@ class Evaluator:
     def logits(self, weights: Source, split: str | None = None) -> Tensor:
         """Return logits for every image, shape (n, classes), fp32 on the CPU; -inf where the data lacks a class."""
         self.load(weights)
-        return self.clip.collect(self.split_name(split), "logits")
+        return self.predictor.collect(self.split_name(split), "logits")
 
     def features(self, weights: Source, split: str | None = None) -> Tensor:
         """Return normalised image features for every image, shape (n, d), fp32 on the CPU."""
         self.load(weights)
-        return self.clip.collect(self.split_name(split), "features")
+        return self.predictor.collect(self.split_name(split), "features")
 
     def labels(self, split: str | None = None) -> Ints:
         """Return the true classes, shape (n,)."""
@@ -317,34 +304,20 @@ def score(
     data: str | Split | Mapping[str, str | Split],
     *,
     model: ModelSpec | str | Path | None = None,
-    templates: str | Path | Sequence[str] | None = None,
-    metric: str = "top1",
-    device: str | torch.device | None = None,
-    precision: str | None = None,
-    batch_size: int = 256,
     on_progress: Progress | None = None,
+    **options: Any,
 ) -> dict[str, dict[str, Score]]:
     """Score checkpoints on labelled images: checkpoint → split → Score.
 
     Args:
         checkpoints: weights or paths; names are distinct whatever the files are called.
         data: images as `open_split` takes them, or a Split; several by name. One alone is called "val".
-        model, templates, metric, device, precision, batch_size: as in `Evaluator`.
+        model, options: as in `Evaluator`.
     """
-    named = data if isinstance(data, Mapping) else {"val": data}
     splits = {
         name: split if isinstance(split, Split) else open_split(split, role="test", on_progress=on_progress)
-        for name, split in named.items()
+        for name, split in (data if isinstance(data, Mapping) else {"val": data}).items()
     }
-    evaluator = Evaluator(
-        model,
-        splits,
-        device=device,
-        precision=precision,
-        batch_size=batch_size,
-        templates=templates,
-        metric=metric,
-        on_progress=on_progress,
-    )
+    evaluator = Evaluator(model, splits, on_progress=on_progress, **options)
     sources = [checkpoints] if isinstance(checkpoints, Weights | str | os.PathLike) else checkpoints
     return {repr(weights): evaluator.scores(weights) for weights in open_all(sources)}

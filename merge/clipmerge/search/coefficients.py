@@ -1,16 +1,17 @@
 """Several coefficients at once: one a task, a tower or a block, found within a budget of evaluations."""
 
 import random
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
 from clipmerge.errors import MissingExtraError, SelectionError
 from clipmerge.evaluate.sources import Source, as_weights
-from clipmerge.search.results import Point, SweepResult, count_images
+from clipmerge.search.results import SweepResult
 from clipmerge.search.rules import Rule
+from clipmerge.search.sweep import Search, choose_point
 from clipmerge.types import Progress
-from clipmerge.weights.coefficient import Coefficient, exact
+from clipmerge.weights.coefficient import Coefficient
 from clipmerge.weights.names import block_of, tower_of
 from clipmerge.weights.weights import Weights
 
@@ -21,8 +22,6 @@ Method = Literal["coordinate", "random", "cmaes"]
 Per = Literal["task", "tower", "block"]
 MakeWeights = Callable[[Mapping[str, Fraction]], Weights]
 Vector = tuple[float, ...]
-Search = Generator[Vector, Fraction | None, None]
-"""Yields a vector to score, is sent its figure (None: not allowed)."""
 
 _DIGITS = 4
 
@@ -96,43 +95,18 @@ def search_coefficients(
         raise SelectionError("a search needs at least one coefficient and one evaluation")
     if method not in _METHODS:
         raise SelectionError(f"there is no search {method!r}", hint=f"one of {', '.join(_METHODS)}")
-    images = count_images(evaluator)
-    base = None
-    if rule.needs_base:
-        base = evaluator.scores(family(dict.fromkeys(names, Fraction(0))), rule.splits)
-    tried: dict[Vector, Point] = {}
-    search = _METHODS[method](first, low, high, seed)
-    vector: Vector | None = next(search, None)
-    repeats = 0
-    while vector is not None and len(tried) < budget and repeats < 20 * budget:
-        if vector in tried:
-            repeats += 1
-        else:
-            if on_progress:
-                on_progress("searching", len(tried), budget)
-            numbers = {name: exact(number) for name, number in zip(names, vector, strict=True)}
-            scores = evaluator.scores(family(numbers), rule.splits)
-            tried[vector] = Point(numbers, scores, rule.value(scores), rule.allowed(scores, base))
-        point = tried[vector]
-        try:
-            vector = search.send(point.value if point.allowed else None)
-        except StopIteration:
-            break
-    if on_progress:
-        on_progress("searching", budget, budget)
-    allowed = [point for point in tried.values() if point.allowed]
-    if not allowed:
-        raise SelectionError(f"no vector tried fits the rule {rule.name}: {rule.says}")
-    chosen = max(allowed, key=lambda point: rule.rank(tuple(point.coefficients.values()), point.value))
-    return SweepResult(
-        kind="coefficients",
-        name=method,
+    return choose_point(
+        "coefficients",
+        method,
+        family,
+        names,
+        _METHODS[method](first, low, high, seed),
+        evaluator,
         rule=rule,
-        weights=family(chosen.coefficients),
-        coefficients={name: float(number) for name, number in chosen.coefficients.items()},
-        chosen=chosen,
-        history=tuple(tried.values()),
-        images=images(),
+        splits=rule.splits,
+        expected=budget,
+        budget=budget,
+        on_progress=on_progress,
     )
 
 
@@ -150,13 +124,12 @@ def _coordinate(first: Vector, low: float, high: float, seed: int) -> Search:
     while step >= 10**-_DIGITS:
         moved = False
         for axis in range(len(first)):
-            for sign in (1, -1):
-                there = _step(here, axis, sign * step, low, high)
-                figure = None if there == here else (yield there)
-                while figure is not None and (best is None or figure > best):
-                    here, best, moved = there, figure, True
-                    there = _step(here, axis, sign * step, low, high)
-                    figure = None if there == here else (yield there)
+            for by in (step, -step):
+                while (there := _step(here, axis, by, low, high)) != here:
+                    point = yield there
+                    if not point.allowed or (best.allowed and point.value <= best.value):
+                        break
+                    here, best, moved = there, point, True
         if not moved:
             step /= 2
 
@@ -179,11 +152,9 @@ def _cmaes(first: Vector, low: float, high: float, seed: int) -> Search:
     while True:
         trial = study.ask()
         vector = tuple(round(trial.suggest_float(str(i), low, high), _DIGITS) for i in range(len(first)))
-        figure = yield vector
-        if figure is None:
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        else:
-            study.tell(trial, float(figure))
+        point = yield vector
+        failed = optuna.trial.TrialState.FAIL
+        study.tell(trial, float(point.value) if point.allowed else None, None if point.allowed else failed)
 
 
 _METHODS: Mapping[str, Callable[[Vector, float, float, int], Search]] = {

@@ -6,7 +6,7 @@ Source: Wortsman et al. 2022, arXiv 2203.05482, section 3.
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +14,10 @@ import numpy.typing as npt
 from clipmerge.evaluate.metrics import Predictions
 from clipmerge.evaluate.score import Score, score_of
 from clipmerge.evaluate.sources import Source
-from clipmerge.search.greedy import Order, choose, open_candidates
 from clipmerge.search.results import SoupResult
+from clipmerge.search.soup import Order, choose, open_candidates, rank
 from clipmerge.types import Floats, Progress
+from clipmerge.weights.weights import Weights
 
 if TYPE_CHECKING:
     from clipmerge.evaluate.evaluator import Evaluator
@@ -39,45 +40,33 @@ def greedy_ensemble(
     Raises:
         SelectionError: no checkpoints, an order that is no permutation, no such split.
     """
-    weights = open_candidates(checkpoints)
-    name = evaluator.split_name(split)
+    weights, name = open_candidates(checkpoints), evaluator.split_name(split)
     with TemporaryDirectory(prefix="clipmerge-") as folder:
-        for index, candidate in enumerate(weights):
-            if on_progress:
-                on_progress("running", index, len(weights))
-            np.save(Path(folder) / f"{index}.npy", evaluator.logits(candidate, name).numpy())
-        if on_progress:
-            on_progress("running", len(weights), len(weights))
+        path = {id(candidate): Path(folder) / f"{i}.npy" for i, candidate in enumerate(weights)}
+        added, total = 0, cast("Floats", 0.0)
 
-        def logits(index: int) -> Floats:
-            return np.asarray(np.load(Path(folder) / f"{index}.npy"), np.float64)
+        def score_alone(candidate: Weights) -> Score:
+            logits = evaluator.logits(candidate, name).numpy()
+            np.save(path[id(candidate)], logits)
+            return score_logits(logits, evaluator, name)
 
-        added: list[int] = []
-        total: Any = 0.0
+        def score_with(members: Sequence[Weights], candidate: Weights, incumbent: Score) -> Score:
+            nonlocal added, total
+            for member in members[added:]:
+                total = total + np.load(path[id(member)])
+            added = len(members)
+            return score_logits((total + np.load(path[id(candidate)])) / (added + 1), evaluator, name)
 
-        def score_with(members: Sequence[int], candidate: int, incumbent: Score) -> Score:
-            nonlocal total
-            for index in members[len(added) :]:  # those that were accepted since the last turn
-                added.append(index)
-                total = total + logits(index)
-            return score_logits((total + logits(candidate)) / (len(added) + 1), evaluator, name)
-
-        names = tuple(map(repr, weights))
-        chosen, steps, best = choose(
-            names,
-            lambda index: score_logits(logits(index), evaluator, name),
-            score_with,
-            order=order,
-            seed=seed,
-            strict=strict,
-            on_progress=None,
-        )
+        turns, alone = rank(weights, score_alone, "score", seed, on_progress)
+        if order != "score":
+            turns, _ = rank(weights, lambda each: alone[0], order, seed, None)
+        members, steps, best = choose(weights, turns, alone, score_with, strict, on_progress)
     return SoupResult(
-        kind="greedy_ensemble",
-        soup=None,
-        members=tuple(weights[i] for i in chosen),
-        ingredients=tuple(names[i] for i in chosen),
-        names=names,
+        "greedy_ensemble",
+        None,
+        tuple(map(repr, members)),
+        tuple(map(repr, weights)),
+        tuple(members),
         history=tuple(steps),
         score=best,
         split=name,

@@ -15,9 +15,9 @@ from torch import Tensor
 from clipmerge.errors import NonFiniteError, SelectionError
 from clipmerge.evaluate.sources import Source
 from clipmerge.search.coefficients import groups_of
-from clipmerge.search.greedy import open_candidates
 from clipmerge.search.mixture import Mixture
 from clipmerge.search.results import SoupResult
+from clipmerge.search.soup import open_candidates
 from clipmerge.types import Progress
 from clipmerge.weights.coefficient import Coefficient
 from clipmerge.weights.names import matches
@@ -72,10 +72,10 @@ def learned_soup(
         for group, row in zip(groups, numbers, strict=True)
     }
     return SoupResult(
-        kind="learned_soup",
-        soup=soup,
-        ingredients=names,
-        names=names,
+        "learned_soup",
+        soup,
+        names,
+        names,
         score=evaluator.score(soup, split),
         split=split,
         coefficients=by_group if len(groups) > 1 else next(iter(by_group.values())),

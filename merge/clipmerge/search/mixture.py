@@ -15,8 +15,8 @@ from clipmerge.data.prompts import prompts
 from clipmerge.device import Precision, autocast, float32_matmul, out_of_memory_hint
 from clipmerge.errors import SelectionError
 from clipmerge.evaluate.evaluator import Evaluator
-from clipmerge.evaluate.forward import ClipPredictor
 from clipmerge.evaluate.heads import average_templates, class_logits, encode_text
+from clipmerge.evaluate.predictor import Predictor
 from clipmerge.evaluate.resident import tensors_of
 from clipmerge.model import get_tokenizer
 from clipmerge.weights.names import tower_of
@@ -51,15 +51,15 @@ class Mixture:
         weights: Sequence[Weights],
         groups: Mapping[str, Callable[[str], bool]],
     ) -> None:
-        clip = evaluator.clip
+        predictor = evaluator.predictor
         self.groups, self.models = len(groups), len(weights)
         self.size = len(evaluator.splits[split])
-        self._device, self._precision = clip.device, clip.precision
-        self._images = clip.device_split(split)
-        head, tokens = _head_of(clip, split, weights)
+        self._device, self._precision = predictor.device, predictor.precision
+        self._images = predictor.device_split(split)
+        head, tokens = _head_of(predictor, split, weights)
         classes = len(evaluator.splits[split].classes)
-        self._logits = _Logits(clip.resident.module, head, tokens, classes, clip.precision)
-        self._layout = Layout(clip.resident.module, weights[0], groups, self._device)
+        self._logits = _Logits(predictor.resident.module, head, tokens, classes, predictor.precision)
+        self._layout = Layout(predictor.resident.module, weights[0], groups, self._device)
         self._candidates: Candidates = Streamed(weights, self._layout)
         if fits(weights, self._layout):
             self._candidates = Matrix(weights, self._layout)
@@ -249,21 +249,25 @@ class _Logits(nn.Module):
 
 
 def _head_of(
-    clip: ClipPredictor, split: str, weights: Sequence[Weights]
+    predictor: Predictor, split: str, weights: Sequence[Weights]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return a fixed head, or prompts to build one from at each step; neither for weights with a trained head.
 
     One text tower for all checkpoints makes one head. Where towers differ, the head follows the mixture.
     """
-    if hasattr(clip.resident.module, "classification_head") or _one_text_tower(weights):
-        return clip.head(split), None
-    texts = [text for row in prompts(clip.splits[split].classes, clip.templates(split)) for text in row]
+    if hasattr(predictor.resident.module, "classification_head") or _one_text_tower(weights):
+        return predictor.head(split), None
+    texts = [
+        text
+        for row in prompts(predictor.splits[split].classes, predictor.templates_of(split))
+        for text in row
+    ]
     if len(texts) > MOST_PROMPTS:
         raise SelectionError(
             f"learning through differing text towers takes at most {MOST_PROMPTS} prompts, not {len(texts)}",
             hint="use fewer templates, as in --templates simple",
         )
-    return None, get_tokenizer(clip.spec())(texts).to(clip.device)
+    return None, get_tokenizer(predictor.spec())(texts).to(predictor.device)
 
 
 def _one_text_tower(weights: Sequence[Weights]) -> bool:

@@ -58,37 +58,26 @@ class Step:
     def stopped(self) -> bool:
         return isinstance(self.outcome, Stopped)
 
-    @property
-    def value(self) -> float | None:
-        """The score with the candidate, None where the pass was stopped."""
-        return self.outcome.value if isinstance(self.outcome, Score) else None
-
-    @property
-    def at_most(self) -> float | None:
-        """The best that a stopped pass could still have reached."""
-        return self.outcome.at_most if isinstance(self.outcome, Stopped) else None
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """95 % for `value`."""
-        return self.outcome.interval if isinstance(self.outcome, Score) else None
-
     def to_json(self) -> dict[str, Any]:
         """Return numbers and words, ready for `json.dumps`."""
-        names = ("number", "name", "alone", "value", "at_most", "accepted", "size", "best", "p", "stopped")
-        interval = None if self.interval is None else list(self.interval)
-        plain = {name: getattr(self, name) for name in names}
-        return plain | {"seen": self.images_scored, "interval": interval}
+        names = ("number", "name", "alone", "accepted", "size", "best", "p", "stopped")
+        document = {name: getattr(self, name) for name in names} | {"seen": self.images_scored}
+        if isinstance(self.outcome, Stopped):
+            return document | {"value": None, "at_most": self.outcome.at_most, "interval": None}
+        return document | {"value": self.outcome.value, "at_most": None, "interval": [*self.outcome.interval]}
 
     def row(self) -> tuple[Cell, ...]:
         """Return the cells of a table's row."""
-        shown = f"≤ {_percent(self.at_most)}" if self.stopped else _percent(self.value)
+        if isinstance(self.outcome, Stopped):
+            shown = f"≤ {_percent(self.outcome.at_most)}", "–"
+        else:
+            shown = _percent(self.outcome.value), _interval_text(self.outcome.interval)
         verdict = "accepted" if self.accepted else "refused"
-        outcome = (shown, _interval_text(self.interval), _p_text(self.p))
-        return (str(self.number), self.name, _percent(self.alone), *outcome, verdict, _percent(self.best))
+        alone, best = _percent(self.alone), _percent(self.best)
+        return (str(self.number), self.name, alone, *shown, _p_text(self.p), verdict, best)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class SoupResult:
     """A soup or an ensemble, and how it came about.
 
@@ -233,16 +222,41 @@ class SweepResult:
         return next((point for point in self.history if not any(point.coefficients.values())), None)
 
     def table(self) -> Table:
-        """Return a sweep's points, or the points at which a search rose; the chosen one is marked in words."""
-        if self.kind == "sweep":
-            return self._sweep_table()
-        if self.kind == "coefficients":
-            return self._search_table()
-        tables = [step.table() for step in self.steps]
-        if len(tables) == 1:
-            return tables[0]
-        rows = tuple((str(n), row[0], *row[-2:]) for n, table in enumerate(tables, 1) for row in table.rows)
-        return Table(("step", "alpha", "paint", ""), rows, f"{self.name} patching")
+        """Return a sweep's points, or those at which a search rose; the chosen one is marked in words."""
+        if self.kind == "patch":
+            tables = [step.table() for step in self.steps]
+            rows = [
+                (str(n), t.rows[i][0], *t.rows[i][-2:])
+                for n, t in enumerate(tables, 1)
+                for i in range(len(t.rows))
+            ]
+            several = Table(("step", "alpha", "paint", ""), tuple(rows), f"{self.name} patching")
+            return tables[0] if len(tables) == 1 else several
+        searched, splits = self.kind == "coefficients", list(self.chosen.scores)
+        names = tuple(self.coefficients) if len(self.coefficients) <= _MOST_COLUMNS else ()
+        figure = () if self.rule.largest_allowed else (self.rule.name,)
+        headers = ("evaluation",) * searched + names
+        headers += tuple(cell for split in splits for cell in (split, "95 %", "p"))
+        table, best = list[tuple[Cell, ...]](), None
+        for number, point in enumerate(self.history, 1):
+            if searched and not (
+                point.allowed and (best is None or point.value > best or point is self.chosen)
+            ):
+                continue
+            best = point.value
+            cells = [str(number)] * searched + [f"{float(point.coefficients[name]):g}" for name in names]
+            for split, score in point.scores.items():
+                p = _p_text(self._p(point, split))
+                cells += [_percent(score.value), _interval_text(score.interval), p]
+            cells += [_percent(float(point.value))] * len(figure)
+            notes = {
+                "chosen": point is self.chosen,
+                "not allowed": not point.allowed,
+                "refined": point.refined,
+            }
+            table.append((*cells, ", ".join(note for note, holds in notes.items() if holds)))
+        title = f"{self.name}{' search' * searched}: {self.rule.says}"
+        return Table((*headers, *figure, ""), tuple(table), title)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the weights, ready for `json.dumps`."""
@@ -250,68 +264,44 @@ class SweepResult:
             alphas = list(self.coefficients.values())
             several = self.name in ("sequential", "parallel")
             document = {"kind": self.kind, "mode": self.name, "alpha": alphas if several else alphas[0]}
-            parts: dict[str, list[Any]] = {"sweep": [], "coefficients": []}
-            for step in self.steps:
-                parts[step.kind].append(step.to_json())
-            searches = {"search": parts["coefficients"][0]} if parts["coefficients"] else {}
-            return document | {"steps": parts["sweep"]} | searches
-        one = len(self.coefficients) == 1 and self.kind == "sweep"
+            sweeps = [step.to_json() for step in self.steps if step.kind == "sweep"]
+            searches = [step.to_json() for step in self.steps if step.kind == "coefficients"]
+            return document | {"steps": sweeps} | ({"search": searches[0]} if searches else {})
         return {
             "kind": self.kind,
             "family" if self.kind == "sweep" else "method": self.name,
             "rule": self.rule.to_json(),
-            **({"coefficient": self.coefficient} if one else {"coefficients": dict(self.coefficients)}),
+            **_numbers(self.coefficients),
             "metric": next(iter(self.chosen.scores.values())).metric,
             "splits": list(self.chosen.scores),
-            "points": [self._point_json(point, one) for point in self.history],
+            "points": [self._point_json(point) for point in self.history],
             "images": dict(self.images),
         }
-
-    def _sweep_table(self) -> Table:
-        splits, figure = list(self.chosen.scores), () if self.rule.largest_allowed else (self.rule.name,)
-        headers = (*self.coefficients, *(cell for split in splits for cell in (split, "95 %", "p")))
-        rows = []
-        for point in self.history:
-            cells = [f"{point.coefficient:g}"]
-            for split, score in point.scores.items():
-                p = _p_text(self._p(point, split))
-                cells += [_percent(score.value), _interval_text(score.interval), p]
-            notes = ["chosen"] if point is self.chosen else []
-            notes += [] if point.allowed else ["not allowed"]
-            notes += ["refined"] if point.refined else []
-            cells += [_percent(float(point.value))] if figure else []
-            rows.append((*cells, ", ".join(notes)))
-        return Table((*headers, *figure, ""), tuple(rows), f"{self.name}: {self.rule.says}")
-
-    def _search_table(self) -> Table:
-        shown = tuple(self.coefficients) if len(self.coefficients) <= _MOST_COLUMNS else ()
-        headers = ("evaluation", *(f"×{name}" for name in shown), *self.chosen.scores, self.rule.name)
-        rows: list[tuple[Cell, ...]] = []
-        best: Fraction | None = None
-        for number, point in enumerate(self.history, 1):
-            if point.allowed and (best is None or point.value > best or point is self.chosen):
-                best = point.value
-                numbers = (f"{float(point.coefficients[name]):g}" for name in shown)
-                values = (_percent(score.value) for score in point.scores.values())
-                rows.append((str(number), *numbers, *values, _percent(float(point.value))))
-        return Table(headers, tuple(rows), f"{self.name} search: {self.rule.says}")
 
     def _p(self, point: Point, split: str) -> float | None:
         """Compute McNemar's p of a point against the base."""
         base = self.base
         return None if base is None or base is point else base.scores[split].p_value(point.scores[split])
 
-    def _point_json(self, point: Point, one: bool) -> dict[str, Any]:
-        numbers = {name: float(number) for name, number in point.coefficients.items()}
-        scores = {split: s.to_json() | {"p": self._p(point, split)} for split, s in point.scores.items()}
+    def _point_json(self, point: Point) -> dict[str, Any]:
         return {
-            **({"coefficient": point.coefficient} if one else {"coefficients": numbers}),
+            **_numbers(point.coefficients),
             "value": float(point.value),
             "allowed": point.allowed,
             "refined": point.refined,
             "chosen": point is self.chosen,
-            "scores": scores,
+            "scores": {
+                split: s.to_json() | {"p": self._p(point, split)} for split, s in point.scores.items()
+            },
         }
+
+
+def _numbers(coefficients: Mapping[str, float | Fraction]) -> dict[str, Any]:
+    """Return coefficients by name, and the only one by itself, for JSON."""
+    numbers = {name: float(number) for name, number in coefficients.items()}
+    return {"coefficients": numbers} | (
+        {"coefficient": next(iter(numbers.values()))} if len(numbers) == 1 else {}
+    )
 
 
 def count_images(evaluator: "Evaluator") -> Callable[[], dict[str, int]]:

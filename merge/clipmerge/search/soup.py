@@ -1,20 +1,27 @@
 """Soups: the uniform mean, and the greedy choice of what goes into it.
 
-Source: Wortsman et al. 2022, arXiv 2203.05482.
+Source: Wortsman et al. 2022, arXiv 2203.05482 (Recipe 1).
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
 
-from clipmerge.evaluate.score import Score, Stopped
-from clipmerge.evaluate.sources import Source
-from clipmerge.search.greedy import Order, choose, open_candidates
-from clipmerge.search.results import SoupResult, count_images
+from clipmerge.errors import SelectionError
+from clipmerge.evaluate.score import Score, Stopped, is_better
+from clipmerge.evaluate.sources import Source, open_all
+from clipmerge.search.results import SoupResult, Step, count_images
 from clipmerge.types import Progress
-from clipmerge.weights.weights import mean
+from clipmerge.weights.check import check
+from clipmerge.weights.weights import Weights, mean
 
 if TYPE_CHECKING:
     from clipmerge.evaluate.evaluator import Evaluator
+
+Order = Literal["score", "given", "random"] | Sequence[int]
+ScoreAlone = Callable[[Weights], Score]
+ScoreWith = Callable[[Sequence[Weights], Weights, Score], Score | Stopped]
+"""(members, candidate, the members' score) → the score of all of them together."""
 
 
 def uniform_soup(
@@ -27,14 +34,11 @@ def uniform_soup(
         MismatchError: they do not fit together.
     """
     weights = open_candidates(checkpoints)
-    names, soup = tuple(map(repr, weights)), mean(weights)
-    score = None
+    names, soup, score = tuple(map(repr, weights)), mean(weights), None
     if evaluator is not None:
         split = evaluator.split_name(split)
         score = evaluator.score(soup, split)
-    return SoupResult(
-        kind="uniform_soup", soup=soup, ingredients=names, names=names, score=score, split=split
-    )
+    return SoupResult("uniform_soup", soup, names, names, score=score, split=split)
 
 
 def greedy_soup(
@@ -59,34 +63,102 @@ def greedy_soup(
     Raises:
         SelectionError: no checkpoints, an order that is no permutation, no such split.
     """
-    weights = open_candidates(checkpoints)
-    name = evaluator.split_name(split)
+    weights, name = open_candidates(checkpoints), evaluator.split_name(split)
     images = count_images(evaluator)
 
-    def score_with(members: Sequence[int], candidate: int, incumbent: Score) -> Score | Stopped:
-        soup = [weights[i] for i in members]
+    def score_with(members: Sequence[Weights], candidate: Weights, incumbent: Score) -> Score | Stopped:
         return evaluator.score_with(
-            soup, weights[candidate], name, incumbent=incumbent, strict=strict, early_stop=early_stop
+            members, candidate, name, incumbent=incumbent, strict=strict, early_stop=early_stop
         )
 
-    names = tuple(map(repr, weights))
-    chosen, steps, best = choose(
-        names,
-        lambda index: evaluator.score(weights[index], name),
-        score_with,
-        order=order,
-        seed=seed,
-        strict=strict,
-        on_progress=on_progress,
-    )
+    turns, alone = rank(weights, lambda each: evaluator.score(each, name), order, seed, on_progress)
+    members, steps, best = choose(weights, turns, alone, score_with, strict, on_progress)
     return SoupResult(
-        kind="greedy_soup",
-        soup=mean([weights[i] for i in chosen]),
-        ingredients=tuple(names[i] for i in chosen),
-        names=names,
+        "greedy_soup",
+        mean(members),
+        tuple(map(repr, members)),
+        tuple(map(repr, weights)),
         history=tuple(steps),
         score=best,
         split=name,
         strict=strict,
         images=images(),
     )
+
+
+def open_candidates(checkpoints: Sequence[Source]) -> list[Weights]:
+    """Open what is a path, and refuse candidates that do not fit together, from their headers.
+
+    Raises:
+        SelectionError: there are none.
+        MismatchError: names or shapes differ.
+    """
+    if not checkpoints:
+        raise SelectionError("there are no checkpoints to choose from", hint="give at least one")
+    weights = open_all(checkpoints)
+    check(mean(weights), dtype="F32")  # whether float dtypes agree matters to a file only
+    return weights
+
+
+def rank(
+    weights: Sequence[Weights],
+    score_alone: ScoreAlone,
+    order: Order,
+    seed: int,
+    on_progress: Progress | None,
+) -> tuple[list[int], Mapping[int, Score]]:
+    """Find the order of turns, and the scores alone that it took to find it."""
+    n = len(weights)
+    if order != "score":
+        turns = _permutation(order, n, seed)
+        return turns, {turns[0]: score_alone(weights[turns[0]])}
+    scores = {}
+    for index, candidate in enumerate(weights):
+        if on_progress:
+            on_progress("ranking", index, n)
+        scores[index] = score_alone(candidate)
+    if on_progress:
+        on_progress("ranking", n, n)
+    return sorted(range(n), key=lambda index: -scores[index].figure), scores
+
+
+def choose(
+    weights: Sequence[Weights],
+    turns: Sequence[int],
+    alone: Mapping[int, Score],
+    score_with: ScoreWith,
+    strict: bool,
+    on_progress: Progress | None,
+) -> tuple[list[Weights], list[Step], Score]:
+    """Give every candidate its turn; the first is always in. Returns the members, the steps and their score."""
+    members, best = [weights[turns[0]]], alone[turns[0]]
+    steps = [Step(1, repr(members[0]), best.value, best, True, 0, 1, best.value, None)]
+    for number, turn in enumerate(turns[1:], 2):
+        if on_progress:
+            on_progress("trying", number - 1, len(turns))
+        candidate, own = weights[turn], alone[turn].value if turn in alone else None
+        outcome, p, accepted = score_with(members, candidate, best), None, False
+        scored = outcome.images_scored
+        if isinstance(outcome, Score):
+            p, accepted = best.p_value(outcome), is_better(outcome, best, strict=strict)
+            if accepted:
+                members, best = [*members, candidate], outcome
+        size = len(members)
+        steps.append(Step(number, repr(candidate), own, outcome, accepted, scored, size, best.value, p))
+    if on_progress:
+        on_progress("trying", len(turns), len(turns))
+    return members, steps, best
+
+
+def _permutation(order: Order, count: int, seed: int) -> list[int]:
+    turns = list(range(count))
+    if order == "random":
+        random.Random(seed).shuffle(turns)
+    elif order != "given":
+        if isinstance(order, str) or sorted(order) != turns:
+            raise SelectionError(
+                f"the order {order!r} does not name each of {count} checkpoints once",
+                hint='use "score", "given", "random", or a permutation of 0, 1, 2 …',
+            )
+        turns = list(order)
+    return turns

@@ -1,15 +1,14 @@
 """One coefficient over a grid, and a rule that chooses: WiSE-FT, PAINT, scaling, negation."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from fractions import Fraction
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from clipmerge.errors import SelectionError
 from clipmerge.evaluate.sources import Source
 from clipmerge.search.results import Point, SweepResult, count_images
-from clipmerge.search.rules import Rule
+from clipmerge.search.rules import Rule, Scores
 from clipmerge.types import Progress
 from clipmerge.weights.check import check
 from clipmerge.weights.coefficient import Scalar, exact
@@ -20,6 +19,9 @@ if TYPE_CHECKING:
 
 MakeWeights = Callable[[Fraction], Weights]
 """Coefficient → model; at 0 it is the base."""
+
+Search = Generator[tuple[Scalar, ...], Point, None]
+"""Yields coefficients to try, is sent their point."""
 
 _GOLDEN = (5**0.5 - 1) / 2
 _DIGITS = 4
@@ -52,94 +54,113 @@ def sweep(
     Raises:
         SelectionError: an empty grid, a split that the evaluator lacks, or no point that the rule allows.
     """
-    coefficients = _coefficients(grid, rule)
-    wanted = tuple(dict.fromkeys([*(splits or evaluator.splits), *rule.splits]))
-    for split in wanted:
-        evaluator.split_name(split)
+    numbers = {exact(number) for number in grid}
+    if not numbers:
+        raise SelectionError("the grid of coefficients is empty", hint="for example 0:1:0.1")
+    coefficients = sorted(numbers | {Fraction(0)} if rule.needs_base else numbers)
     check(family(coefficients[-1]), dtype="F32")
-    images = count_images(evaluator)
-    points = _Points(family, evaluator, rule, wanted, "alpha" if name in _ALPHA else "scale")
-    for done, coefficient in enumerate(coefficients):
-        if on_progress:
-            on_progress("sweeping", done, len(coefficients))
-        points.at(coefficient)
+    step = min((b - a for a, b in pairwise(coefficients)), default=Fraction(0))
+    width = step / 10 if refine is True else Fraction(refine)
+    parameter = "alpha" if name in _ALPHA else "scale"
+    return choose_point(
+        "sweep",
+        name,
+        lambda point: family(point[parameter]),
+        (parameter,),
+        _try_grid(coefficients, rule, float(width)),
+        evaluator,
+        rule=rule,
+        splits=tuple(dict.fromkeys([*(splits or evaluator.splits), *rule.splits])),
+        expected=len(coefficients),
+        on_progress=on_progress,
+    )
+
+
+def choose_point(
+    kind: Literal["sweep", "coefficients"],
+    name: str,
+    family: Callable[[Mapping[str, Fraction]], Weights],
+    parameters: Sequence[str],
+    search: Search,
+    evaluator: "Evaluator",
+    *,
+    rule: Rule,
+    splits: Sequence[str],
+    expected: int,
+    budget: int | None = None,
+    on_progress: Progress | None = None,
+) -> SweepResult:
+    """Score what a search asks for, each point once, and choose among all points by the rule.
+
+    Args:
+        expected: how many points there will be, for progress. budget: how many there may be.
+    """
+    for split in splits:
+        evaluator.split_name(split)
+    images, what = count_images(evaluator), "sweeping" if kind == "sweep" else "searching"
+    tried: dict[tuple[Fraction, ...], Point] = {}
+    base: Scores | None = None
+    if rule.needs_base:
+        base = evaluator.scores(family(dict.fromkeys(parameters, Fraction(0))), splits)
+    asked, again = next(search, None), 0
+    while asked is not None and (budget is None or (len(tried) < budget and again < 20 * budget)):
+        vector = tuple(map(exact, asked))
+        again += vector in tried
+        if vector not in tried:
+            if on_progress:
+                on_progress(what, min(len(tried), expected), expected)
+            numbers = dict(zip(parameters, vector, strict=True))
+            scores = base if base and not any(vector) else evaluator.scores(family(numbers), splits)
+            refined = kind == "sweep" and len(tried) >= expected
+            tried[vector] = Point(numbers, scores, rule.value(scores), rule.allowed(scores, base), refined)
+        try:
+            asked = search.send(tried[vector])
+        except StopIteration:
+            break
     if on_progress:
-        on_progress("sweeping", len(coefficients), len(coefficients))
-    if refine:
-        width = float(points.step()) / 10 if refine is True else float(refine)
-        narrow = _bisect if rule.largest_allowed else _golden
-        narrow(points, max(width, 10**-_DIGITS))
-    chosen = points.best()
+        on_progress(what, expected, expected)
+    chosen = best_point(tried.values(), rule)
     return SweepResult(
-        kind="sweep",
+        kind=kind,
         name=name,
         rule=rule,
-        weights=family(chosen),
-        coefficients={points.parameter: float(chosen)},
-        chosen=points.tried[chosen],
-        history=points.sorted(),
+        weights=family(chosen.coefficients),
+        coefficients={parameter: float(number) for parameter, number in chosen.coefficients.items()},
+        chosen=chosen,
+        history=tuple(tried[vector] for vector in (sorted(tried) if kind == "sweep" else tried)),
         images=images(),
     )
 
 
-class _Points:
-    """The points tried so far, by exact coefficient."""
-
-    def __init__(
-        self,
-        family: MakeWeights,
-        evaluator: "Evaluator",
-        rule: Rule,
-        splits: tuple[str, ...],
-        parameter: str,
-    ) -> None:
-        self.family, self.evaluator, self.rule, self.splits = family, evaluator, rule, splits
-        self.parameter = parameter
-        self.tried: dict[Fraction, Point] = {}
-
-    def at(self, coefficient: Fraction, *, refined: bool = False) -> Point:
-        """Score one coefficient, and say of every point whether the rule allows it, now that more is known."""
-        if coefficient not in self.tried:
-            scores = self.evaluator.scores(self.family(coefficient), self.splits)
-            value = self.rule.value(scores)
-            self.tried[coefficient] = Point({self.parameter: coefficient}, scores, value, True, refined)
-            base = self.tried.get(Fraction(0))
-            for other, point in self.tried.items():
-                allowed = self.rule.allowed(point.scores, base.scores if base else None)
-                self.tried[other] = point if allowed == point.allowed else replace(point, allowed=allowed)
-        return self.tried[coefficient]
-
-    def near(self, coefficient: float) -> Point:
-        """Score a coefficient between grid points, to four decimals."""
-        return self.at(exact(round(coefficient, _DIGITS)), refined=True)
-
-    def sorted(self) -> tuple[Point, ...]:
-        return tuple(self.tried[coefficient] for coefficient in sorted(self.tried))
-
-    def best(self) -> Fraction:
-        allowed = [coefficient for coefficient in sorted(self.tried) if self.tried[coefficient].allowed]
-        if not allowed:
-            raise SelectionError(f"no coefficient of the grid fits the rule: {self.rule.says}")
-        return max(
-            allowed, key=lambda coefficient: self.rule.rank((coefficient,), self.tried[coefficient].value)
-        )
-
-    def step(self) -> Fraction:
-        return min((b - a for a, b in pairwise(sorted(self.tried))), default=Fraction(0))
-
-    def around(self, coefficient: Fraction) -> tuple[float, float]:
-        """Return the neighbours of a point, or the point itself at an end."""
-        tried = sorted(self.tried)
-        where = tried.index(coefficient)
-        return float(tried[max(where - 1, 0)]), float(tried[min(where + 1, len(tried) - 1)])
+def best_point(points: Iterable[Point], rule: Rule) -> Point:
+    """Return the point that the rule chooses."""
+    allowed = [point for point in points if point.allowed]
+    if not allowed:
+        raise SelectionError(f"nothing that was tried fits the rule {rule.name}: {rule.says}")
+    return max(allowed, key=lambda point: rule.rank(tuple(point.coefficients.values()), point.value))
 
 
-def _golden(points: _Points, width: float) -> None:
-    """Golden-section search for the rule's largest figure between the best point's neighbours."""
-    low, high = points.around(points.best())
+def _try_grid(coefficients: Sequence[Fraction], rule: Rule, width: float) -> Search:
+    """Try every coefficient; then, with a width, look closer around the best."""
+    points: dict[Fraction, Point] = {}
+    for coefficient in coefficients:
+        points[coefficient] = yield (coefficient,)
+    if width:
+        best = next(c for c, point in points.items() if point is best_point(points.values(), rule))
+        where, width = coefficients.index(best), max(width, 10**-_DIGITS)
+        low, high = coefficients[max(where - 1, 0)], coefficients[min(where + 1, len(coefficients) - 1)]
+        if rule.largest_allowed:
+            yield from _bisect(float(best), float(high), width)
+        else:
+            yield from _golden(float(low), float(high), width)
+
+
+def _golden(low: float, high: float, width: float) -> Search:
+    """Golden-section search for the largest figure between two coefficients, to four decimals."""
     left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
     while high - low > width:
-        if points.near(left).value >= points.near(right).value:
+        point, other = (yield (round(left, _DIGITS),)), (yield (round(right, _DIGITS),))
+        if point.value >= other.value:
             high, right = right, left
             left = high - _GOLDEN * (high - low)
         else:
@@ -147,25 +168,14 @@ def _golden(points: _Points, width: float) -> None:
             right = low + _GOLDEN * (high - low)
 
 
-def _bisect(points: _Points, width: float) -> None:
-    """Find the border between the largest allowed point and the next one of the grid."""
-    best = points.best()
-    low, (_, high) = float(best), points.around(best)
+def _bisect(low: float, high: float, width: float) -> Search:
+    """Find the border between an allowed coefficient and the next one of the grid, to four decimals."""
     while high - low > width:
         middle = round((low + high) / 2, _DIGITS)
         if not low < middle < high:
             return
-        if points.near(middle).allowed:
-            low = middle
-        else:
-            high = middle
-
-
-def _coefficients(grid: Sequence[Scalar], rule: Rule) -> list[Fraction]:
-    numbers = {exact(number) for number in grid}
-    if not numbers:
-        raise SelectionError("the grid of coefficients is empty", hint="for example 0:1:0.1")
-    return sorted(numbers | {Fraction(0)} if rule.needs_base else numbers)
+        point = yield (middle,)
+        low, high = (middle, high) if point.allowed else (low, middle)
 
 
 def steps(start: Scalar, stop: Scalar, step: Scalar) -> tuple[Fraction, ...]:

@@ -17,14 +17,14 @@ from clipmerge.weights.weights import from_state_dict, mean
 
 
 def resident_state(evaluator):
-    return {k: v.clone() for k, v in evaluator.clip.resident.module.state_dict().items()}
+    return {k: v.clone() for k, v in evaluator.predictor.resident.module.state_dict().items()}
 
 
 def hold(evaluator, weights):
     """What `score_with` does before the lerp."""
     evaluator.load(weights)
-    evaluator.predictor.hold()
-    return evaluator.predictor
+    evaluator.predictor.resident.hold()
+    return evaluator.predictor.resident
 
 
 def test_a_candidate_is_scored_as_the_mean_with_one_more(evaluator, weights, tiny_spec, digits):
@@ -39,21 +39,21 @@ def test_a_candidate_is_scored_as_the_mean_with_one_more(evaluator, weights, tin
 
 
 def test_a_refused_candidate_leaves_the_mean(evaluator, weights):
-    predictor = hold(evaluator, weights["ft0"])
-    predictor.lerp(weights["ft1"], 0.5)
-    predictor.lerp(weights["ft0"], 0.5)
+    resident = hold(evaluator, weights["ft0"])
+    resident.lerp(weights["ft1"], 0.5)
+    resident.lerp(weights["ft0"], 0.5)
     for name, tensor in weights["ft0"].state_dict().items():
         assert torch.equal(resident_state(evaluator)[name], tensor)
 
 
 def test_candidates_in_other_dtypes_and_as_expressions(evaluator, weights):
-    predictor = hold(evaluator, weights["ft0"])
+    resident = hold(evaluator, weights["ft0"])
     tensors = weights["ft1"].state_dict()
     for dtype, close in ((torch.bfloat16, 1e-2), (torch.float16, 1e-3)):
-        predictor.lerp(from_state_dict({k: v.to(dtype) for k, v in tensors.items()}), 1.0)
+        resident.lerp(from_state_dict({k: v.to(dtype) for k, v in tensors.items()}), 1.0)
         for name, tensor in resident_state(evaluator).items():
             torch.testing.assert_close(tensor, tensors[name], rtol=close, atol=close)
-    predictor.lerp(mean([weights["ft1"], weights["ft2"]]), 1.0)
+    resident.lerp(mean([weights["ft1"], weights["ft2"]]), 1.0)
     expected = mean([weights["ft1"], weights["ft2"]]).state_dict()
     for name, tensor in resident_state(evaluator).items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6)
@@ -187,11 +187,11 @@ def test_counters_of_a_resnet_are_not_averaged(tiny_model_config, digits):
 
 
 def test_a_candidate_with_other_tensors_is_refused(evaluator, weights):
-    predictor = hold(evaluator, weights["ft0"])
+    resident = hold(evaluator, weights["ft0"])
     tensors = weights["ft1"].state_dict()
     del tensors["ln_final.bias"]
     with pytest.raises(MismatchError, match=r"1 names differ, first 'ln_final.bias'"):
-        predictor.lerp(from_state_dict(tensors), 0.5)
+        resident.lerp(from_state_dict(tensors), 0.5)
     wide = {**weights["ft1"].state_dict(), "ln_final.bias": torch.zeros(9)}
     with pytest.raises(MismatchError, match=r"'ln_final.bias' is \[9\]"):
-        predictor.lerp(from_state_dict(wide), 0.5)
+        resident.lerp(from_state_dict(wide), 0.5)

@@ -49,6 +49,10 @@ class Table:
     def key(self, split: str, weights: Weights | None = None) -> list[Any]:
         return ["a table"]
 
+    @property
+    def resident(self) -> "Table":
+        return self
+
     def load(self, weights: Weights) -> None:
         self.weights = weights
 
@@ -80,7 +84,7 @@ def table_evaluator(
         )
         for name, n in sizes.items()
     }
-    return Evaluator(None, splits, predictor=table, **options), table
+    return Evaluator(None, splits, predictor=cast("Any", table), **options), table
 
 
 def random_bits(seed: int, size: int, right: float = 0.5) -> Callable[[Recipe, str], Any]:

@@ -54,7 +54,8 @@ def test_each_search_climbs_within_its_budget(method: Any, near: float) -> None:
     again = search_coefficients(family, names, hill()[0], rule=mean_of(["val"]), method=method, budget=60)
     assert [p.coefficients for p in again.history] == [p.coefficients for p in found.history]
     assert len(json.loads(json.dumps(found.to_json()))["points"]) == len(found.history)
-    assert found.table().headers == ("evaluation", "×cars", "×dtd", "val", "mean")
+    assert found.table().headers == ("evaluation", "cars", "dtd", "val", "95 %", "p", "mean", "")
+    assert [row[-1] for row in found.table().rows].count("chosen") == 1
     assert len(found.table().headers) == len(found.table().rows[0])
 
 
@@ -75,7 +76,7 @@ def test_a_rule_that_allows_too_little_is_heard() -> None:
         return np.arange(100) < (100 if dict(made) == {"zs": "1"} else 0)
 
     evaluator, _ = table_evaluator({"target": 100, "control": 100}, bits)
-    with pytest.raises(SelectionError, match="no vector tried fits"):
+    with pytest.raises(SelectionError, match="nothing that was tried fits the rule keep-control"):
         search_coefficients(family, names, evaluator, rule=keep_control(), budget=3)
 
 

@@ -1,9 +1,10 @@
 """Images through the resident model: batches in any order, shared between processes, read back one batch late."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -24,11 +25,8 @@ from clipmerge.model import ModelSpec, get_tokenizer, resolve_model
 from clipmerge.types import Floats, Ints, Progress
 from clipmerge.weights.weights import Weights
 
-__all__ = ["ClipPredictor", "Predictor"]
-
-_PASSES = 16
-"""A small split is still cut into so many batches, so that stopping early has somewhere to stop."""
-_LEAST = 32
+_PASSES, _LEAST = 16, 32
+"""A small split is still cut into so many batches of so many images, so that a pass has somewhere to stop."""
 
 T = TypeVar("T")
 
@@ -36,68 +34,38 @@ Arrive = Callable[[], Tensor]
 """Waits until rows have come from the device, and returns them on the CPU."""
 
 Reduce = Callable[[Tensor, Tensor], Tensor]
-"""(indices, uint8 pixels) → rows (batch, columns), whose last column marks images with logits that are not finite."""
+"""(indices, uint8 pixels) → rows (batch, columns), whose last column marks images that are not finite."""
 
 
-class Predictor(Protocol):
-    """What an `Evaluator` asks of the model that it scores: `ClipPredictor`, or in tests a table of answers."""
-
-    def key(self, split: str, weights: Weights | None = None) -> list[Any]:
-        """Return all that predictions on a split depend on beside images and weights, ready for `json.dumps`."""
-
-    def load(self, weights: Weights) -> None:
-        """Take the weights' exact values."""
-
-    def hold(self) -> None:
-        """Keep the values as the mean that `lerp` starts from."""
-
-    def lerp(self, candidate: Weights, t: float) -> None:
-        """Take mean + t · (candidate - mean)."""
-
-    def rows(self, split: str, order: Ints) -> Iterator[tuple[Ints, Floats]]:
-        """Yield (images, their rows: predicted class, whether the true one is in the top five, confidence)."""
-
-
-class ClipPredictor:
+@dataclass(eq=False)
+class Predictor:
     """An open_clip model on its device, and splits for it to predict.
 
     Pixels are decoded once, to disk; a zero-shot head is built once for all weights with the same text tower.
 
-    Args: as in `Evaluator`, with device and precision resolved.
+    Attributes: as the arguments of `Evaluator`, with device and precision resolved.
     """
 
-    def __init__(
-        self,
-        model: ModelSpec | str | Path | None,
-        splits: Mapping[str, Split],
-        *,
-        device: torch.device,
-        precision: Precision,
-        batch_size: int,
-        templates: str | Path | Sequence[str] | None,
-        cache: Path | None,
-        on_progress: Progress | None,
-    ) -> None:
-        self.splits = splits
-        self.device = device
-        self.precision = precision
-        self._batch_size = batch_size
-        self._asked = model
-        self._spec: ModelSpec | None = None
-        self._resident: Resident | None = None
-        self._templates = templates
-        self._cache = cache
-        self._progress = on_progress
-        self._tokenizer: Callable[[list[str]], Tensor] | None = None
-        self._pixels: dict[str, DeviceSplit] = {}
-        self._heads: dict[str, tuple[str, Tensor]] = {}
+    model: ModelSpec | str | Path | None
+    splits: Mapping[str, Split]
+    device: torch.device
+    precision: Precision
+    batch_size: int
+    templates: str | Path | Sequence[str] | None
+    cache: Path | None
+    on_progress: Progress | None
+    _spec: ModelSpec | None = None
+    _resident: Resident | None = None
+    _tokenizer: Callable[[list[str]], Tensor] | None = None
+    _on_device: dict[str, DeviceSplit] = field(default_factory=dict)
+    _heads: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
 
-    # -- the model ----------------------------------------------------------------------------------------
+    # -- the model and the data ---------------------------------------------------------------------------
 
     def spec(self, weights: Weights | None = None) -> ModelSpec:
         """Return the model that scores; where none was named, it is the one that the first weights record."""
         if self._spec is None:
-            self._spec = resolve_model(self._asked, *([] if weights is None else [weights]))
+            self._spec = resolve_model(self.model, *([] if weights is None else [weights]))
         return self._spec
 
     @property
@@ -111,48 +79,34 @@ class ClipPredictor:
             raise ModelError("no weights are loaded", hint="call load(weights) first")
         return self._resident
 
-    def key(self, split: str, weights: Weights | None = None) -> list[Any]:
-        """Return what predictions on a split depend on beside images and weights.
-
-        A GPU's rounding is not a CPU's, so that the kind of device counts; "fp32" alone means fp32 on a CPU.
-        """
-        kind = self.device.type
-        computed = self.precision if kind == "cpu" else f"{self.precision} on {kind}"
-        return [self.spec(weights).to_metadata(), self.templates(split), computed]
-
     def load(self, weights: Weights) -> None:
-        """Copy weights into the model.
-
-        Raises:
-            ModelError: they do not fit it.
-        """
+        """Copy weights into the model."""
         if self._resident is None:
             self._resident = Resident(self.spec(weights), self.device)
         self._resident.load(weights)
 
-    def hold(self) -> None:
-        """Keep what the model holds as the mean that `lerp` starts from."""
-        self.resident.hold()
+    def key(self, split: str, weights: Weights | None = None) -> list[Any]:
+        """Return what predictions on a split depend on beside images and weights, ready for `json.dumps`.
 
-    def lerp(self, candidate: Weights, t: float) -> None:
-        """Make the model mean + t · (candidate - mean)."""
-        self.resident.lerp(candidate, t)
+        A GPU's rounding is not a CPU's, so the kind of device counts; a precision alone means on a CPU.
+        """
+        kind = self.device.type
+        computed = self.precision if kind == "cpu" else f"{self.precision} on {kind}"
+        return [self.spec(weights).to_metadata(), self.templates_of(split), computed]
 
-    # -- the data -----------------------------------------------------------------------------------------
-
-    def templates(self, split: str) -> tuple[str, ...]:
+    def templates_of(self, split: str) -> tuple[str, ...]:
         """Return the prompt templates that make this split's zero-shot heads."""
-        return resolve_templates(self._templates, self.splits[split])
+        return resolve_templates(self.templates, self.splits[split])
 
     def device_split(self, name: str) -> DeviceSplit:
-        """Return a split as the device sees it. Its images are decoded once on each machine."""
-        if name not in self._pixels:
+        """Return a split as the device sees it; its images are decoded once on each machine."""
+        if name not in self._on_device:
             split, preprocess = self.splits[name], self.spec().preprocess
             decoded = distributed.first_on_machine_first(
-                lambda: pixels(split, preprocess, cache=self._cache, on_progress=self._progress)
+                lambda: pixels(split, preprocess, cache=self.cache, on_progress=self.on_progress)
             )
-            self._pixels[name] = DeviceSplit(split, decoded, preprocess, self.device)
-        return self._pixels[name]
+            self._on_device[name] = DeviceSplit(split, decoded, preprocess, self.device)
+        return self._on_device[name]
 
     def head(self, name: str) -> Tensor | None:
         """Return the zero-shot head for a split; None where the weights have a trained head, which must fit."""
@@ -167,17 +121,10 @@ class ClipPredictor:
             return None
         digest = self.resident.text_digest()
         if self._heads.get(name, ("",))[0] != digest:
-            if self._tokenizer is None:
-                self._tokenizer = get_tokenizer(self.spec())
-            head = zero_shot_head(
-                module,
-                self._tokenizer,
-                split.classes,
-                self.templates(name),
-                cache=self._cache or cache_dir(),
-                digest=digest,
-                on_progress=self._progress,
-            )
+            self._tokenizer = self._tokenizer or get_tokenizer(self.spec())
+            templates, cache = self.templates_of(name), self.cache or cache_dir()
+            build: Any = (module, self._tokenizer, split.classes, templates)
+            head = zero_shot_head(*build, cache=cache, digest=digest, on_progress=self.on_progress)
             self._heads[name] = (digest, head)
         return self._heads[name][1]
 
@@ -185,16 +132,20 @@ class ClipPredictor:
 
     def rows(self, split: str, order: Ints) -> Iterator[tuple[Ints, Floats]]:
         """Yield (images, their rows: predicted class, whether the true one is in the top five, confidence)."""
-        images, head = self._ready(split)
+        if (self.splits[split].labels < 0).any():
+            source = self.splits[split].source
+            raise DataError(
+                f"{source} has images without a class", hint="scoring needs a label for each image"
+            )
+        images, head = self.device_split(split), self.head(split)
 
         def reduce(indices: Tensor, batch: Tensor) -> Tensor:
-            logits = self._logits(images, batch, head)
-            finite = logits.isfinite().all(dim=-1)
-            logits = images.covered(logits).to(_wide(self.device))
+            raw = self._logits(images, batch, head)
+            logits = images.covered(raw).to(_wide(self.device))
             true = logits.gather(1, images.labels[indices][:, None])
             in_top5 = (logits > true).sum(dim=-1) < 5
             confidence = logits.softmax(dim=-1).amax(dim=-1)
-            columns = (logits.argmax(dim=-1), in_top5, confidence, ~finite)
+            columns = (logits.argmax(dim=-1), in_top5, confidence, _not_finite(raw))
             return torch.stack([column.to(confidence) for column in columns], dim=-1)
 
         for chunk, rows in self._chunks(split, order, reduce, 4):
@@ -202,31 +153,24 @@ class ClipPredictor:
 
     def collect(self, split: str, what: Literal["logits", "features"]) -> Tensor:
         """Return logits (-inf for classes that the data lacks) or unit features of every image, fp32 on the CPU."""
-        images, head = self._ready(split, labelled=what == "logits")
+        images = self.device_split(split)
+        if what == "features":
+            head, width = None, _feature_width(self.resident.module, images)
+        else:
+            head, width = self.head(split), len(self.splits[split].classes)
 
-        def make(indices: Tensor, batch: Tensor) -> Tensor:
-            values = (
-                self._features(images, batch) if what == "features" else self._logits(images, batch, head)
-            )
-            finite = values.isfinite().all(dim=-1, keepdim=True)
-            values = values if what == "features" else images.covered(values)
-            return torch.cat([values, (~finite).to(values)], dim=-1)
+        def reduce(indices: Tensor, batch: Tensor) -> Tensor:
+            if what == "features":
+                raw = values = self._features(images, batch)
+            else:
+                raw = self._logits(images, batch, head)
+                values = images.covered(raw)
+            return torch.cat([values, _not_finite(raw)[:, None].to(values)], dim=-1)
 
-        n = len(self.splits[split])
-        classes = len(self.splits[split].classes)
-        width = classes if what == "logits" else _feature_width(self.resident.module, images)
-        collected = torch.empty(n, width)
-        for chunk, rows in self._chunks(split, np.arange(n), make, width + 1):
+        collected = torch.empty(len(self.splits[split]), width)
+        for chunk, rows in self._chunks(split, np.arange(len(collected)), reduce, width + 1):
             collected[torch.from_numpy(chunk)] = rows[:, :-1].float()
         return collected
-
-    def _ready(self, split: str, *, labelled: bool = True) -> tuple[DeviceSplit, Tensor | None]:
-        if labelled and (self.splits[split].labels < 0).any():
-            raise DataError(
-                f"{self.splits[split].source} has images without a class",
-                hint="scoring needs a label for each image",
-            )
-        return self.device_split(split), self.head(split) if labelled else None
 
     def _features(self, images: DeviceSplit, batch: Tensor) -> Tensor:
         ready = images.normalise(batch)
@@ -260,12 +204,12 @@ class ClipPredictor:
                 )
             yield chunk, rows
             done += len(chunk)
-            if self._progress:
-                self._progress(f"scoring {split}", done, len(order))
+            if self.on_progress:
+                self.on_progress(f"scoring {split}", done, len(order))
 
     def _launch(self, split: str, order: Ints, reduce: Reduce, width: int) -> Iterator[tuple[Ints, Arrive]]:
         """Yield (images, what waits for their rows and returns them), each process computing its share."""
-        n, size = len(order), _images_at_once(len(order), self._batch_size, self.device)
+        n, size = len(order), _images_at_once(len(order), self.batch_size, self.device)
         rank, step = distributed.rank(), size * distributed.world()
         starts = range(0, n, step)
         spans = [(min(s + rank * size, n), min(s + (rank + 1) * size, n)) for s in starts]
@@ -302,6 +246,10 @@ def _fetch(rows: Tensor) -> Arrive:
         return host
 
     return arrive
+
+
+def _not_finite(values: Tensor) -> Tensor:
+    return ~values.isfinite().all(dim=-1)
 
 
 def _images_at_once(n: int, at_most: int, device: torch.device) -> int:
