@@ -11,8 +11,20 @@ from clipmerge.errors import CheckpointError
 MAX_CONFIG = 1 << 20
 _ACTIVATIONS = {"quick_gelu": True, "gelu": False}
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
-_VISION = {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"}
-_TEXT = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
+_TEXT = {
+    "context_length": ("max_position_embeddings", 77),
+    "vocab_size": ("vocab_size", 49408),
+    "width": ("hidden_size", 512),
+    "heads": ("num_attention_heads", 8),
+    "layers": ("num_hidden_layers", 12),
+}
+"""open_clip's word → CLIPConfig's, and the default of both."""
+_VISION = {
+    "image_size": ("image_size", 224),
+    "layers": ("num_hidden_layers", 12),
+    "width": ("hidden_size", 768),
+    "patch_size": ("patch_size", 32),
+}
 
 
 def model_beside(path: Path) -> dict[str, Any] | None:
@@ -53,64 +65,43 @@ def _model_cfg(
     quick = {_ACTIVATIONS[part.get("hidden_act", "quick_gelu")] for part in (text, vision)}
     if len(quick) != 1:
         return None
-    wide, high = vision.get("hidden_size", 768), text.get("hidden_size", 512)
+    image = {word: vision.get(theirs, default) for word, (theirs, default) in _VISION.items()}
+    words = {word: text.get(theirs, default) for word, (theirs, default) in _TEXT.items()}
+    image["head_width"] = image["width"] // vision.get("num_attention_heads", 12)
+    image["mlp_ratio"] = vision.get("intermediate_size", 3072) / image["width"]
+    words["mlp_ratio"] = text.get("intermediate_size", 2048) / words["width"]
     return {
         "embed_dim": config.get("projection_dim", 512),
         "quick_gelu": quick.pop(),
-        "vision_cfg": {
-            "image_size": vision.get("image_size", 224),
-            "layers": vision.get("num_hidden_layers", 12),
-            "width": wide,
-            "head_width": wide // vision.get("num_attention_heads", 12),
-            "patch_size": vision.get("patch_size", 32),
-            "mlp_ratio": vision.get("intermediate_size", 3072) / wide,
-        },
-        "text_cfg": {
-            "context_length": text.get("max_position_embeddings", 77),
-            "vocab_size": text.get("vocab_size", 49408),
-            "width": high,
-            "heads": text.get("num_attention_heads", 8),
-            "layers": text.get("num_hidden_layers", 12),
-            "mlp_ratio": text.get("intermediate_size", 2048) / high,
-        },
+        "vision_cfg": image,
+        "text_cfg": words,
     }
 
 
 def to_huggingface_config(model: Mapping[str, Any]) -> dict[str, Any] | None:
-    """CLIPModel's config.json for open_clip's model_cfg; None where transformers has no such model."""
-    vision, text = model.get("vision_cfg", {}), model.get("text_cfg", {})
+    """Make CLIPModel's config.json for open_clip's model_cfg; None where transformers has no such model."""
+    vision, text = {"patch_size": 16, **model.get("vision_cfg", {})}, model.get("text_cfg", {})
     known = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
-    if model.keys() - known or vision.keys() - _VISION or text.keys() - _TEXT:
+    unknown_vision = vision.keys() - _VISION.keys() - {"mlp_ratio", "head_width"}
+    if model.keys() - known or unknown_vision or text.keys() - _TEXT.keys() - {"mlp_ratio"}:
         return None
     if not isinstance(vision.get("layers", 12), int):  # a ResNet has a list of them
         return None
-    act = "quick_gelu" if model.get("quick_gelu") else "gelu"
+
+    def tower(part: Mapping[str, Any], words: Mapping[str, tuple[str, int]]) -> dict[str, Any]:
+        sizes = {theirs: part.get(word, default) for word, (theirs, default) in words.items()}
+        wide = int(sizes["hidden_size"] * part.get("mlp_ratio", 4.0))
+        act = "quick_gelu" if model.get("quick_gelu") else "gelu"
+        return {**sizes, "intermediate_size": wide, "hidden_act": act, "projection_dim": model["embed_dim"]}
+
+    image = tower(vision, _VISION)
+    image["num_attention_heads"] = image["hidden_size"] // vision.get("head_width", 64)
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
         "projection_dim": model["embed_dim"],
-        "text_config": {
-            "model_type": "clip_text_model",
-            "hidden_act": act,
-            "hidden_size": text.get("width", 512),
-            "intermediate_size": int(text.get("width", 512) * text.get("mlp_ratio", 4.0)),
-            "max_position_embeddings": text.get("context_length", 77),
-            "num_attention_heads": text.get("heads", 8),
-            "num_hidden_layers": text.get("layers", 12),
-            "projection_dim": model["embed_dim"],
-            "vocab_size": text.get("vocab_size", 49408),
-        },
-        "vision_config": {
-            "model_type": "clip_vision_model",
-            "hidden_act": act,
-            "hidden_size": vision.get("width", 768),
-            "image_size": vision.get("image_size", 224),
-            "intermediate_size": int(vision.get("width", 768) * vision.get("mlp_ratio", 4.0)),
-            "num_attention_heads": vision.get("width", 768) // vision.get("head_width", 64),
-            "num_hidden_layers": vision.get("layers", 12),
-            "patch_size": vision.get("patch_size", 16),
-            "projection_dim": model["embed_dim"],
-        },
+        "text_config": {"model_type": "clip_text_model", **tower(text, _TEXT)},
+        "vision_config": {"model_type": "clip_vision_model", **image},
     }
 
 

@@ -10,7 +10,6 @@ import errno
 import mmap
 import os
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -68,21 +67,6 @@ class Reader:
             start = 0
             if done == out.size:
                 return
-
-    def head(self, tensor: Tensor, count: int) -> bytes:
-        """The first elements in row-major order, strides resolved: at most `count` bytes of them."""
-        if tensor.strides is None:
-            out = np.empty(min(count, tensor.nbytes), np.uint8)
-            self.into(tensor, 0, out)
-            return out.tobytes()
-        size = storage_dtype(tensor.dtype).itemsize
-        element = np.empty(size, np.uint8)
-        found = []
-        for index in islice(np.ndindex(tensor.shape), count // size):
-            at = sum(i * step for i, step in zip(index, tensor.strides, strict=True))
-            self.into(tensor, at * size, element)
-            found.append(element.tobytes())
-        return b"".join(found)
 
     def dense(self, tensor: Tensor) -> npt.NDArray[Any]:
         """Read the whole tensor in row-major order, strides resolved; BF16 and F8 as raw bits."""

@@ -3,9 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from math import lcm, prod
 from typing import Literal
 
+import numpy as np
 from blake3 import blake3
 
 from clipmerge.checkpoint.read import Reader
@@ -219,5 +221,6 @@ def _sample_digest(checkpoint: Checkpoint, reader: Reader, count: int | None) ->
     for name in names[:: max(1, len(names) // count) if count else 1]:
         tensor = checkpoint.tensors[name]
         digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
-        digest.update(reader.head(tensor, 64))
+        for _, first in islice(reader.blocks(tensor, 64 // ITEMSIZE[tensor.dtype]), 1):
+            digest.update(first.view(np.uint8).data)
     return digest.hexdigest()
