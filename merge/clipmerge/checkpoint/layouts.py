@@ -14,6 +14,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from clipmerge.checkpoint.huggingface import from_huggingface
 from clipmerge.checkpoint.tensors import Tensor
 from clipmerge.errors import MismatchError
 
@@ -45,8 +46,6 @@ def to_open_clip(tensors: Mapping[str, Tensor]) -> Named:
         return Named({f"classification_head.{name}": t for name, t in sorted(tensors.items())}, "head")
     bare, seen = _unwrapped(tensors)
     if any(name.startswith(_HUGGING_FACE) for name in bare):
-        from clipmerge.checkpoint.huggingface import from_huggingface
-
         found, dropped = from_huggingface(bare)
         return Named(dict(sorted(found.items())), "huggingface", tuple(sorted(dropped)))
     dropped = sorted(bare.keys() & (_OPENAI | _MASKS))

@@ -4,8 +4,9 @@ The rule, in full:
 
 - a name in `_CALLS` is done by the few lines beside it: tensors become descriptions, containers dicts;
 - a name in `UNREADABLE` gives a marker, and the tensor that turns out to be one is refused by its name;
-- a class outside the standard library, by the convention that classes have capitals (`InterpolationMode`),
-  and the few names in `_INERT` become a `Stub`, as every instance that pickle makes without calling does;
+- a class outside the standard library, by the convention that classes have capitals (`InterpolationMode`), what
+  belongs to a module of plain data (`_DATA_MODULES`) and the few names in `_INERT` become a `Stub`, as every instance
+  that pickle makes without calling does;
 - any other call is refused with the name that was asked for. Nothing would run in any case: the rule is there
   because a file that needs a function to be understood is not understood.
 """
@@ -40,28 +41,13 @@ UNREADABLE: Mapping[str, str] = {
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": "of a device of its own",
     "torch.jit._pickle.build_tensor_from_id": "given by number",
 }
-_INERT_NAMES: Mapping[str, tuple[str, ...]] = {
-    "argparse": ("Namespace",),
-    "builtins": ("bytearray", "bytes", "complex", "object", "range", "slice"),
-    "collections": ("deque",),
-    "datetime": ("date", "datetime", "timedelta", "timezone"),
-    "decimal": ("Decimal",),
-    "functools": ("partial",),
-    "numpy": ("dtype",),
-    "numpy._core.multiarray": ("_reconstruct", "scalar"),
-    "numpy._core.numeric": ("_frombuffer",),
-    "numpy.core.multiarray": ("_reconstruct", "scalar"),
-    "numpy.core.numeric": ("_frombuffer",),
-    "numpy.random._pickle": ("__randomstate_ctor",),
-    "pathlib": ("Path", "PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"),
-    "pathlib._local": ("PosixPath",),
-    "random": ("Random",),
-    "torch": ("Generator", "device"),
-    "torch.serialization": ("_get_layout",),
-    "types": ("SimpleNamespace",),
-    "uuid": ("UUID",),
-}
-_INERT = frozenset(f"{module}.{name}" for module, names in _INERT_NAMES.items() for name in names)
+_DATA_MODULES = frozenset(
+    {"argparse", "collections", "datetime", "decimal", "numpy", "pathlib", "random", "types", "uuid"}
+)
+_INERT = frozenset(
+    {f"builtins.{name}" for name in ("bytearray", "bytes", "complex", "object", "range", "slice")}
+    | {"functools.partial", "torch.Generator", "torch.device", "torch.serialization._get_layout"}
+)
 
 
 @dataclass(slots=True, eq=False)
@@ -119,7 +105,7 @@ class TorchCalls:
             return _CALLS[path](*args)
         if path in UNREADABLE:
             return Unreadable(UNREADABLE[path])
-        if path in _INERT or _is_foreign_class(path):
+        if path in _INERT or path.partition(".")[0] in _DATA_MODULES or _is_foreign_class(path):
             return Stub(path, args)
         raise Unsafe(path)
 
