@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from math import frexp
+from math import ceil, frexp
 from threading import Lock, Thread
 from typing import Any
 
@@ -23,7 +23,7 @@ from clipmerge.weights.fp16_sum import HalfSum
 from clipmerge.weights.plan import Step
 
 BLOCK = 1 << 18
-"""Elements that a thread takes at a time, reads with one call an input and writes with one.
+"""Elements, about, that a thread takes at a time, reads with one call an input and writes with one.
 
 Smaller blocks would stay in a core's own cache, but threads then wait for the interpreter more than they gain. Halves
 that are summed in float32 come in blocks twice as long, for the same reason.
@@ -44,8 +44,8 @@ class Buffers:
         self.term = np.empty(numel, np.float64)
         self.scratch = scratch_for(numel, torch)
         self.halves = HalfSum(numel, self.scratch)
-        self.raw = np.empty(BLOCK * 8, np.uint8)
-        self.out = np.empty(BLOCK * 8, np.uint8)
+        self.raw = np.empty(8 * numel, np.uint8)
+        self.out = np.empty(8 * numel, np.uint8)
 
     @property
     def nbytes(self) -> int:
@@ -148,8 +148,9 @@ def sums_halves(step: Step) -> bool:
 
 
 def block_length(step: Step) -> int:
-    """Return how many elements of a step are computed at a time."""
-    return 2 * BLOCK if sums_halves(step) else BLOCK
+    """Return how many elements of a step are computed at a time: equal blocks, at most 2 * `BLOCK`."""
+    count = ceil(step.numel / (2 * BLOCK)) if sums_halves(step) else round(step.numel / BLOCK)
+    return ceil(step.numel / max(count, 1))
 
 
 def default_threads() -> int:

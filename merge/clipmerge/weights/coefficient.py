@@ -18,6 +18,8 @@ PatternMap = tuple[tuple[str, Fraction], ...]
 MAX_PRODUCTS = 256
 """Products of pattern maps in one coefficient: (M1 + 1)·(M2 + 1)·… doubles with each factor, and records of files
 from elsewhere are parsed too."""
+MAX_BITS = 1000
+"""Of a coefficient's numerator and denominator: what float64 can still hold."""
 
 
 def exact(number: Scalar) -> Fraction:
@@ -72,7 +74,7 @@ class Coefficient:
     def __mul__(self, other: "Coefficient") -> "Coefficient":
         if not isinstance(other, Coefficient):
             return NotImplemented
-        if self.size * other.size > MAX_PRODUCTS:
+        if len(self._terms) * len(other._terms) > MAX_PRODUCTS:
             raise RecipeError("too many mappings are multiplied with each other")
         product: dict[tuple[PatternMap, ...], Fraction] = {}
         for mine, a in self._terms.items():
@@ -114,17 +116,10 @@ class Coefficient:
         return tuple(sorted({p for factors in self._terms for rules in factors for p, _ in rules}))
 
     @property
-    def size(self) -> int:
-        """How many products of pattern maps it sums."""
-        return len(self._terms)
-
-    @property
-    def bits(self) -> int:
-        """The length of the longest integer in it."""
-        return max(
-            (max(v.numerator.bit_length(), v.denominator.bit_length()) for v in self._terms.values()),
-            default=0,
-        )
+    def is_large(self) -> bool:
+        """Whether it holds more than coefficients need: a number beyond float64, or very many products."""
+        bits = [n.bit_length() for v in self._terms.values() for n in (v.numerator, v.denominator)]
+        return max(bits, default=0) > MAX_BITS or len(self._terms) > MAX_PRODUCTS
 
     def at(self, name: str) -> Fraction:
         """The value for the tensor of this name."""

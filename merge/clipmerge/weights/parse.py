@@ -22,7 +22,7 @@ from typing import Any, Generic, TypeAlias
 
 from clipmerge.errors import ClipmergeError, RecipeError
 from clipmerge.text import did_you_mean
-from clipmerge.weights.coefficient import MAX_PRODUCTS, Coefficient
+from clipmerge.weights.coefficient import Coefficient
 from clipmerge.weights.expression import E, Expression, baseless_sum, interpolate, mean
 from clipmerge.weights.methods import METHODS, apply
 
@@ -30,8 +30,6 @@ MAX_LENGTH = 200_000
 """Characters: a thousand ingredients with long names fit."""
 MAX_DEPTH = 50
 """Parentheses within parentheses; a chain such as `a + b + c` counts once, however long."""
-MAX_BITS = 1000
-"""Of a coefficient's numerator and denominator: what float64 can still hold."""
 
 _DECIMAL = re.compile(r"(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:[eE]([+-]?\d{1,3}))?")
 _GRAMMAR = 'names, numbers, + - * /, {"pattern": number}, mean([a, b]), interpolate(a, b, 0.5), methods'
@@ -218,7 +216,7 @@ class _Parser(Generic[E]):
 
 
 def _refuse_large(value: "Value[E]") -> None:
-    if isinstance(value, Coefficient) and (value.size > MAX_PRODUCTS or value.bits > MAX_BITS):
+    if isinstance(value, Coefficient) and value.is_large:
         raise RecipeError("the number is too large or too long to be a coefficient")
 
 
