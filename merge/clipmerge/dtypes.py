@@ -192,10 +192,10 @@ def round_to_odd(numbers: Floats, out: Singles, work: Floats) -> None:
     Source: Boldo and Melquiond 2008, "Emulation of a FMA and correctly rounded sums".
     """
     cut = np.uint64((1 << 29) - 1)  # the digits of a float64 that a float32 lacks
-    bits, given = work.view(np.uint64), numbers.view(np.uint64)
-    np.bitwise_and(given, cut, out=bits)
+    bits, original = work.view(np.uint64), numbers.view(np.uint64)
+    np.bitwise_and(original, cut, out=bits)
     np.add(bits, cut, out=bits)  # carries into the last digit that stays if any digit below it is 1
-    np.bitwise_or(bits, given, out=bits)
+    np.bitwise_or(bits, original, out=bits)
     np.bitwise_and(bits, ~cut, out=bits)
     np.copyto(out, work, casting="same_kind")
 
@@ -230,8 +230,8 @@ def _numpy_dtype(dtype: str) -> np.dtype[Any]:
         return np.dtype(np.float16)
     import ml_dtypes
 
-    found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, TABLE[dtype].torch))
-    return found
+    narrow_dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, TABLE[dtype].torch))
+    return narrow_dtype
 
 
 @cache

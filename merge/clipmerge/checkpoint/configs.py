@@ -28,14 +28,14 @@ _VISION = {
 
 
 def model_beside(path: Path) -> dict[str, Any] | None:
-    """The model record {"name", "config", "preprocess"} of the folder that `path` lies in, where it has one.
+    """Read the model record {"name", "config", "preprocess"} of the folder that `path` lies in, where it has one.
 
     Raises:
         CheckpointError: there is a configuration, but it is not JSON, or absurdly large.
     """
-    own = _read(path.with_name("open_clip_config.json"))
-    if isinstance(own.get("model_cfg"), dict):
-        return _record(path, own["model_cfg"], own.get("preprocess_cfg"))
+    ours = _read(path.with_name("open_clip_config.json"))
+    if isinstance(ours.get("model_cfg"), dict):
+        return _record(path, ours["model_cfg"], ours.get("preprocess_cfg"))
     config = from_huggingface_config(_read(path.with_name("config.json")))
     if config is None:
         return None
@@ -43,7 +43,7 @@ def model_beside(path: Path) -> dict[str, Any] | None:
 
 
 def from_huggingface_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """open_clip's model_cfg for a CLIPModel's config.json; None where open_clip has no such model.
+    """Make open_clip's model_cfg of a CLIPModel's config.json; None where open_clip has no such model.
 
     Values that the file leaves out are CLIPConfig's own defaults.
     """
@@ -106,7 +106,7 @@ def to_huggingface_config(model: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def to_huggingface_preprocessor(preprocess: Mapping[str, Any]) -> dict[str, Any] | None:
-    """CLIPImageProcessor's preprocessor_config.json; None where it cannot do what this preprocess_cfg asks."""
+    """Make CLIPImageProcessor's preprocessor_config.json; None where it cannot do what this preprocess_cfg asks."""
     codes = {name: code for code, name in _INTERPOLATIONS.items()}
     size, resample = preprocess.get("size"), codes.get(preprocess.get("interpolation", "bicubic"))
     edge = size[0] if isinstance(size, list | tuple) and len(set(size)) == 1 else size
@@ -133,25 +133,25 @@ def to_huggingface_preprocessor(preprocess: Mapping[str, Any]) -> dict[str, Any]
 
 
 def to_text(config: Mapping[str, Any]) -> bytes:
-    """A configuration file's bytes: the same for the same configuration."""
+    """Return a configuration file's bytes: the same for the same configuration."""
     return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
 
 
 def _record(path: Path, config: Mapping[str, Any], preprocess: Any) -> dict[str, Any]:
-    found = preprocess if isinstance(preprocess, dict) else {}
-    return {"name": path.resolve().parent.name, "config": dict(config), "preprocess": found}
+    preprocess = preprocess if isinstance(preprocess, dict) else {}
+    return {"name": path.resolve().parent.name, "config": dict(config), "preprocess": preprocess}
 
 
 def _preprocess(config: Mapping[str, Any]) -> dict[str, Any]:
     """open_clip's preprocess_cfg for an image processor's; {} where the file is not there."""
     size = config.get("crop_size")
-    found = {
+    fields = {
         "size": size.get("height") if isinstance(size, dict) else size,
         "mean": config.get("image_mean"),
         "std": config.get("image_std"),
         "interpolation": _INTERPOLATIONS.get(config.get("resample", 3)),
     }
-    return {key: value for key, value in found.items() if value is not None} if config else {}
+    return {key: value for key, value in fields.items() if value is not None} if config else {}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -162,5 +162,5 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     if len(text) > MAX_CONFIG:
         raise CheckpointError(f"{path} is too large for a model's configuration", hint="remove it")
-    found = parse_json(path, text)
-    return found if isinstance(found, dict) else {}
+    document = parse_json(path, text)
+    return document if isinstance(document, dict) else {}

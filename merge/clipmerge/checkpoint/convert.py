@@ -22,7 +22,7 @@ BLOCK = 1 << 20
 def convert(
     checkpoint: Checkpoint, path: Path, to: str, *, force: bool = False, on_progress: Progress | None = None
 ) -> Path:
-    """Write the checkpoint as one safetensors file under the names of `to`; the path that was written.
+    """Write the checkpoint as one safetensors file under the names of `to`. Returns its path.
 
     Raises:
         MismatchError: a tensor has no place in the other layout.

@@ -89,13 +89,13 @@ def _from_hub(reference: str, model: str, revision: str | None) -> Path:
             LocalEntryNotFoundError
         ) as error:  # out of reach: each further name would cost half a minute of retries
             cached = (try_to_load_from_cache(model, name, revision=revision) for name in _WEIGHTS)
-            found = next((Path(path) for path in cached if isinstance(path, str)), None)
-            if found is None:
+            cached_path = next((Path(path) for path in cached if isinstance(path, str)), None)
+            if cached_path is None:
                 raise CheckpointError(
                     f"{reference} cannot be fetched: the Hub is out of reach, and the cache does not hold it",
                     hint="check the network, or give a local file",
                 ) from error
-            return found  # the configurations that the cache has lie beside it
+            return cached_path  # the configurations that the cache has lie beside it
         except EntryNotFoundError:
             continue
     if path is None:

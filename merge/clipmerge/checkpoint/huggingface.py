@@ -8,8 +8,9 @@ import re
 from collections.abc import Mapping
 
 from clipmerge.checkpoint.tensors import Tensor
-from clipmerge.checkpoint.views import cut, joined, transposed
+from clipmerge.checkpoint.views import concatenate, split, transpose
 from clipmerge.errors import MismatchError
+from clipmerge.text import and_more
 
 _PLAIN = {
     "logit_scale": "logit_scale",
@@ -36,73 +37,66 @@ _BLOCK = {
 }
 _LAYER = re.compile(r"(text_model|vision_model)\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
 _RESBLOCK = re.compile(
-    r"(visual\.transformer|transformer)\.resblocks\.(\d+)\.(attn\.in_proj_|.+\.)(weight|bias)"
+    r"(visual\.transformer|transformer)\.resblocks\.(\d+)\.(attn\.in_proj|.+)[._](weight|bias)"
 )
-_HEADS = re.compile(r"self_attn\.([qkv])_proj")
-
-_BACK = {new: old for old, new in _PLAIN.items()}
-_BACK_TRANSPOSED = {new: old for old, new in _TRANSPOSED.items()}
-_BACK_TOWERS = {new: old for old, new in _TOWERS.items()}
-_BACK_BLOCK = {new: old for old, new in _BLOCK.items()}
+_QKV = re.compile(r"self_attn\.([qkv])_proj")
+_BACK = {ours: theirs for table in (_PLAIN, _TRANSPOSED, _TOWERS, _BLOCK) for theirs, ours in table.items()}
 
 
 def from_huggingface(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors under open_clip's names, and the names that were dropped (`position_ids`).
+    """Return the tensors under open_clip's names, and the names that were dropped (`position_ids`).
 
     Raises:
         MismatchError: a name has no place in open_clip's CLIP, or one of q, k, v is missing or different.
     """
-    found: dict[str, Tensor] = {}
+    ours: dict[str, Tensor] = {}
     fused: dict[str, dict[str, Tensor]] = {}
     dropped, unknown = [], []
     for name, tensor in tensors.items():
+        layer = _LAYER.fullmatch(name)
         if name.endswith(".position_ids"):
             dropped.append(name)
         elif name in _PLAIN:
-            found[_PLAIN[name]] = tensor
+            ours[_PLAIN[name]] = tensor
         elif name in _TRANSPOSED and len(tensor.shape) == 2:
-            found[_TRANSPOSED[name]] = transposed(tensor)
-        elif not (match := _LAYER.fullmatch(name)):
-            unknown.append(name)
-        elif heads := _HEADS.fullmatch(match[3]):
-            target = f"{_TOWERS[match[1]]}.resblocks.{match[2]}.attn.in_proj_{match[4]}"
-            fused.setdefault(target, {})[heads[1]] = tensor
-        elif match[3] in _BLOCK:
-            found[f"{_TOWERS[match[1]]}.resblocks.{match[2]}.{_BLOCK[match[3]]}.{match[4]}"] = tensor
+            ours[_TRANSPOSED[name]] = transpose(tensor)
+        elif layer and (qkv := _QKV.fullmatch(layer[3])):
+            target = f"{_TOWERS[layer[1]]}.resblocks.{layer[2]}.attn.in_proj_{layer[4]}"
+            fused.setdefault(target, {})[qkv[1]] = tensor
+        elif layer and layer[3] in _BLOCK:
+            ours[f"{_TOWERS[layer[1]]}.resblocks.{layer[2]}.{_BLOCK[layer[3]]}.{layer[4]}"] = tensor
         else:
             unknown.append(name)
     _refuse(unknown, "have no place in open_clip's CLIP")
-    _refuse([n for n, parts in fused.items() if not _fit(parts)], "cannot be made of their q, k and v")
-    found |= {name: joined([parts[p] for p in "qkv"]) for name, parts in fused.items()}
-    return found, dropped
+    _refuse([name for name, parts in fused.items() if not _fit(parts)], "cannot be made of their q, k and v")
+    ours |= {name: concatenate([parts[letter] for letter in "qkv"]) for name, parts in fused.items()}
+    return ours, dropped
 
 
 def to_huggingface(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under the names of Hugging Face's CLIPModel.
+    """Return the tensors under the names of Hugging Face's CLIPModel.
 
     Raises:
         MismatchError: a tensor has no place there (a trained head, another architecture).
     """
-    found: dict[str, Tensor] = {}
+    theirs: dict[str, Tensor] = {}
     unknown = []
     for name, tensor in tensors.items():
-        if name in _BACK:
-            found[_BACK[name]] = tensor
-        elif name in _BACK_TRANSPOSED and len(tensor.shape) == 2:
-            found[_BACK_TRANSPOSED[name]] = transposed(tensor)
-        elif not (match := _RESBLOCK.fullmatch(name)):
-            unknown.append(name)
-        elif match[3] == "attn.in_proj_" and tensor.shape and tensor.shape[0] % 3 == 0:
-            layer = f"{_BACK_TOWERS[match[1]]}.encoder.layers.{match[2]}.self_attn"
-            for part, piece in zip("qkv", cut(tensor, 3), strict=True):
-                found[f"{layer}.{part}_proj.{match[4]}"] = piece
-        elif match[3][:-1] in _BACK_BLOCK:
-            layer = f"{_BACK_TOWERS[match[1]]}.encoder.layers.{match[2]}"
-            found[f"{layer}.{_BACK_BLOCK[match[3][:-1]]}.{match[4]}"] = tensor
+        match = _RESBLOCK.fullmatch(name)
+        layer = f"{_BACK[match[1]]}.encoder.layers.{match[2]}" if match else ""
+        if name in _PLAIN.values():
+            theirs[_BACK[name]] = tensor
+        elif name in _TRANSPOSED.values() and len(tensor.shape) == 2:
+            theirs[_BACK[name]] = transpose(tensor)
+        elif match and match[3] == "attn.in_proj" and tensor.shape and tensor.shape[0] % 3 == 0:
+            for letter, piece in zip("qkv", split(tensor, 3), strict=True):
+                theirs[f"{layer}.self_attn.{letter}_proj.{match[4]}"] = piece
+        elif match and match[3] in _BLOCK.values():
+            theirs[f"{layer}.{_BACK[match[3]]}.{match[4]}"] = tensor
         else:
             unknown.append(name)
     _refuse(unknown, "have no place in Hugging Face's CLIPModel")
-    return found
+    return theirs
 
 
 def _fit(parts: Mapping[str, Tensor]) -> bool:
@@ -112,9 +106,7 @@ def _fit(parts: Mapping[str, Tensor]) -> bool:
 
 def _refuse(names: list[str], why: str) -> None:
     if names:
-        shown = ", ".join(repr(name[:120]) for name in sorted(names)[:8])
-        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-        raise MismatchError(f"{len(names)} tensors {why}: {shown}{more}", hint=_HINT)
-
-
-_HINT = "this layout is read for CLIP with two transformer towers; convert other models with their own tools"
+        raise MismatchError(
+            f"{len(names)} tensors {why}: {and_more([repr(name[:120]) for name in sorted(names)])}",
+            hint="this layout is read for CLIP with two transformer towers; convert other models with their own tools",
+        )

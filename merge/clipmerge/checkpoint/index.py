@@ -15,7 +15,7 @@ ReadFile = Callable[[Path], tuple[Mapping[str, str], Mapping[str, Tensor]]]
 
 
 def read_index(path: Path, read_file: ReadFile) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of all shards together.
+    """Read the metadata and the tensors of all shards together.
 
     Raises:
         CheckpointError: the index is malformed, names a file outside its folder, or disagrees with its shards.
@@ -29,9 +29,9 @@ def read_index(path: Path, read_file: ReadFile) -> tuple[dict[str, str], dict[st
             f"{path} names {missing[0]!r}, which is not there", hint="fetch the missing shard"
         )
     for shard in shards:
-        own, found = read_file(path.parent / shard)
-        metadata |= own
-        for name, tensor in found.items():
+        shard_metadata, shard_tensors = read_file(path.parent / shard)
+        metadata |= shard_metadata
+        for name, tensor in shard_tensors.items():
             if places.get(name) != shard:
                 raise CheckpointError(f"{path} does not list tensor {name!r} of {shard!r}", hint=_HINT)
             tensors[name] = tensor
@@ -44,7 +44,7 @@ def read_index(path: Path, read_file: ReadFile) -> tuple[dict[str, str], dict[st
 
 
 def weight_map(path: Path) -> dict[str, str]:
-    """Tensor name → the name of the file beside the index that holds it.
+    """Read which file beside the index holds which tensor: tensor name → file name.
 
     Raises:
         CheckpointError: it cannot be read, is no index, or names a file outside its folder.
@@ -57,19 +57,19 @@ def weight_map(path: Path) -> dict[str, str]:
     if len(text) > MAX_INDEX:
         raise CheckpointError(f"{path} is too large for an index of shards", hint=_HINT)
     document: Any = parse_json(path, text)
-    found = document.get("weight_map") if isinstance(document, dict) else None
-    if not isinstance(found, dict) or not found:
+    places = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(places, dict) or not places:
         raise CheckpointError(
             f"{path} is JSON, but not an index of shards: it has no weight_map",
             hint="give the file with the weights, or the folder that holds it",
         )
-    for name, shard in found.items():
+    for name, shard in places.items():
         if not isinstance(shard, str) or not _is_plain(shard):
             raise CheckpointError(
                 f"{path} places tensor {name!r} in {shard!r}, which is not a file of its folder",
                 hint="an index may only name files beside it; this one was not written by a tool you want to trust",
             )
-    return found
+    return places
 
 
 def _is_plain(name: str) -> bool:

@@ -37,7 +37,7 @@ class Named:
 
 
 def to_open_clip(tensors: Mapping[str, Tensor]) -> Named:
-    """The tensors under open_clip's names, sorted.
+    """Return the tensors under open_clip's names, sorted.
 
     Raises:
         MismatchError: two names become one, or a name of Hugging Face's has no place in open_clip's model.
@@ -46,16 +46,16 @@ def to_open_clip(tensors: Mapping[str, Tensor]) -> Named:
         return Named({f"classification_head.{name}": t for name, t in sorted(tensors.items())}, "head")
     bare, seen = _unwrapped(tensors)
     if any(name.startswith(_HUGGING_FACE) for name in bare):
-        found, dropped = from_huggingface(bare)
-        return Named(dict(sorted(found.items())), "huggingface", tuple(sorted(dropped)))
+        renamed, dropped = from_huggingface(bare)
+        return Named(dict(sorted(renamed.items())), "huggingface", tuple(sorted(dropped)))
     dropped = sorted(bare.keys() & (_OPENAI | _MASKS))
-    kept = {name: bare[name] for name in sorted(bare) if name not in dropped}
-    return Named(kept, _layout(kept, seen, dropped), tuple(dropped))
+    ours = {name: bare[name] for name in sorted(bare) if name not in dropped}
+    return Named(ours, _layout(ours, seen, dropped), tuple(dropped))
 
 
 def _unwrapped(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
     """Names without their wrappers' words, and which words there were."""
-    found: dict[str, Tensor] = {}
+    unwrapped: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
     seen: set[str] = set()
     for name, tensor in tensors.items():
@@ -63,13 +63,13 @@ def _unwrapped(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], set[st
         while len(words) > 1 and words[0] in WRAPPERS:
             seen.add(words.pop(0))
         bare = ".".join(words)
-        if bare in found:
+        if bare in unwrapped:
             raise MismatchError(
                 f"{origin[bare][:120]!r} and {name[:120]!r} both stand for {bare[:120]!r}",
                 hint="the file holds two models (an averaged copy?); save the one you want alone",
             )
-        found[bare], origin[bare] = tensor, name
-    return found, seen
+        unwrapped[bare], origin[bare] = tensor, name
+    return unwrapped, seen
 
 
 def _layout(names: Iterable[str], seen: set[str], dropped: list[str]) -> str:

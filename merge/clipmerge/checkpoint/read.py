@@ -33,8 +33,8 @@ class Reader:
     def __init__(self, checkpoints: Iterable[Checkpoint] = ()) -> None:
         self._expected: dict[Path, set[Stamp]] = {}
         for checkpoint in checkpoints:
-            for path, found in checkpoint.stamps.items():
-                self._expected.setdefault(path, set()).add(found)
+            for path, expected in checkpoint.stamps.items():
+                self._expected.setdefault(path, set()).add(expected)
         self._open: dict[Path, tuple[int, Stamp]] = {}
         self._lock = Lock()
 
@@ -120,20 +120,20 @@ class Reader:
             offset += count
 
     def _descriptor(self, path: Path) -> int:
-        found = self._open.get(path)
-        if found is None:
+        opened = self._open.get(path)
+        if opened is None:
             with self._lock:
-                found = self._open.get(path)
-                if found is None:
+                opened = self._open.get(path)
+                if opened is None:
                     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                    found = (descriptor, stamp(os.fstat(descriptor)))
-                    if self._expected.get(path, {found[1]}) != {found[1]}:
+                    opened = (descriptor, stamp(os.fstat(descriptor)))
+                    if self._expected.get(path, {opened[1]}) != {opened[1]}:
                         os.close(descriptor)  # no other thread may read it
                         raise CheckpointError(
                             f"{path} changed after it was opened", hint="load it again when it is complete"
                         )
-                    self._open[path] = found
-        return found[0]
+                    self._open[path] = opened
+        return opened[0]
 
 
 class Mapped:
@@ -152,7 +152,7 @@ class Mapped:
         self._maps.clear()
 
     def bytes_of(self, extent: Extent) -> Bytes:
-        """The extent's bytes, shape (nbytes,), read-only, not copied."""
+        """Return the extent's bytes, shape (nbytes,), read-only, not copied."""
         whole = extent.source if isinstance(extent.source, np.ndarray) else self._map(extent.source)
         if extent.offset + extent.nbytes > whole.size:
             raise CheckpointError(
@@ -162,7 +162,7 @@ class Mapped:
         return whole[extent.offset : extent.offset + extent.nbytes]
 
     def array(self, tensor: Tensor) -> npt.NDArray[Any]:
-        """The tensor, read-only; copied only where it has several extents."""
+        """Return the tensor, read-only; copied only where it has several extents."""
         parts = [self.bytes_of(extent) for extent in tensor.extents]
         raw = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.uint8), *parts])
         return tensor.view(raw)

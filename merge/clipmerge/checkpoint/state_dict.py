@@ -31,7 +31,7 @@ class ScriptMembers:
         self._read: set[str] = set()
 
     def __call__(self, cls: str) -> frozenset[str] | None:
-        """The names of the parameters and buffers of `__torch__.module.Class`; None where its code does not say."""
+        """Return the names of the parameters and buffers of `__torch__.module.Class`; None if its code is silent."""
         module = cls.rpartition(".")[0]
         entry = f"{self._folder}/code/{module.replace('.', '/')}.py"
         if entry in self._archive.entries and entry not in self._read:
@@ -113,10 +113,10 @@ def _is_module(value: Any) -> bool:
 
 def _entries(module: Stub, kind: str | None) -> dict[Any, Any]:
     """The state of a module, or the dict of that name in it; {} where it is none."""
-    found = module.state
-    if kind is not None and isinstance(found, dict):
-        found = found.get(kind)
-    return found if isinstance(found, dict) else {}
+    entries = module.state
+    if kind is not None and isinstance(entries, dict):
+        entries = entries.get(kind)
+    return entries if isinstance(entries, dict) else {}
 
 
 def _name(prefix: str, name: Any) -> str:

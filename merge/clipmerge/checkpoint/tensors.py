@@ -20,7 +20,7 @@ Stamp = tuple[int, int, int, int]
 
 
 def stamp(stat: os.stat_result) -> Stamp:
-    """Device, inode, size and time of modification: a file with the same stamp holds the same bytes."""
+    """Return device, inode, size and time of modification: a file with the same stamp holds the same bytes."""
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
@@ -90,27 +90,27 @@ class Checkpoint:
     stamps: Mapping[Path, Stamp] = field(default_factory=dict)
 
     def files(self) -> tuple[Path, ...]:
-        """Every file that it was read from, sorted: those that hold its bytes, and the index that names them."""
-        found = {e.source for t in self.tensors.values() for e in t.extents if isinstance(e.source, Path)}
+        """List every file that it was read from, sorted: those that hold its bytes, and the index that names them."""
+        files = {e.source for t in self.tensors.values() for e in t.extents if isinstance(e.source, Path)}
         if self.path is not None:
-            found.update(self.path.glob("*.index.json") if self.path.is_dir() else [self.path])
-        return tuple(sorted(found))
+            files.update(self.path.glob("*.index.json") if self.path.is_dir() else [self.path])
+        return tuple(sorted(files))
 
     def stamps_now(self) -> dict[Path, Stamp]:
-        """The stamp of each of its files as they are now.
+        """Take the stamp of each of its files as they are now.
 
         Raises:
             CheckpointError: one of them has gone.
         """
-        found = {}
+        stamps = {}
         for file in self.files():
             try:
-                found[file] = stamp(file.stat())
+                stamps[file] = stamp(file.stat())
             except OSError as error:
                 raise CheckpointError(
                     f"{file} cannot be read: {error.strerror}", hint="it was there when it was opened"
                 ) from error
-        return found
+        return stamps
 
     def read(self, name: str) -> npt.NDArray[Any]:
         """Read one tensor into an array of its own (BF16 and F8 as raw bits)."""
@@ -126,7 +126,7 @@ class Checkpoint:
 
 
 def identifiers(stems: list[str]) -> list[str]:
-    """A distinct identifier for each file stem, in order: letters, digits and `_`, `_2` … on a clash."""
+    """Make a distinct identifier for each file stem, in order: letters, digits and `_`, `_2` … on a clash."""
     taken: set[str] = set()
     out = []
     for stem in stems:
@@ -142,6 +142,6 @@ def identifiers(stems: list[str]) -> list[str]:
 
 
 def names_digest(tensors: Mapping[str, Tensor]) -> str:
-    """A short digest of names, dtypes and shapes: equal for checkpoints that fit together."""
+    """Digest names, dtypes and shapes: equal for checkpoints that fit together."""
     text = "\n".join(f"{n} {t.dtype} {t.shape}" for n, t in sorted(tensors.items()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

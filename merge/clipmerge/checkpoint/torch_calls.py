@@ -90,7 +90,7 @@ class TorchCalls:
         self._nested = nested
 
     def __call__(self, function: Global, args: tuple[Any, ...]) -> Any:
-        """What calling `function` gives."""
+        """Return what calling `function` gives."""
         path = function.path
         if path == "torch.storage._load_from_bytes":
             return self._nested(*args)
@@ -111,7 +111,7 @@ class TorchCalls:
 
 
 def persistent(saved: Any) -> Any:
-    """The storage (or, in old files, the class) that a persistent id stands for."""
+    """Return the storage (or, in old files, the class) that a persistent id stands for."""
     kind, *rest = saved if isinstance(saved, tuple) else (None,)
     if kind == "module" and rest:
         return rest[0]

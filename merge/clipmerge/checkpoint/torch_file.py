@@ -37,12 +37,12 @@ Locate = Callable[[Storage], Extent]
 
 
 def looks_like(head: bytes) -> bool:
-    """True for a zip archive, a pickle of protocol 2 or later, or one of protocol 0."""
+    """Return whether it may be a zip archive, a pickle of protocol 2 or later, or one of protocol 0."""
     return zip_file.looks_like(head) or head[:1] == b"\x80" or head[:1] in (b"c", b"(", b"}", b"]")
 
 
 def read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file by the names its state dict gives them, and the plain values beside them.
+    """Read the tensors of a file by the names its state dict gives them, and the plain values beside them.
 
     Raises:
         UnsafeFileError: the pickle calls something that is not on the list; names it.
@@ -70,8 +70,8 @@ def read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _read(path: Path, file: BinaryIO) -> tuple[dict[str, AnyTensor], dict[str, Any], Locate]:
     if not zip_file.looks_like(file.read(8)):
         end = file.seek(0, 2)
-        root, found = _read_pickles(Window(file, path, 0, end, Budget(end)))
-        return *find_state_dict(root), found
+        root, place = _read_pickles(Window(file, path, 0, end, Budget(end)))
+        return *find_state_dict(root), place
     archive = zip_file.Archive(path, file)
     roots = [name for name in archive.entries if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(roots) != 1:

@@ -49,7 +49,7 @@ class Window:
         file.seek(start)
 
     def read(self, nbytes: int) -> bytes:
-        """The next bytes, all of them."""
+        """Read the next bytes, all of them."""
         self.budget.reads -= 1
         if self.budget.reads < 0:
             raise Malformed(f"its pickle has more than {MAX_READS} steps")
@@ -60,7 +60,7 @@ class Window:
         return data
 
     def readline(self) -> bytes:
-        """Up to the next newline and with it."""
+        """Read up to the next newline and with it."""
         data = self.file.readline(min(MAX_LINE, self.end - self.at))
         if not data.endswith(b"\n"):
             raise Malformed("it has an endless line, or is truncated")
@@ -68,7 +68,7 @@ class Window:
         return data
 
     def skip(self, nbytes: int) -> Span:
-        """Where the next bytes lie; they are not read."""
+        """Skip the next bytes. Returns where they lie."""
         begin = self.at
         self._advance(nbytes)
         self.file.seek(self.at)
@@ -138,10 +138,10 @@ class SafeDict(dict[Any, Any]):
 
 def dict_of(pairs: Any) -> SafeDict:
     """Make a dict of (key, value) pairs."""
-    made = SafeDict()
+    safe = SafeDict()
     for key, value in pairs:
-        made[key] = value
-    return made
+        safe[key] = value
+    return safe
 
 
 def new(cls: Any, args: Any = ()) -> Stub:

@@ -1,4 +1,4 @@
-"""Tensors made of other tensors' bytes: transposed, joined, cut. No byte is read, but of strided tensors."""
+"""Tensors made of other tensors' bytes: transpose, concatenate, cut. No byte is read, but of strided tensors."""
 
 from collections.abc import Sequence
 from math import prod
@@ -12,7 +12,7 @@ from clipmerge.types import Bytes
 
 
 def row_major(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """True where these strides are those of a dense array in C order."""
+    """Return whether these strides are those of a dense array in C order."""
     expected = 1
     for size, stride in zip(reversed(shape), reversed(strides), strict=True):
         if size == 0:
@@ -23,8 +23,8 @@ def row_major(shape: Sequence[int], strides: Sequence[int]) -> bool:
     return True
 
 
-def transposed(tensor: Tensor) -> Tensor:
-    """The matrix with its axes exchanged."""
+def transpose(tensor: Tensor) -> Tensor:
+    """Exchange the axes of a matrix."""
     rows, columns = tensor.shape
     tensor = _one_extent(tensor)
     down, across = tensor.strides or (columns, 1)
@@ -32,24 +32,24 @@ def transposed(tensor: Tensor) -> Tensor:
     return Tensor(tensor.dtype, (columns, rows), tensor.extents, strides)
 
 
-def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Tensors of one dtype and one shape behind the first axis, one below the other."""
-    extents = tuple(extent for part in parts for extent in dense(part).extents)
+def concatenate(parts: Sequence[Tensor]) -> Tensor:
+    """Put tensors of one dtype, and of one shape behind the first axis, one below the other."""
+    extents = tuple(extent for part in parts for extent in without_strides(part).extents)
     rows = sum(part.shape[0] for part in parts)
     return Tensor(parts[0].dtype, (rows, *parts[0].shape[1:]), _merged(extents))
 
 
-def cut(tensor: Tensor, count: int) -> list[Tensor]:
-    """The tensor in `count` equal parts along its first axis."""
+def split(tensor: Tensor, count: int) -> list[Tensor]:
+    """Cut the tensor into `count` equal parts along its first axis."""
     rows = tensor.shape[0] // count
     shape = (rows, *tensor.shape[1:])
     nbytes = prod(shape) * ITEMSIZE[tensor.dtype]
-    extents = dense(tensor).extents
+    extents = without_strides(tensor).extents
     return [Tensor(tensor.dtype, shape, _between(extents, i * nbytes, nbytes)) for i in range(count)]
 
 
-def dense(tensor: Tensor) -> Tensor:
-    """The same tensor without strides; one that has them is read into memory."""
+def without_strides(tensor: Tensor) -> Tensor:
+    """Return the same tensor without strides; one that has them is read into memory."""
     return tensor if tensor.strides is None else _read(tensor)
 
 
@@ -65,22 +65,22 @@ def _read(tensor: Tensor) -> Tensor:
 
 
 def _between(extents: Sequence[Extent], start: int, nbytes: int) -> tuple[Extent, ...]:
-    found = []
+    pieces = []
     for extent in extents:
         begin, end = max(start, 0), min(start + nbytes, extent.nbytes)
         if begin < end:
-            found.append(Extent(extent.source, extent.offset + begin, end - begin))
+            pieces.append(Extent(extent.source, extent.offset + begin, end - begin))
         start -= extent.nbytes
-    return tuple(found)
+    return tuple(pieces)
 
 
 def _merged(extents: Sequence[Extent]) -> tuple[Extent, ...]:
     """Neighbours in one file become one extent: longer runs to read."""
-    found: list[Extent] = []
+    runs: list[Extent] = []
     for extent in extents:
-        last = found[-1] if found else None
+        last = runs[-1] if runs else None
         if last and last.source is extent.source and last.offset + last.nbytes == extent.offset:
-            found[-1] = Extent(last.source, last.offset, last.nbytes + extent.nbytes)
+            runs[-1] = Extent(last.source, last.offset, last.nbytes + extent.nbytes)
         else:
-            found.append(extent)
-    return tuple(found)
+            runs.append(extent)
+    return tuple(runs)
