@@ -54,6 +54,10 @@ class Buffers:
         return sum(array.nbytes for array in arrays) + self.scratch.nbytes + self.halves.nbytes
 
 
+Task = Callable[[Buffers], Iterator[None]]
+"""Work for one thread, in its buffers; yields after each block, where it may be stopped."""
+
+
 class Stretch:
     """A stretch of one output tensor that one thread computes, block by block.
 
@@ -158,16 +162,16 @@ def default_threads() -> int:
     return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
 
 
-def in_threads(tasks: Iterable[Callable[[Buffers], None]], threads: int) -> None:
+def in_threads(tasks: Iterable[Task], threads: int) -> None:
     """Run tasks in threads of their own, in which subnormals are numbers whatever the program has set.
 
     Raises:
-        Whatever a task raised first; no other is begun after it.
+        Whatever a task raised first, or KeyboardInterrupt; the others stop at their next block.
     """
     queue, lock = iter(tasks), Lock()
     failures: list[BaseException] = []
 
-    def next_task() -> Callable[[Buffers], None] | None:
+    def next_task() -> Task | None:
         with lock:
             return None if failures else next(queue, None)
 
@@ -179,7 +183,9 @@ def in_threads(tasks: Iterable[Callable[[Buffers], None]], threads: int) -> None
             buffers = Buffers(torch)
             with np.errstate(all="ignore"):  # what is not finite is looked for and reported, not warned about
                 while (task := next_task()) is not None:
-                    task(buffers)
+                    for _ in task(buffers):
+                        if failures:
+                            return
         except BaseException as error:  # handed to the caller, whatever it is
             failures.append(error)
 
@@ -195,7 +201,7 @@ def in_threads(tasks: Iterable[Callable[[Buffers], None]], threads: int) -> None
                 work(None)
             for worker in workers:
                 worker.join()
-        except BaseException as interruption:  # the others stop after the task they are in
+        except BaseException as interruption:
             failures.append(interruption)
         for worker in workers:
             worker.join()

@@ -63,12 +63,14 @@ def execute(
                 done += computed.size
                 on_progress(what, done, plan.written_bytes)
 
-    def compute_whole(step: Step, sink: Sink, offset: int, _: Buffers) -> None:
+    def compute_whole(step: Step, sink: Sink, offset: int, _: Buffers) -> Iterator[None]:
         write(sink, offset, _WholeStep(step, reader, allow_nonfinite, digests).compute())
+        yield
 
-    def compute_stretch(stretch: Stretch, sink: Sink, offset: int, buffers: Buffers) -> None:
+    def compute_stretch(stretch: Stretch, sink: Sink, offset: int, buffers: Buffers) -> Iterator[None]:
         for begin, computed in stretch.compute(buffers, not_finite):
             write(sink, offset + begin, computed)
+            yield
 
     streamed = [item for item in placed if _streams(item[0])]
     whole = [item for item in placed if not _streams(item[0])]

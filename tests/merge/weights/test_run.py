@@ -1,6 +1,7 @@
 """Plan → numbers: values, dtypes, integers, blocks, progress. (Same bytes and memory: tests/merge/trust.)"""
 
 import sys
+import time
 from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
@@ -334,3 +335,23 @@ def test_any_sum_is_that_of_float64_rounded_once(
             narrow(exact, out, wanted, scratch_for(exact.size))
         monkeypatch.setattr(blocks, "BLOCK", int(rng.choice([1 << 18, 64, 13])))
         assert arrays(merged, out)["x"].tobytes() == wanted.tobytes()
+
+
+def test_a_failure_stops_a_long_tensor_in_another_thread_at_its_next_block(
+    point: Point, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where digests are taken, one thread has the whole of a long tensor: it must not go on to its end."""
+    monkeypatch.setattr(blocks, "BLOCK", 100)
+    blocks_written = 0
+
+    def slow(_what: str, _done: int, _total: int) -> None:
+        nonlocal blocks_written
+        blocks_written += 1
+        time.sleep(0.002)
+
+    weights = point("a", long=np.ones(1_000_000, np.float32), short=[float("nan")])
+    with pytest.raises(NonFiniteError, match="'short'"):
+        mean([weights, point("b", long=np.ones(1_000_000, np.float32), short=[1.0])]).save(
+            tmp_path / "out.safetensors", threads=2, on_progress=slow
+        )
+    assert blocks_written < 1000
