@@ -79,12 +79,12 @@ class Weights(Expression):
         """
         dtype = float_dtype(dtype)
         target = check_save(self, Path(path), force=force, dtype=dtype, shard_size=shard_size)
-        taken = Digests(self.checkpoints) if digests else None
-        # Digests are taken from the bytes as they stream by, so the record that holds them is written last. All
-        # digests are equally long: with any text in their place the header has its final size.
-        written = dict.fromkeys(self.checkpoints, "0" * 64) if taken else None
         record = partial(file_metadata, self, dtype=dtype, extra=metadata)
-        files = output_files(target, record(digests=written))
+        # Digests that are not known are taken from the bytes as they stream by, so the header that holds them is
+        # written last. All digests are equally long: with any text in their place it has its final size.
+        wanted = Digests(self.checkpoints if digests else ())
+        known = wanted.finish() if wanted.complete else dict.fromkeys(self.checkpoints, "0" * 64)
+        files = output_files(target, record(digests=known if digests else None))
         with (
             Reader(target.plan.checkpoints) as reader,
             new_files(
@@ -97,11 +97,11 @@ class Weights(Expression):
                 sink = _file_sink(descriptor, file.path)
                 placed += [(target.plan.steps[name], sink, offset) for name, offset in file.offsets.items()]
             execute(
-                target.plan, placed, reader, threads=threads, allow_nonfinite=allow_nonfinite, digests=taken,
+                target.plan, placed, reader, threads=threads, allow_nonfinite=allow_nonfinite, digests=wanted,
                 on_progress=on_progress,
             )  # fmt: skip
-            if taken:
-                files = output_files(target, record(digests=taken.finish(on_progress)))
+            if not wanted.complete:
+                files = output_files(target, record(digests=wanted.finish(on_progress)))
             for file, descriptor in zip(files, descriptors, strict=True):
                 write_at(descriptor, file.head, 0, file.path)
         return files[-1].path
