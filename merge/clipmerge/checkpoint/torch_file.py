@@ -106,7 +106,9 @@ def _read_pickles(window: Window, nesting: int = 0) -> tuple[Any, Locate]:
             part = Window(window.file, window.source, begin, end, window.budget)
         else:
             part = _in_memory(data, window.budget)
+        part.reads_left = window.reads_left  # one pickle may name another a million times
         root, locate = _read_pickles(part, nesting + 1)
+        window.reads_left = part.reads_left
         window.file.seek(window.at)
         if isinstance(root, Storage):
             root.extent = locate(root)

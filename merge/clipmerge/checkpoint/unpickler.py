@@ -40,23 +40,27 @@ class Span:
 class Window:
     """The bytes [at, end) of an open file, as an unpickler reads them: no length is believed before it is checked.
 
-    `source` is what extents into it will name. Windows into one file share `budget`, which counts what their pickles
-    cost: without it a short pickle could copy one long list for ever.
+    `source` is what extents into it will name. Windows into one file share `budget`: without it a short pickle could
+    copy one long list for ever.
     """
 
     def __init__(self, file: BinaryIO, source: Path | Bytes, start: int, end: int, budget: "Budget") -> None:
         self.file, self.source, self.at, self.end, self.budget = file, source, start, end, budget
+        self.reads_left = MAX_READS
         file.seek(start)
 
     def read(self, nbytes: int) -> bytes:
         """Read the next bytes, all of them."""
-        self.budget.reads -= 1
-        if self.budget.reads < 0:
+        self.reads_left -= 1
+        at = self.at + nbytes
+        if nbytes < 0 or at > self.end:
+            raise Malformed("it is truncated, or a length in it is wrong")
+        if self.reads_left < 0:
             raise Malformed(f"its pickle has more than {MAX_READS} steps")
-        self._advance(nbytes)
         data = self.file.read(nbytes)
         if len(data) != nbytes:
             raise Malformed("it was shortened while it was read")
+        self.at = at
         return data
 
     def readline(self) -> bytes:
@@ -70,22 +74,18 @@ class Window:
     def skip(self, nbytes: int) -> Span:
         """Skip the next bytes. Returns where they lie."""
         begin = self.at
-        self._advance(nbytes)
+        if not 0 <= nbytes <= self.end - begin:
+            raise Malformed("it is truncated, or a length in it is wrong")
+        self.at = begin + nbytes
         self.file.seek(self.at)
         return Span(begin, nbytes)
-
-    def _advance(self, nbytes: int) -> None:
-        if not 0 <= nbytes <= self.end - self.at:
-            raise Malformed("it is truncated, or a length in it is wrong")
-        self.at += nbytes
 
 
 @dataclass(slots=True)
 class Budget:
-    """What the pickles of one file may still cost: reads, and characters and items that calls copy."""
+    """How many characters and items the calls in one file's pickles may still copy."""
 
     copies: int
-    reads: int = MAX_READS
 
     def charge(self, args: tuple[Any, ...]) -> None:
         """Count what a call may copy."""
@@ -173,6 +173,19 @@ class Unpickler(pickle._Unpickler):
     ) -> None:
         super().__init__(window, encoding="latin-1")
         self._window, self._call, self._persistent = window, call, persistent
+
+    def load(self) -> Any:
+        """Read one pickle: the base class's loop without its buffer of frames, which a file's size does not bound."""
+        self.read, self.readline = self._window.read, self._window.readline
+        self.metastack: list[list[Any]] = []
+        self.stack = []
+        self.append = self.stack.append
+        read, dispatch = self.read, self.dispatch
+        try:
+            while True:
+                dispatch[read(1)[0]](self)
+        except pickle._Stop as stop:  # type: ignore[attr-defined]
+            return stop.value
 
     def persistent_load(self, pid: Any) -> Any:
         return self._persistent(pid)

@@ -36,6 +36,7 @@ class Archive:
         except _FAULTS as error:
             raise Malformed(f"its zip directory cannot be read: {error}") from None
         self.entries: dict[str, zipfile.ZipInfo] = {}
+        self._limits: dict[str, int] = {}
         end = self._zip.start_dir
         for entry in sorted(self._zip.infolist(), key=lambda entry: -entry.header_offset):
             name = entry.filename
@@ -45,7 +46,7 @@ class Archive:
                 raise Malformed(f"its entry {name!r} overlaps another one")
             if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise Malformed(f"its entry {name!r} is encrypted or packed in a way that torch never uses")
-            self.entries[name] = entry
+            self.entries[name], self._limits[name] = entry, end
             end = entry.header_offset
 
     def locate(self, name: str) -> Extent:
@@ -58,9 +59,7 @@ class Archive:
             self._file.seek(entry.header_offset + 26)
             lengths = struct.unpack("<HH", self._file.read(4))
         begin = entry.header_offset + 30 + sum(lengths)
-        following = [other.header_offset for other in self.entries.values()]
-        limit = min((at for at in following if at > entry.header_offset), default=self._zip.start_dir)
-        if entry.file_size != entry.compress_size or begin + entry.file_size > limit:
+        if entry.file_size != entry.compress_size or begin + entry.file_size > self._limits[name]:
             raise Malformed(f"its entry {name!r} runs into the next one")
         return Extent(self._path, begin, entry.file_size)
 

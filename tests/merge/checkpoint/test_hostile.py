@@ -262,6 +262,16 @@ def test_a_bare_pickle_inside_a_bare_pickle_without_end_is_refused(tmp_path: Pat
         open_checkpoint(tmp_path / "a.pt")
 
 
+def test_a_pickle_that_is_named_a_thousand_times_inside_another_is_refused(tmp_path: Path) -> None:
+    inner = b"\x80\x02" + b"N0" * 20_000 + b"N."
+    data = (
+        b"\x80\x03B" + struct.pack("<I", len(inner)) + inner + b"q\x00ctorch.storage\n_load_from_bytes\nq\x01"
+    )
+    bare(tmp_path / "a.pt", data + b"h\x01h\x00\x85R0" * 1000 + b"N.")
+    with pytest.raises(CheckpointError, match="more than 4000000 steps"):
+        open_checkpoint(tmp_path / "a.pt")
+
+
 def test_memory_stays_within_the_size_of_the_file(tmp_path: Path) -> None:
     """A gigabyte is promised in every way we know, under a limit of the address space."""
     giga = 1 << 30
