@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 from clipmerge.errors import OutputError
 from clipmerge_cli import show
@@ -70,57 +69,46 @@ def _one_thread() -> Iterator[None]:
 
 
 def _claim(out: Path, force: bool) -> None:
-    """Refuse a folder that is not a demo's, or that holds a finished demo, unless `force`.
-
-    Raises:
-        OutputError: the folder is not ours to write into.
-    """
+    """Refuse a folder that is not a demo's, or that holds a finished demo, unless `force`."""
     model = out / MODEL_FILE
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    if not any(out.iterdir()):
         return
     if not model.is_file():
-        raise OutputError(
-            f"{out} is not empty and was not created by `clipmerge demo`",
-            hint="name another folder with --out",
-        )
+        message = f"{out} is not empty and was not created by `clipmerge demo`"
+        raise OutputError(message, hint="name another folder with --out")
     if force:
         for name in ("data", "ft", "tasks", "again"):
             shutil.rmtree(out / name, ignore_errors=True)
         for path in (*out.glob("*.safetensors"), out / "base.state", out / RESULTS):
             path.unlink(missing_ok=True)
     elif (out / RESULTS).exists():
-        raise OutputError(
-            f"{out} holds a finished demo", hint="look at it, name another folder with --out, or use --force"
-        )
+        hint = "look at it, name another folder with --out, or use --force"
+        raise OutputError(f"{out} holds a finished demo", hint=hint)
     elif json.loads(model.read_text(encoding="utf-8")) != MODEL:
         raise OutputError(f"{out} holds a demo of another version", hint="start it anew with --force")
 
 
 def _show(study: Study, out: Path) -> None:
-    chosen = "Chosen on held-out digits; reported on test digits and on the shift"
+    singles = [row for row in study.rows if row.role not in TASK_ROLES]
+    columns = ("model", "held-out", "test", "95 %", f"shift ({SPLITS['shift'].partition('@')[2]})", "95 %")
+    title = "Chosen on held-out digits; reported on test digits and on the shift (top-1 %)"
     show.table(
-        ("model", "held-out", "test", "95 %", f"shift ({SPLITS['shift'].partition('@')[2]})", "95 %"),
-        [_compared(row) for row in study.rows if row.role not in TASK_ROLES],
-        title=f"{chosen} (top-1 %)",
+        columns, [_cells(row, "held-out", "test", None, "shift", None) for row in singles], title=title
     )
-    show.table(
-        ("model", "low 0–4", "high 5–9", "upright 0–9", "blurred 0–9"),
-        [
-            [row.name, *(show.percent(row.scores[s]["value"], 1) for s in ("low", "high", "test", "blurred"))]
-            for row in study.rows
-            if row.role in ("base", *TASK_ROLES)
-        ],
-        title="Task arithmetic and patching, on test digits (top-1 %)",
-    )
+    tasks = [row for row in study.rows if row.role in ("base", *TASK_ROLES)]
+    columns = ("model", "low 0–4", "high 5–9", "upright 0–9", "blurred 0–9")
+    title = "Task arithmetic and patching, on test digits (top-1 %)"
+    show.table(columns, [_cells(row, "low", "high", "test", "blurred") for row in tasks], title=title)
     print(f"{out}/comparison.png   the first table as a picture; also greedy-soup, wise-ft, forgot, patched")
     print(f"{out}/results.json     every number")
     print(f"{out}/commands.sh      every step as a command, to type or to run")
 
 
-def _compared(row: Row) -> list[Any]:
-    cells: list[Any] = [row.name, show.percent(row.scores["held-out"]["value"], 1)]
-    for split in ("test", "shift"):
-        score = row.scores[split]
-        cells += [show.percent(score["value"], 1), show.interval(score["interval"])]
+def _cells(row: Row, *splits: str | None) -> list[str]:
+    """Return a row of the table; None is the interval of the score before it."""
+    cells, score = [row.name], {}
+    for split in splits:
+        score = score if split is None else row.scores[split]
+        cells.append(show.interval(score["interval"]) if split is None else show.percent(score["value"], 1))
     return cells

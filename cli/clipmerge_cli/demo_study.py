@@ -10,22 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from clipmerge.errors import TrainingError
-from clipmerge_cli.demo_steps import (
-    BASE,
-    COMPARED,
-    INGREDIENTS,
-    MODEL,
-    MODEL_FILE,
-    SHARED,
-    SPLITS,
-    TASKS,
-    TASKWISE,
-    TEMPLATE,
-    TRAININGS,
-    Training,
-    merges,
-    script,
-)
+from clipmerge_cli import demo_steps as steps
+from clipmerge_cli.demo_steps import Training
 
 RESULTS = "results.json"
 TASK_ROLES = ("task", "added", "negated", "patched")
@@ -64,7 +50,7 @@ class Study:
     def run(self) -> None:
         """Do all steps in order; trainings whose files are there are not repeated."""
         self.prepare()
-        for training in TRAININGS:
+        for training in steps.TRAININGS:
             if not (self.folder / training.path).exists():
                 self.train(training)
         self.compare()
@@ -77,7 +63,7 @@ class Study:
 
         for name in ("data", "ft", "tasks"):
             (self.folder / name).mkdir(exist_ok=True, parents=True)
-        write_json(MODEL, self.folder / MODEL_FILE)
+        write_json(steps.MODEL, self.folder / steps.MODEL_FILE)
         with self.watched("images"):
             write_images(self.folder / "data")
 
@@ -94,11 +80,11 @@ class Study:
     def compare(self) -> None:
         """Merge in every way that `merges` lists, and score every model on the splits of its table."""
         with self.watched("scores of single models"):
-            self.score([("base", "base", BASE.path)], *COMPARED, *TASKWISE)
-            self.score([(t.title, "ingredient", t.path) for t in INGREDIENTS], *COMPARED)
+            self.score([("base", "base", steps.BASE.path)], *steps.COMPARED, *steps.TASKWISE)
+            self.score([(t.title, "ingredient", t.path) for t in steps.INGREDIENTS], *steps.COMPARED)
         best = self.best
         self.rows.append(Row(f"best single ({best.name.partition(':')[0]})", "best", best.file, best.scores))
-        for key, words in merges(str(best.file)).items():
+        for key, words in steps.merges(str(best.file)).items():
             with self.watched(key.replace("_", " ").replace("wise ft", "WiSE-FT")):
                 self.documents[key] = self.command(*words, "--force", "--fresh")
         with self.watched("scores of merged models"):
@@ -108,18 +94,18 @@ class Study:
                 ("uniform soup", "uniform", "uniform.safetensors"),
                 (name, "greedy", "greedy.safetensors"),
             ]
-            self.score(soups, *COMPARED)
+            self.score(soups, *steps.COMPARED)
             self.rows.append(Row("logit ensemble (all)", "ensemble", None, self.ensemble()))
-            self.score([(f"WiSE-FT, α = {alpha:g}", "wise-ft", "wise-ft.safetensors")], *COMPARED)
+            self.score([(f"WiSE-FT, α = {alpha:g}", "wise-ft", "wise-ft.safetensors")], *steps.COMPARED)
             added, forgot = (self.documents[key]["coefficient"] for key in ("addition", "negation"))
             patched = self.documents["patching"]["alpha"]
-            tasks = [(f"{task.name.removeprefix('tasks/')} alone", "task", task.path) for task in TASKS]
+            tasks = [(f"{task.name.removeprefix('tasks/')} alone", "task", task.path) for task in steps.TASKS]
             tasks += [
                 (f"low + high, scale {added:g}", "added", "added.safetensors"),
                 (f"low forgotten, scale {forgot:g}", "negated", "forgot.safetensors"),
                 (f"patched, α = {patched:g}", "patched", "patched.safetensors"),
             ]
-            self.score(tasks, *TASKWISE)
+            self.score(tasks, *steps.TASKWISE)
             self.documents["curve"] = self.curve(str(best.file))
 
     def report(self) -> None:
@@ -128,14 +114,15 @@ class Study:
         from clipmerge.report.documents import write_json
 
         best, curve = str(self.best.file), self.documents["curve"]
-        (self.folder / "commands.sh").write_text(script(best, self.pace), encoding="utf-8")
+        (self.folder / "commands.sh").write_text(steps.script(best, self.pace), encoding="utf-8")
         rows = [{"role": r.role, "scores": {s: r.scores[s]["value"] for s in r.scores}} for r in self.rows]
         axes = {"x": "test", "y": "shift", "labels": {"test": "test digits", "shift": "turned by 25°"}}
         figure = {"kind": "comparison", "rows": rows, "curve": curve, **axes}
         figures.plot(figure, self.folder / "comparison.png")
         models = [asdict(row) for row in self.rows]
         write_json(
-            {"model": MODEL, "splits": SPLITS, "models": models, **self.documents}, self.folder / RESULTS
+            {"model": steps.MODEL, "splits": steps.SPLITS, "models": models, **self.documents},
+            self.folder / RESULTS,
         )
 
     # -- what they share ---------------------------------------------------------------------------------
@@ -163,18 +150,18 @@ class Study:
 
     def score(self, models: Sequence[tuple[str, str, str]], *splits: str) -> None:
         """Score (name, role, file) on the named splits, a row each."""
-        data = {SPLITS[split]: split for split in splits}
+        data = {steps.SPLITS[split]: split for split in splits}
         options = [word for source in data for word in ("--data", source)]
-        document = self.command("evaluate", *(file for _, _, file in models), *options, *SHARED)
+        document = self.command("evaluate", *(file for _, _, file in models), *options, *steps.SHARED)
         for (name, role, file), model in zip(models, document["checkpoints"], strict=True):
             scores = {data[source]: score for source, score in model["scores"].items()}
             self.rows.append(Row(name, role, file, scores))
 
     def curve(self, best: str) -> list[dict[str, Any]]:
         """Return test scores along the line from the base to the best single, for the figure alone."""
-        words = merges(best)["wise_ft"]
-        tests = ["--eval", f"test={SPLITS['test']}", "--eval", f"shift={SPLITS['shift']}"]
-        points = self.command(*words[: words.index("--eval")], *tests, *SHARED, "--fresh")["points"]
+        words = steps.merges(best)["wise_ft"]
+        tests = ["--eval", f"test={steps.SPLITS['test']}", "--eval", f"shift={steps.SPLITS['shift']}"]
+        points = self.command(*words[: words.index("--eval")], *tests, *steps.SHARED, "--fresh")["points"]
         return [
             {
                 "alpha": point["coefficient"],
@@ -192,11 +179,11 @@ class Study:
         from clipmerge.evaluate.metrics import interval
         from clipmerge.weights.weights import load_all
 
-        splits = {name: open_split(SPLITS[name], role="test") for name in COMPARED}
-        evaluator = Evaluator(self.folder / MODEL_FILE, splits, templates=TEMPLATE, device="cpu")
-        ingredients = load_all([self.folder / training.path for training in INGREDIENTS])
+        splits = {name: open_split(steps.SPLITS[name], role="test") for name in steps.COMPARED}
+        evaluator = Evaluator(self.folder / steps.MODEL_FILE, splits, templates=steps.TEMPLATE, device="cpu")
+        ingredients = load_all([self.folder / training.path for training in steps.INGREDIENTS])
         scores = {}
-        for split in COMPARED:
+        for split in steps.COMPARED:
             logits = torch.stack([evaluator.logits(weights, split) for weights in ingredients])
             right = logits.mean(0).argmax(1).numpy() == evaluator.labels(split)
             correct, n = int(right.sum()), len(right)

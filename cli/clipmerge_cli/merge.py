@@ -40,4 +40,4 @@ def merge(
         dtype=out.dtype or recipe.dtype,
         shard_size=out.shard_size or recipe.shard_size,
     )
-    out.merge(weights, model)
+    out.merge(weights, model=model)

@@ -6,102 +6,75 @@ from contextlib import contextmanager
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from clipmerge_cli.show import say
+from clipmerge_cli.show import percent, say
 
 if TYPE_CHECKING:
+    from rich.progress import TaskID
+
     from clipmerge.types import Progress
 
 OnEvent = Callable[[Mapping[str, Any]], None]
 
 
 @contextmanager
-def progress(*, quiet: bool = False, title: str | None = None) -> Iterator["Progress | None"]:
+def progress(
+    *, quiet: bool = False, title: str | None = None, notes: Mapping[str, str] | None = None
+) -> Iterator["Progress | None"]:
     """Yield a callback for long work, or None where stderr is no terminal or `quiet`.
 
-    Each distinct `what` is one bar, with `title` before it; bars vanish when the block ends, so that the result
-    stands alone.
+    Each distinct `what` is one bar, with `title` before it and the current `notes` after it; bars vanish when the block
+    ends, so that the result stands alone. Workers may report from several threads.
     """
     if quiet or not sys.stderr.isatty():
         yield None
-    else:
-        with _Bars(title) as bars:
-            yield bars.update
+        return
+    from rich import progress as rich
+    from rich.console import Console
+
+    text, elapsed, left = rich.TextColumn, rich.TimeElapsedColumn(), rich.TimeRemainingColumn()
+    columns = (
+        text("{task.description}"),
+        rich.BarColumn(),
+        text("{task.fields[count]}"),
+        text("elapsed"),
+        elapsed,
+    )
+    bars = rich.Progress(
+        *columns, text("about"), left, text("left"), console=Console(stderr=True), transient=True
+    )
+    tasks: dict[str, TaskID] = {}
+    lock = Lock()
+
+    def update(what: str, done: int, total: int) -> None:
+        with lock:
+            if what not in tasks:
+                if "" in tasks:
+                    bars.remove_task(tasks.pop(""))
+                tasks[what] = bars.add_task(f"{title}: {what}" if title else what, count="")
+            count = "  ".join((_count(done, total), *(notes or {}).values()))
+            bars.update(tasks[what], completed=done, total=total or None, count=count)
+
+    with bars:
+        if title:
+            tasks[""] = bars.add_task(title, total=None, count="")
+        yield update
 
 
 @contextmanager
 def training(*, quiet: bool = False) -> Iterator[tuple["Progress | None", OnEvent | None]]:
     """Yield callbacks for `finetune`: a live line at a terminal, scores as plain lines elsewhere, none if quiet."""
-    if quiet or not sys.stderr.isatty():
-        yield None, None if quiet else _say_score
-        return
     notes: dict[str, str] = {}
-    with _Bars() as bars:
 
-        def on_event(event: Mapping[str, Any]) -> None:
-            if event["event"] == "step":
-                notes["loss"] = f"loss {event['loss']:.3f}"
-                notes["speed"] = f"{event['images_per_second']:.0f} images/s"
-            elif event["event"] == "score":
-                notes["score"] = f"held-out {100 * event['top1']:.2f} %"
-            bars.note("steps", "  ".join(notes.values()))
+    def on_event(event: Mapping[str, Any]) -> None:
+        if event["event"] == "step":
+            notes["step"] = f"loss {event['loss']:.3f}  {event['images_per_second']:.0f} images/s"
+        elif event["event"] == "score":
+            notes["score"] = f"held-out {percent(event['top1'])} %"
+            if on_progress is None:
+                say(f"step {event['step']}: {notes['score']}, loss {event['loss']:.3f}")
 
-        yield bars.update, on_event
-
-
-def _say_score(event: Mapping[str, Any]) -> None:
-    if event["event"] == "score":
-        say(f"step {event['step']}: held-out {100 * event['top1']:.2f} %, loss {event['loss']:.3f}")
-
-
-class _Bars:
-    """One bar per kind of work. Workers of the library may report from several threads."""
-
-    def __init__(self, title: str | None = None) -> None:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            Progress,
-            TaskID,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        self._bars = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"),
-            TextColumn("{task.fields[note]}"), TextColumn("elapsed"), TimeElapsedColumn(),
-            TextColumn("about"), TimeRemainingColumn(), TextColumn("left"),
-            console=Console(stderr=True), transient=True,
-        )  # fmt: skip
-        self._title = title
-        self._lock = Lock()
-        self._tasks: dict[str, TaskID] = {}
-        if title:
-            self._tasks[""] = self._bars.add_task(title, total=None, count="", note="")
-
-    def __enter__(self) -> "_Bars":
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
-
-    def update(self, what: str, done: int, total: int) -> None:
-        """Move the bar of `what`; 0 is an unknown total."""
-        with self._lock:
-            if what not in self._tasks:
-                if "" in self._tasks:
-                    self._bars.remove_task(self._tasks.pop(""))
-                name = f"{self._title}: {what}" if self._title else what
-                self._tasks[what] = self._bars.add_task(name, total=total or None, count="", note="")
-            self._bars.update(
-                self._tasks[what], completed=done, total=total or None, count=_count(done, total)
-            )
-
-    def note(self, what: str, text: str) -> None:
-        """Show a text beside the bar of `what`, where there is one."""
-        if what in self._tasks:
-            self._bars.update(self._tasks[what], note=text)
+    with progress(quiet=quiet, notes=notes) as on_progress:
+        yield on_progress, None if quiet else on_event
 
 
 def _count(done: int, total: int) -> str:

@@ -144,7 +144,7 @@ def choose(
         if value is None:
             value = grid[-1]
             remark = f"{coefficient} is chosen among {len(grid)}; the plan shows {value:g}"
-        out.merge(at(value), choosing.model, remark=remark)
+        out.merge(at(value), model=choosing.model, remark=remark)
         return
 
     def sweep_grid(evaluator: "Evaluator", on_progress: "Progress | None") -> "SweepResult":
@@ -169,8 +169,14 @@ def run_search(
     Args:
         coefficient: what is chosen, "alpha" or "scale"; None: ingredients are, and there is no base.
     """
+    from clipmerge.weights.check import check
+    from clipmerge.weights.plan import float_dtype
+    from clipmerge.weights.weights import mean
+
     out.check_usage()
-    out.check_search(models, choosing.model, based=coefficient is not None)
+    dtype = float_dtype(out.dtype) or (None if coefficient is None else "F32")  # else all inputs must agree
+    check(mean(models), dtype=dtype)
+    out.check(mean(models), choosing.model, dtype)
     with choosing.evaluator(data, out, role="val", models=models) as (evaluator, on_progress):
         result = search(evaluator, on_progress)
         written = None

@@ -69,7 +69,7 @@ def soup(
         if kind != "uniform":
             remark = f"a {kind} soup chooses among these; the plan shows the mean of all of them"
         document = uniform.to_json() if out.json else None
-        out.merge(uniform.weights, choosing.model, document, remark)
+        out.merge(uniform.weights, model=choosing.model, document=document, remark=remark)
         return
 
     def search(evaluator: "Evaluator", on_progress: "Progress | None") -> "SoupResult":

@@ -63,30 +63,17 @@ class Output(Talk):
 
     def check(self, weights: "Weights", model: str | None, dtype: str | None) -> None:
         """Refuse an output that could not be written, from headers alone: it exists, is an input, does not fit."""
-        from clipmerge.report import model_folder
-        from clipmerge.weights.output_files import check_save
-
         if self.output is None:
             return
         options: dict[str, Any] = {"force": self.force, "shard_size": self.shard_size}
         if self.output.name == HUB_FILE:
+            from clipmerge.report import model_folder
+
             model_folder.check_save(weights, self.output.parent, model=model, **options)
         else:
+            from clipmerge.weights.output_files import check_save
+
             check_save(weights, self.output, dtype=dtype, **options)
-
-    def check_search(self, models: "Sequence[Weights]", model: str | None, *, based: bool) -> None:
-        """Refuse before a search what would be refused after it.
-
-        Args:
-            based: the first of the models is a base, whose float dtypes the output takes; else all must agree.
-        """
-        from clipmerge.weights.check import check
-        from clipmerge.weights.plan import float_dtype
-        from clipmerge.weights.weights import mean
-
-        dtype = float_dtype(self.dtype) or ("F32" if based else None)
-        check(mean(models), dtype=dtype)
-        self.check(mean(models), model, dtype)
 
     def write(
         self, weights: "Weights", record: Mapping[str, Any], on_progress: "Progress | None" = None
@@ -98,18 +85,17 @@ class Output(Talk):
         """
         if self.output is None:
             return None
-        shared = ("force", "dtype", "shard_size", "allow_nonfinite", "threads", "digests", "fsync")
-        options: dict[str, Any] = {name: getattr(self, name) for name in shared}
-        if self.output.name != HUB_FILE:
-            return weights.save(self.output, metadata=record, on_progress=on_progress, **options)
         from clipmerge.report.model_folder import save_folder
 
-        return save_folder(weights, self.output.parent, metadata=record, on_progress=on_progress, **options)
+        shared = ("force", "dtype", "shard_size", "allow_nonfinite", "threads", "digests", "fsync")
+        options: dict[str, Any] = {name: getattr(self, name) for name in shared}
+        options |= {"metadata": record, "on_progress": on_progress}
+        if self.output.name == HUB_FILE:
+            return save_folder(weights, self.output.parent, **options)
+        return weights.save(self.output, **options)
 
-    def finish(self, written: Path | None, remark: str | None = None) -> None:
+    def finish(self, written: Path | None) -> None:
         """Say what was written once the results are shown, and upload it if that was asked for."""
-        if remark:
-            self.say(remark)
         if written is None:
             return
         self.say(f"wrote {show.short(written)}")
@@ -121,6 +107,7 @@ class Output(Talk):
     def merge(
         self,
         weights: "Weights",
+        *,
         model: str | None = None,
         document: Mapping[str, Any] | None = None,
         remark: str | None = None,
@@ -134,7 +121,8 @@ class Output(Talk):
         """
         self.check_usage(needed=True)
         if self.dry_run:
-            self.plan(weights, model, remark)
+            self.plan(weights, model)
+            self.say(f"{remark}\ndry run: nothing was written" if remark else "dry run: nothing was written")
             return
         record = {}
         if model is not None:
@@ -145,9 +133,11 @@ class Output(Talk):
             written = self.write(weights, record, on_progress)
         if self.json:
             show.document({**(document or {"kind": "merge", "notation": repr(weights)}), "output": written})
-        self.finish(written, remark)
+        if remark:
+            self.say(remark)
+        self.finish(written)
 
-    def plan(self, weights: "Weights", model: str | None, remark: str | None) -> None:
+    def plan(self, weights: "Weights", model: str | None) -> None:
         """Show the plan on stdout, after every check that headers and the output's folder allow."""
         from clipmerge.weights.describe import describe
 
@@ -170,7 +160,6 @@ class Output(Talk):
         print(
             f"{plan.notation} gives {plan.gives}: reads {read}, writes {written}, works in {memory} at most"
         )
-        self.say(f"{remark}\ndry run: nothing was written" if remark else "dry run: nothing was written")
 
 
 def load_models(*files: str) -> "list[Weights]":
