@@ -97,9 +97,9 @@ def _show(study: Study, out: Path) -> None:
         columns, [_cells(row, "held-out", "test", None, "shift", None) for row in singles], title=title
     )
     tasks = [row for row in study.rows if row.role in ("base", *TASK_ROLES)]
-    columns = ("model", "low 0–4", "high 5–9", "upright 0–9", "blurred 0–9")
+    task_columns = ("model", "low 0–4", "high 5–9", "upright 0–9", "blurred 0–9")
     title = "Task arithmetic and patching, on test digits (top-1 %)"
-    show.table(columns, [_cells(row, "low", "high", "test", "blurred") for row in tasks], title=title)
+    show.table(task_columns, [_cells(row, "low", "high", "test", "blurred") for row in tasks], title=title)
     print(f"{out}/comparison.png   the first table as a picture; also greedy-soup, wise-ft, forgot, patched")
     print(f"{out}/results.json     every number")
     print(f"{out}/commands.sh      every step as a command, to type or to run")
@@ -107,7 +107,8 @@ def _show(study: Study, out: Path) -> None:
 
 def _cells(row: Row, *splits: str | None) -> list[str]:
     """Return a row of the table; None is the interval of the score before it."""
-    cells, score = [row.name], {}
+    cells: list[str] = [row.name]
+    score = row.scores["test"]
     for split in splits:
         score = score if split is None else row.scores[split]
         cells.append(show.interval(score["interval"]) if split is None else show.percent(score["value"], 1))

@@ -1,8 +1,8 @@
 """The demo as commands: its model, its images, what is trained and what is merged. Nothing here is heavy to import."""
 
+import re
 import shlex
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 MODEL_FILE = "digits-clip.json"
@@ -17,8 +17,6 @@ MODEL: Mapping[str, Any] = {
 """An open_clip configuration of 2.0 M parameters, most of them the vocabulary's."""
 
 TEMPLATE = 'a photo of the number: "{}".'
-SHARED = ["--templates", TEMPLATE, "--device", "cpu"]
-"""The same numbers everywhere: on the CPU, in fp32."""
 
 SPLITS = {
     "held-out": "digits#val",
@@ -40,126 +38,90 @@ COMPARED = ("held-out", "test", "shift")
 TASKWISE = ("low", "high", "test", "blurred")
 """What every task, sum, negation and patch is scored on."""
 
-INGREDIENT_FILES = "ft/*.safetensors"
-GRID = "0:1:0.1"
+MERGED = {
+    "uniform": ("uniform_soup", "uniform", "uniform soup"),
+    "greedy": ("greedy_soup", "greedy", "greedy soup ({} of {})"),
+    "wise-ft": ("wise_ft", "wise-ft", "WiSE-FT, α = {:g}"),
+    "added": ("addition", "added", "low + high, scale {:g}"),
+    "forgot": ("negation", "negated", "low forgotten, scale {:g}"),
+    "patched": ("patching", "patched", "patched, α = {:g}"),
+}
+"""File → key in results.json, role in the figure, name in the tables."""
+
+_SCRIPT = """#!/usr/bin/env bash
+# Every step of the demo as a command. Results go to again/, beside what the demo made.
+set -euo pipefail
+export OMP_NUM_THREADS=1  # as the demo: one thread and the CPU, for the same bytes everywhere
+cd "$(dirname "$0")"
+rm -rf again && mkdir -p again/ft again/tasks
+
+# The base, from scratch, on digits at every angle within 45°: modest everywhere, and as good at 25° as upright
+clipmerge finetune --base none --model digits-clip.json --train data/broad.npz --plot base-training.png \\
+  --lr 0.002 --seed 0 --steps 70 --augment none {training} -o base.safetensors
+
+# Six finetunings of it on upright digits: better there, worse at 25°; the last learning rate is too high on purpose
+clipmerge finetune {ft} --lr 0.0005 --seed 1 --steps 60 {training} --augment none -o ft/ft1.safetensors
+clipmerge finetune {ft} --lr 0.001 --seed 2 --steps 60 {training} --augment none -o ft/ft2.safetensors
+clipmerge finetune {ft} --lr 0.002 --seed 3 --steps 60 {training} --augment none -o ft/ft3.safetensors
+clipmerge finetune {ft} --lr 0.001 --seed 4 --steps 60 {training} --augment crop:0.7 -o ft/ft4.safetensors
+clipmerge finetune {ft} --lr 0.001 --seed 5 --steps 60 {training} --augment randaugment:1,5 -o ft/ft5.safetensors
+clipmerge finetune {ft} --lr 0.004 --seed 6 --steps 60 {training} --augment none -o ft/ft6.safetensors
+
+# Three finetunings on tasks; task vectors live in the image tower, as in the papers
+clipmerge finetune {task} --train data/low.npz#train --seed 11 --steps 60 {training} -o tasks/low.safetensors
+clipmerge finetune {task} --train data/high.npz#train --seed 12 --steps 60 {training} -o tasks/high.safetensors
+clipmerge finetune {task} --train digits#train@blur:1.5 --seed 13 --steps 60 {training} -o tasks/blurred.safetensors
+
+# Each of them on test digits, and turned by 25 degrees
+clipmerge evaluate base.safetensors ft/*.safetensors --data digits#test --data digits#test@rotate:25 {scoring}
+
+# Soups
+clipmerge soup ft/*.safetensors -o uniform.safetensors
+clipmerge soup ft/*.safetensors --greedy --val digits#val {scoring} --plot greedy-soup.png -o greedy.safetensors
+
+# WiSE-FT: from the base to the best single
+clipmerge interpolate base.safetensors {best} --alphas 0:1:0.1 --eval id=digits#val \\
+  --eval shift=digits#val@rotate:25 {scoring} --plot wise-ft.png -o wise-ft.safetensors
+
+# Task arithmetic: add two tasks, forget one
+clipmerge add base.safetensors tasks/low.safetensors tasks/high.safetensors --scale auto --scales 0:1:0.1 \\
+  --val data/low.npz#val --val data/high.npz#val {scoring} --plot added.png -o added.safetensors
+clipmerge negate base.safetensors tasks/low.safetensors --scale auto --scales 0:1:0.1 \\
+  --target data/low.npz#val --control data/high.npz#val {scoring} --plot forgot.png -o forgot.safetensors
+
+# PAINT: learn blurred digits, keep upright ones
+clipmerge patch base.safetensors tasks/blurred.safetensors --patch digits#val@blur:1.5 --supported digits#val \\
+  --alphas 0:1:0.1 {scoring} --plot patched.png -o patched.safetensors
+
+# What was written, and whether it is what it says
+clipmerge inspect greedy.safetensors
+clipmerge verify greedy.safetensors --parents ft
+clipmerge compare uniform.safetensors greedy.safetensors --base base.safetensors
+"""
+
+SCORING = f"--device cpu --templates {shlex.quote(TEMPLATE)}"
+_SHARED = {
+    "scoring": f"\\\n  {SCORING}",
+    "training": f"\\\n  --batch-size 64 {SCORING}",
+    "ft": "--base base.safetensors --train digits#train",
+    "task": "--base base.safetensors --towers image --augment none --lr 0.001",
+}
 
 
-@dataclass(frozen=True)
-class Training:
-    """One finetuning of the base, or the base's own training from scratch."""
-
-    name: str
-    train: str
-    lr: float
-    steps: int
-    seed: int
-    augment: str = "none"
-    towers: str = "both"
-
-    @property
-    def title(self) -> str:
-        """The file's stem and what sets this training apart."""
-        augment = "" if self.augment == "none" else f", {self.augment}"
-        return f"{self.name.rpartition('/')[2]}: lr {self.lr:g}{augment}"
-
-    @property
-    def path(self) -> str:
-        return f"{self.name}.safetensors"
-
-    def words(self, pace: float) -> list[str]:
-        """Return the command, with `pace` times the steps."""
-        scratch = ["--base", "none", "--model", MODEL_FILE, "--plot", "base-training.png"]
-        options = {
-            "--lr": self.lr, "--steps": max(1, round(self.steps * pace)), "--seed": self.seed,
-            "--batch-size": 64, "--augment": self.augment, "--towers": self.towers, "-o": self.path,
-        }  # fmt: skip
-        start = scratch if self is BASE else ["--base", BASE.path]
-        given = [word for option, value in options.items() for word in (option, str(value))]
-        return ["finetune", "--train", self.train, *start, *SHARED, *given]
-
-
-BASE = Training("base", "data/broad.npz", lr=2e-3, steps=70, seed=0)
-"""Trained on digits at every angle within 45°: modest everywhere, and as good at 25° as upright."""
-
-INGREDIENTS = (
-    Training("ft/ft1", "digits#train", lr=5e-4, steps=60, seed=1),
-    Training("ft/ft2", "digits#train", lr=1e-3, steps=60, seed=2),
-    Training("ft/ft3", "digits#train", lr=2e-3, steps=60, seed=3),
-    Training("ft/ft4", "digits#train", lr=1e-3, steps=60, seed=4, augment="crop:0.7"),
-    Training("ft/ft5", "digits#train", lr=1e-3, steps=60, seed=5, augment="randaugment:1,5"),
-    Training("ft/ft6", "digits#train", lr=4e-3, steps=60, seed=6),
-)
-"""Upright digits only: better there, worse at 25°. The last learning rate is too high on purpose."""
-
-TASKS = (
-    Training("tasks/low", "data/low.npz#train", lr=1e-3, steps=60, seed=11, towers="image"),
-    Training("tasks/high", "data/high.npz#train", lr=1e-3, steps=60, seed=12, towers="image"),
-    Training("tasks/blurred", "digits#train@blur:1.5", lr=1e-3, steps=60, seed=13, towers="image"),
-)
-"""Task vectors live in the image tower; the text tower stays the base's, as in the papers."""
-
-TRAININGS = (BASE, *INGREDIENTS, *TASKS)
-
-
-def merges(best: str) -> dict[str, list[str]]:
-    """Return the commands that merge and choose, by their keys in results.json.
+def script(best: str, pace: float = 1.0, folder: str = "again/") -> str:
+    """Return all steps as a shell script.
 
     Args:
         best: the file of the best single finetuning.
+        pace: a factor on the number of training steps.
+        folder: where results go.
     """
-    held, shift, low, high, blurred = (
-        SPLITS[f"held-out{s}"] for s in ("", " shift", " low", " high", " blurred")
-    )
-    low_file, high_file, blurred_file = (task.path for task in TASKS)
-    grid = ["--scale", "auto", "--scales", GRID]
-    steps = {
-        "uniform_soup": ["soup", INGREDIENT_FILES, "-o", "uniform.safetensors"],
-        "greedy_soup": ["soup", INGREDIENT_FILES, "--greedy", "--val", held, "--plot", "greedy-soup.png",
-                        "-o", "greedy.safetensors"],
-        "wise_ft": ["interpolate", BASE.path, best, "--alphas", GRID, "--eval", f"id={held}",
-                    "--eval", f"shift={shift}", "--plot", "wise-ft.png", "-o", "wise-ft.safetensors"],
-        "addition": ["add", BASE.path, low_file, high_file, *grid, "--val", low, "--val", high,
-                     "--plot", "added.png", "-o", "added.safetensors"],
-        "negation": ["negate", BASE.path, low_file, *grid, "--target", low, "--control", high,
-                     "--plot", "forgot.png", "-o", "forgot.safetensors"],
-        "patching": ["patch", BASE.path, blurred_file, "--patch", blurred, "--supported", held, "--alphas", GRID,
-                     "--plot", "patched.png", "-o", "patched.safetensors"],
-    }  # fmt: skip
-    return {name: [*words, *SHARED] for name, words in steps.items()}
+    text = re.sub(r"--steps (\d+)", lambda steps: f"--steps {max(1, round(int(steps[1]) * pace))}", _SCRIPT)
+    return re.sub(r"(-o|--plot) ", rf"\1 {folder}", text.format(best=best, **_SHARED))
 
 
-def script(best: str, pace: float) -> str:
-    """Return a shell script that repeats every step on the demo's files; what it writes goes to again/."""
-    sections = {
-        "The base, from scratch, on digits at every angle": [BASE.words(pace)],
-        "Six finetunings of it on upright digits, three on tasks": [t.words(pace) for t in TRAININGS[1:]],
-        "Each of them on test digits, and turned by 25 degrees": [
-            ["evaluate", BASE.path, INGREDIENT_FILES, "--data", SPLITS[name], *SHARED]
-            for name in ("test", "shift")
-        ],
-        "Soups, WiSE-FT, task arithmetic (add two tasks, forget one), PAINT": list(merges(best).values()),
-        "What was written, and whether it is what it says": [
-            ["inspect", "greedy.safetensors"],
-            ["verify", "greedy.safetensors", "--parents", "ft"],
-            ["compare", "uniform.safetensors", "greedy.safetensors", "--base", BASE.path],
-        ],
-    }
-    lines = [
-        "#!/usr/bin/env bash",
-        "# Every step of the demo as a command. Results go to again/, beside what the demo made.",
-        "set -euo pipefail",
-        "export OMP_NUM_THREADS=1  # as the demo: one thread, the same bytes",
-        'cd "$(dirname "$0")"',
-        "rm -rf again && mkdir -p again/ft again/tasks",
-    ]
-    for title, steps in sections.items():
-        lines += ["", f"# {title}", *(" ".join(("clipmerge", *_elsewhere(words))) for words in steps)]
-    return "\n".join(lines) + "\n"
-
-
-def _elsewhere(words: list[str]) -> Iterator[str]:
-    """Quote the words of a command that writes to again/; globs stay globs."""
-    for before, word in zip(["", *words], words, strict=False):
-        if before in ("-o", "--plot"):
-            word = f"again/{word}"
-        yield word if word == INGREDIENT_FILES else shlex.quote(word)
+def commands(name: str, best: str = "", pace: float = 1.0) -> dict[str, list[str]]:
+    """Return the words of each command called `name` by the file that it writes, which is its last word."""
+    lines = script(best, pace, folder="").replace("\\\n", " ").splitlines()
+    words = [shlex.split(line)[1:] for line in lines if line.startswith(f"clipmerge {name}")]
+    return {command[-1]: command for command in words}

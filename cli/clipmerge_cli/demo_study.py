@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, chdir, redirect_stdout
 from dataclasses import asdict, dataclass, field
@@ -11,7 +12,6 @@ from typing import Any
 
 from clipmerge.errors import TrainingError
 from clipmerge_cli import demo_steps as steps
-from clipmerge_cli.demo_steps import Training
 
 RESULTS = "results.json"
 TASK_ROLES = ("task", "added", "negated", "patched")
@@ -50,9 +50,9 @@ class Study:
     def run(self) -> None:
         """Do all steps in order; trainings whose files are there are not repeated."""
         self.prepare()
-        for training in steps.TRAININGS:
-            if not (self.folder / training.path).exists():
-                self.train(training)
+        for file, words in steps.commands("finetune", pace=self.pace).items():
+            if not (self.folder / file).exists():
+                self.train(file, words)
         self.compare()
         with self.watched("figures"):
             self.report()
@@ -67,46 +67,49 @@ class Study:
         with self.watched("images"):
             write_images(self.folder / "data")
 
-    def train(self, training: Training) -> None:
-        """Finetune the base, or train it from scratch; go on from a saved state where there is one."""
-        state = self.folder / f"{training.name}.state"
-        with self.watched(training.path):
+    def train(self, file: str, words: Sequence[str]) -> None:
+        """Train one model; go on from a saved state where there is one."""
+        state = (self.folder / file).with_suffix(".state")
+        with self.watched(file):
             try:
-                self.command(*training.words(self.pace), *(["--resume"] if state.exists() else []))
+                self.command(*words, *(["--resume"] if state.exists() else []))
             except TrainingError as error:
                 hint = "the same command goes on from there" if state.exists() else error.hint
                 raise TrainingError(error.message, hint=hint) from error
 
     def compare(self) -> None:
-        """Merge in every way that `merges` lists, and score every model on the splits of its table."""
+        """Merge in every way, and score every model on the splits of its table."""
         with self.watched("scores of single models"):
-            self.score([("base", "base", steps.BASE.path)], *steps.COMPARED, *steps.TASKWISE)
-            self.score([(t.title, "ingredient", t.path) for t in steps.INGREDIENTS], *steps.COMPARED)
+            self.score("base.safetensors", "base", "base", *steps.COMPARED, *steps.TASKWISE)
+            for file, words in steps.commands("finetune").items():
+                lr, augment = (words[words.index(option) + 1] for option in ("--lr", "--augment"))
+                name = f"{Path(file).stem}: lr {lr}" + ("" if augment == "none" else f", {augment}")
+                if file.startswith("ft/"):
+                    self.score(file, name, "ingredient", *steps.COMPARED)
         best = self.best
         self.rows.append(Row(f"best single ({best.name.partition(':')[0]})", "best", best.file, best.scores))
-        for key, words in steps.merges(str(best.file)).items():
-            with self.watched(key.replace("_", " ").replace("wise ft", "WiSE-FT")):
-                self.documents[key] = self.command(*words, "--force", "--fresh")
-        with self.watched("scores of merged models"):
-            greedy, alpha = self.documents["greedy_soup"], self.documents["wise_ft"]["coefficient"]
-            name = f"greedy soup ({len(greedy['ingredients'])} of {len(greedy['candidates'])})"
-            soups = [
-                ("uniform soup", "uniform", "uniform.safetensors"),
-                (name, "greedy", "greedy.safetensors"),
-            ]
-            self.score(soups, *steps.COMPARED)
-            self.rows.append(Row("logit ensemble (all)", "ensemble", None, self.ensemble()))
-            self.score([(f"WiSE-FT, α = {alpha:g}", "wise-ft", "wise-ft.safetensors")], *steps.COMPARED)
-            added, forgot = (self.documents[key]["coefficient"] for key in ("addition", "negation"))
-            patched = self.documents["patching"]["alpha"]
-            tasks = [(f"{task.name.removeprefix('tasks/')} alone", "task", task.path) for task in steps.TASKS]
-            tasks += [
-                (f"low + high, scale {added:g}", "added", "added.safetensors"),
-                (f"low forgotten, scale {forgot:g}", "negated", "forgot.safetensors"),
-                (f"patched, α = {patched:g}", "patched", "patched.safetensors"),
-            ]
-            self.score(tasks, *steps.TASKWISE)
-            self.documents["curve"] = self.curve(str(best.file))
+        for command in ("soup", "interpolate", "add", "negate", "patch"):
+            for file, words in steps.commands(command, best=str(best.file)).items():
+                self.merge(file, words)
+        self.documents["curve"] = self.curve(str(best.file))
+
+    def merge(self, file: str, words: Sequence[str]) -> None:
+        """Merge by one command, and score the file that was written."""
+        key, role, name = steps.MERGED[Path(file).stem]
+        with self.watched(key.replace("_", " ").replace("wise ft", "WiSE-FT")):
+            document = self.documents[key] = self.command(*words, "--force", "--fresh")
+            found = [len(document.get(part, ())) for part in ("ingredients", "candidates")]
+            numbers = (
+                found if "ingredients" in document else [document.get("coefficient", document.get("alpha"))]
+            )
+            if role == "added":
+                for task in ("low", "high", "blurred"):
+                    self.score(f"tasks/{task}.safetensors", f"{task} alone", "task", *steps.TASKWISE)
+            self.score(
+                file, name.format(*numbers), role, *(steps.TASKWISE if role in TASK_ROLES else steps.COMPARED)
+            )
+            if role == "greedy":
+                self.rows.append(Row("logit ensemble (all)", "ensemble", None, self.ensemble()))
 
     def report(self) -> None:
         """Write commands.sh, the comparison as a figure, and at last results.json: the demo is finished."""
@@ -148,26 +151,25 @@ class Study:
         document.pop("figures", None)
         return document
 
-    def score(self, models: Sequence[tuple[str, str, str]], *splits: str) -> None:
-        """Score (name, role, file) on the named splits, a row each."""
-        data = {steps.SPLITS[split]: split for split in splits}
-        options = [word for source in data for word in ("--data", source)]
-        document = self.command("evaluate", *(file for _, _, file in models), *options, *steps.SHARED)
-        for (name, role, file), model in zip(models, document["checkpoints"], strict=True):
-            scores = {data[source]: score for source, score in model["scores"].items()}
-            self.rows.append(Row(name, role, file, scores))
+    def score(self, file: str, name: str, role: str, *splits: str) -> None:
+        """Add a row with a model's scores on the named splits."""
+        options = [word for split in dict.fromkeys(splits) for word in ("--data", steps.SPLITS[split])]
+        document = self.command("evaluate", file, *options, *shlex.split(steps.SCORING))
+        scores = document["checkpoints"][0]["scores"]
+        self.rows.append(Row(name, role, file, {split: scores[steps.SPLITS[split]] for split in splits}))
 
     def curve(self, best: str) -> list[dict[str, Any]]:
         """Return test scores along the line from the base to the best single, for the figure alone."""
-        words = steps.merges(best)["wise_ft"]
-        tests = ["--eval", f"test={steps.SPLITS['test']}", "--eval", f"shift={steps.SPLITS['shift']}"]
-        points = self.command(*words[: words.index("--eval")], *tests, *steps.SHARED, "--fresh")["points"]
+        (words,) = steps.commands("interpolate", best=best).values()
+        shown = [word.replace("#val", "#test") for word in words[: words.index("--plot")]]
+        points = self.command(*shown, "--fresh")["points"]
+        names = {"test": "id", "shift": "shift"}
         return [
             {
-                "alpha": point["coefficient"],
-                "scores": {split: s["value"] for split, s in point["scores"].items()},
+                "alpha": p["coefficient"],
+                "scores": {name: p["scores"][split]["value"] for name, split in names.items()},
             }
-            for point in points
+            for p in points
         ]
 
     def ensemble(self) -> Scores:
@@ -181,7 +183,7 @@ class Study:
 
         splits = {name: open_split(steps.SPLITS[name], role="test") for name in steps.COMPARED}
         evaluator = Evaluator(self.folder / steps.MODEL_FILE, splits, templates=steps.TEMPLATE, device="cpu")
-        ingredients = load_all([self.folder / training.path for training in steps.INGREDIENTS])
+        ingredients = load_all(sorted(self.folder.glob("ft/*.safetensors")))
         scores = {}
         for split in steps.COMPARED:
             logits = torch.stack([evaluator.logits(weights, split) for weights in ingredients])
