@@ -13,13 +13,13 @@ from clipmerge.data.pixels import mean_and_std, normalise
 from clipmerge.data.split import Split
 from clipmerge.types import Ints, Pixels
 
-__all__ = ["DeviceSplit", "Span"]
+__all__ = ["DeviceSplit", "Span", "fits"]
 
 Span = tuple[int, int]
 """Where a batch begins and ends in an order of images."""
 
-_SHARE = 0.7
-"""Pixels stay on a GPU where they fit in this share of its free memory; the rest is for weights and activations."""
+_SPARE = 0.3
+"""The share of a GPU's memory that what stays there leaves for weights and activations."""
 
 _SLOTS = 3
 """Pinned batches: one is filled, one waits, one is copied to the device."""
@@ -46,7 +46,7 @@ class DeviceSplit:
         self._device = device
         self.covered = split.covered
         self._mean_and_std = mean_and_std(preprocess, device)
-        self._on_device = self._copy_pixels() if device.type == "cuda" else None
+        self._on_device = self._copy_pixels()
 
     def batches(self, order: Ints, spans: Sequence[Span]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (indices, uint8 pixels), both on the device, for each span of `order`."""
@@ -82,8 +82,7 @@ class DeviceSplit:
 
     def _copy_pixels(self) -> Tensor | None:
         """Copy the pixels to the GPU; None where they do not fit."""
-        free, _ = torch.cuda.mem_get_info(self._device)
-        if self.pixels.nbytes > _SHARE * free:
+        if not fits(self.pixels.nbytes, self._device):
             return None
         whole = torch.empty(self.pixels.shape, dtype=torch.uint8, device=self._device)
         for start in range(0, len(whole), _BLOCK):
@@ -127,3 +126,11 @@ class DeviceSplit:
                 main.wait_event(event)
                 images.record_stream(main)
                 yield images
+
+
+def fits(nbytes: int, device: torch.device) -> bool:
+    """Decide whether data may stay on a GPU beside what is there and what a pass needs. A CPU's is never copied."""
+    if device.type != "cuda":
+        return False
+    free, total = torch.cuda.mem_get_info(device)
+    return nbytes <= free - _SPARE * total

@@ -107,7 +107,7 @@ class Evaluator:
             self.images_saved += result.n
             return result
         self.load(weights)
-        return cast("Score", self._remember(key, weights, name, self._run(name)))
+        return cast("Score", self._remember(key, weights, name, self._run(name, weights)))
 
     def scores(self, weights: Source, splits: Sequence[str] | None = None) -> dict[str, Score]:
         """Score weights on several splits, by default on all; they are loaded once."""
@@ -142,39 +142,39 @@ class Evaluator:
             self.images_saved += known.n
             return known
         held = mean(members)
-        try:
-            if self._mean != (recipe := recipe_digest(held, self._digest)):
-                self.load(held)
-                self.predictor.resident.hold()
-                self._mean = recipe
-            self._loaded = None
-            self.predictor.resident.lerp(candidate, 1 / (len(members) + 1))
-            result = self._run(name, incumbent, strict=strict, early_stop=early_stop)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"with {candidate!r}, {error.message}", hint=error.hint) from error
+        if self._mean != (recipe := recipe_digest(held, self._digest)):
+            self.load(held)
+            self.predictor.resident.hold()
+            self._mean = recipe
+        self._loaded = None
+        self.predictor.resident.lerp(candidate, 1 / (len(members) + 1))
+        result = self._run(name, candidate, incumbent if early_stop else None, strict=strict)
         return self._remember(key, proposed, name, result)
 
     def _run(
-        self, name: str, incumbent: Score | None = None, *, strict: bool = False, early_stop: bool = True
+        self, name: str, candidate: Weights, incumbent: Score | None = None, *, strict: bool = False
     ) -> Score | Stopped:
         """Predict a split with what the model now holds, until all is seen or the incumbent is out of reach."""
         split, difficulty = self.splits[name], self._difficulty_of(name)
         n, metric = len(split), METRICS[self.metric]
+        may_stop = incumbent is not None and metric.higher_is_better
         # Images that were not seen count as right: no metric that may stop a pass falls when an image becomes right,
         # so what loses now would lose in full as well (README.md).
         best_case = Predictions(split.labels, split.labels.copy(), np.ones(n, bool), np.ones(n), split.groups)
         seen, stopped = np.zeros(n, bool), None
-        for indices, rows in self.predictor.rows(
-            name, np.arange(n) if incumbent is None else difficulty.order()
-        ):
-            best_case.predicted[indices] = rows[:, 0].astype(np.int64)
-            best_case.in_top5[indices] = rows[:, 1] > 0
-            best_case.confidence[indices] = rows[:, 2]
-            seen[indices] = True
-            if incumbent is not None and early_stop and metric.higher_is_better and not seen.all():
-                stopped = Stopped(self.metric, metric.compute(best_case), n, int(seen.sum()))
-                if not is_better(stopped, incumbent, strict=strict):
-                    break
+        order = difficulty.order() if may_stop else np.arange(n)
+        try:
+            for indices, rows in self.predictor.rows(name, order):
+                best_case.predicted[indices] = rows[:, 0].astype(np.int64)
+                best_case.in_top5[indices] = rows[:, 1] > 0
+                best_case.confidence[indices] = rows[:, 2]
+                seen[indices] = True
+                if may_stop and not seen.all():
+                    stopped = Stopped(self.metric, metric.compute(best_case), n, int(seen.sum()))
+                    if not is_better(stopped, incumbent, strict=strict):
+                        break
+        except NonFiniteError as error:
+            raise NonFiniteError(f"with {candidate!r}, {error.message}", hint=error.hint) from error
         scored = int(seen.sum())
         self.images_scored += scored
         self.images_saved += n - scored

@@ -5,7 +5,7 @@ disk by a digest of everything that they are built from. Scoring, learned soups 
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -150,7 +150,7 @@ def zero_shot_head(
 
     Args:
         cache: a folder that keeps heads by what they are made of; None keeps nothing.
-        digest: `text_digest(model)`, where the caller knows it.
+        digest: `text_digest` of the model's tensors, where the caller knows it.
 
     Source: Radford et al. 2021, arXiv 2103.00020, section 3.1.4.
     """
@@ -158,7 +158,7 @@ def zero_shot_head(
     names, texts = tuple(classes), tuple(templates)
     path = None
     if cache is not None:
-        key = _head_key(model, tokenizer, names, texts, digest or text_digest(model))
+        key = _head_key(model, tokenizer, names, texts, digest or text_digest(model.state_dict()))
         path = cache / "heads" / f"{key}.npy"
         cached = _cached_head(path, len(names))
         if cached is not None:
@@ -199,9 +199,9 @@ def class_logits(
     return logits if bias is None else logits + bias
 
 
-def text_digest(model: nn.Module) -> str:
-    """Digest the text tower's weights: equal towers, equal digests."""
-    tensors = {n: t.detach() for n, t in sorted(model.state_dict().items()) if tower_of(n) == "text"}
+def text_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Digest those of a model's tensors that are its text tower: equal towers, equal digests."""
+    tensors = {n: t.detach() for n, t in sorted(tensors.items()) if tower_of(n) == "text"}
     pieces: Iterable[Tensor] = (tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors.values())
     if any(tensor.device.type != "cpu" for tensor in tensors.values()):
         pieces = list(pieces)

@@ -1,12 +1,12 @@
 """One model that stays in memory: weights are copied and means interpolated into it, never through a file."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipmerge.checkpoint.read import Mapped
 from clipmerge.checkpoint.tensors import Checkpoint
@@ -14,9 +14,13 @@ from clipmerge.dtypes import torch_dtype
 from clipmerge.errors import MismatchError
 from clipmerge.evaluate.heads import text_digest
 from clipmerge.model import ModelSpec, build_model, load_weights
+from clipmerge.weights.names import tower_of
 from clipmerge.weights.weights import Weights
 
-__all__ = ["Resident", "tensors_of"]
+__all__ = ["Resident", "Upload", "tensors_of"]
+
+_BUFFER = 64 << 20
+"""Bytes of a pinned buffer: large enough for a copy at full speed, small enough to be filled from cache."""
 
 
 class Resident:
@@ -28,17 +32,26 @@ class Resident:
 
     def __init__(self, spec: ModelSpec, device: torch.device) -> None:
         self.device = device
+        self.upload = Upload(device)
         self.module = build_model(spec, device).requires_grad_(False)
         self._names: tuple[str, ...] = ()
         self._flat: Tensor | None = None
         self._mean: dict[str, Tensor] = {}
         self._digest: str | None = None
+        self._lone: Weights | None = None
 
     def load(self, weights: Weights) -> None:
-        """Copy the weights' exact values into the model."""
-        self._digest = None
-        load_weights(self.module, weights)
-        self._names = weights.names
+        """Copy the weights' exact values into the model; one checkpoint goes to a GPU from its mapped pages."""
+        quick = self.device.type == "cuda" and weights.total == 1 and _lone_checkpoint(weights) is not None
+        load_weights(self.module, weights, self._fill if quick else None)
+        self._names, self._digest, self._lone = weights.names, None, weights if quick else None
+
+    def _fill(self, weights: Weights, module: nn.Module) -> None:
+        weights.check_fit(module)
+        targets = module.state_dict(keep_vars=True)
+        with torch.no_grad(), tensors_of(weights) as tensors:
+            for name, tensor in tensors:
+                targets[name].copy_(self.upload(tensor))
 
     def hold(self) -> None:
         """Keep what the model holds as the mean that `lerp` starts from."""
@@ -62,7 +75,7 @@ class Resident:
                 f"{candidate!r} cannot join the mean: {len(differing)} names differ, first {differing[0]!r}",
                 hint="every candidate needs the same tensors",
             )
-        self._digest = None
+        self._digest = self._lone = None
         targets = self._floats()
         with torch.no_grad(), tensors_of(candidate) as tensors:
             for name, tensor in tensors:
@@ -74,12 +87,13 @@ class Resident:
                         f"{name!r} is {list(tensor.shape)} in {candidate!r}, {list(mean.shape)} in the mean",
                         hint="every candidate needs the same tensors",
                     )
-                torch.lerp(mean, tensor.to(device=self.device, dtype=mean.dtype), t, out=targets[name])
+                torch.lerp(mean, self.upload(tensor).to(mean.dtype), t, out=targets[name])
 
     def text_digest(self) -> str:
-        """Digest the text tower that the model now holds."""
+        """Digest the text tower that the model now holds; from its file where that has the same bytes."""
         if self._digest is None:
-            self._digest = text_digest(self.module)
+            held = {n: t for n, t in self.module.state_dict().items() if tower_of(n) == "text"}
+            self._digest = text_digest(held) if self._lone is None else _digest_of_file(self._lone, held)
         return self._digest
 
     def _floats(self) -> dict[str, Tensor]:
@@ -88,15 +102,57 @@ class Resident:
         return {n: state[n].data for n in self._names if n in state and state[n].is_floating_point()}
 
 
+class Upload:
+    """Copies tensors to a device in their own dtype, to be converted there; to a GPU through two pinned buffers.
+
+    While one buffer is copied by the GPU, the other is filled from a file's pages.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffers: list[tuple[Tensor, torch.cuda.Event]] = []
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Return the tensor on the device."""
+        if self._device.type != "cuda" or tensor.device.type != "cpu" or not tensor.numel():
+            return tensor.to(self._device)
+        if not self._buffers:
+            pinned = [torch.empty(_BUFFER, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+            self._buffers = [(buffer, torch.cuda.Event()) for buffer in pinned]  # type: ignore[no-untyped-call]
+        there = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
+        source, target = (t.reshape(-1).view(torch.uint8) for t in (tensor, there))
+        for start in range(0, len(source), _BUFFER):
+            piece = source[start : start + _BUFFER]
+            buffer, copied = self._buffers[0]
+            copied.synchronize()  # the last copy out of this buffer; at once where there was none
+            buffer[: len(piece)].copy_(piece)
+            target[start : start + len(piece)].copy_(buffer[: len(piece)], non_blocking=True)
+            copied.record()
+            self._buffers.reverse()
+        return there
+
+
 @contextmanager
 def tensors_of(weights: Weights) -> Iterator[Iterator[tuple[str, Tensor]]]:
     """Yield (name, tensor on the CPU) of each tensor; those of one checkpoint are its mapped pages, not copies."""
-    one = next(iter(weights.terms)) if len(weights.terms) == 1 else None
-    if not isinstance(one, Checkpoint) or weights.terms[one].constant != 1:
+    lone = _lone_checkpoint(weights)
+    if lone is None:
         yield iter(weights.state_dict().items())
         return
     with Mapped() as mapped:
-        yield ((name, _mapped_tensor(mapped, one, name)) for name in sorted(one.tensors))
+        yield ((name, _mapped_tensor(mapped, lone, name)) for name in sorted(lone.tensors))
+
+
+def _lone_checkpoint(weights: Weights) -> Checkpoint | None:
+    """Return the checkpoint that the weights are; None where they are computed from others."""
+    only = next(iter(weights.terms)) if len(weights.terms) == 1 else None
+    return only if isinstance(only, Checkpoint) and weights.terms[only].constant == 1 else None
+
+
+def _digest_of_file(weights: Weights, held: Mapping[str, Tensor]) -> str:
+    with tensors_of(weights) as tensors:
+        pages = {n: t for n, t in tensors if n in held and t.dtype == held[n].dtype}
+        return text_digest(pages if pages.keys() == held.keys() else held)
 
 
 def _mapped_tensor(mapped: Mapped, checkpoint: Checkpoint, name: str) -> Tensor:

@@ -1,6 +1,6 @@
 """Load weights into a model in place, and take a model's tensors as Weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,25 +16,32 @@ __all__ = ["load_weights", "save_model", "weights_of"]
 HEAD = "classification_head"
 
 
-def load_weights(model: "torch.nn.Module", weights: "Weights") -> None:
+def load_weights(
+    model: "torch.nn.Module",
+    weights: "Weights",
+    fill: "Callable[[Weights, torch.nn.Module], object] | None" = None,
+) -> None:
     """Write weights into an open_clip model in place.
 
     A trained head in the weights becomes `model.classification_head`; the text tower may be absent where
     there is such a head (model-soups' checkpoints), and then keeps what it held.
 
+    Args:
+        fill: what copies the tensors, in place of `Weights.load_into`.
+
     Raises:
         ModelError: names or shapes differ; missing and unexpected ones are listed all at once.
     """
-    names = weights.names
+    names, copy = weights.names, fill or (lambda values, module: values.load_into(module))
     if f"{HEAD}.weight" in names:
         _fit_head(
             model, *weights.checkpoints[0].tensors[f"{HEAD}.weight"].shape, bias=f"{HEAD}.bias" in names
         )
-        weights.load_into(_without_absent_text(model, names))
+        copy(weights, _without_absent_text(model, names))
         return
     if hasattr(model, HEAD):
         delattr(model, HEAD)
-    weights.load_into(model)
+    copy(weights, model)
 
 
 def _fit_head(model: "torch.nn.Module", classes: int, width: int, *, bias: bool) -> None:

@@ -14,10 +14,11 @@ from clipmerge import distributed
 from clipmerge.data.prompts import prompts
 from clipmerge.device import Precision, autocast, float32_matmul, out_of_memory_hint
 from clipmerge.errors import SelectionError
+from clipmerge.evaluate.device_split import fits
 from clipmerge.evaluate.evaluator import Evaluator
 from clipmerge.evaluate.heads import average_templates, class_logits, encode_text
 from clipmerge.evaluate.predictor import Predictor
-from clipmerge.evaluate.resident import tensors_of
+from clipmerge.evaluate.resident import Upload, tensors_of
 from clipmerge.model import get_tokenizer
 from clipmerge.weights.names import tower_of
 from clipmerge.weights.weights import Weights
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
 
 MOST_PROMPTS = 2048
 """Prompts that a step can be asked to send gradients through, where the text towers differ."""
-
-_SHARE = 0.6
-"""Candidates stay on a GPU where they fit in this share of its free memory; the rest is for activations."""
 
 _COLUMNS = 1 << 20
 """Parameters that are widened at a time; 72 rows of them are 300 MB in fp32."""
@@ -61,7 +59,8 @@ class Mixture:
         self._logits = _Logits(predictor.resident.module, head, tokens, classes, predictor.precision)
         self._layout = Layout(predictor.resident.module, weights[0], groups, self._device)
         self._candidates: Candidates = Streamed(weights, self._layout)
-        if fits(weights, self._layout):
+        nbytes = len(weights) * self._layout.flat.numel() * _dtype_of(weights, self._layout).itemsize
+        if fits(nbytes, self._device):
             self._candidates = Matrix(weights, self._layout)
 
     def gradients(
@@ -176,11 +175,12 @@ class Matrix:
         self._layout = layout
         shape = (len(weights), layout.flat.numel())
         self._matrix = torch.empty(shape, dtype=_dtype_of(weights, layout), device=layout.flat.device)
+        upload = Upload(layout.flat.device)
         for row, candidate in zip(self._matrix, weights, strict=True):
             with tensors_of(candidate) as tensors:
                 for name, tensor in tensors:
                     if name in layout.spans:
-                        row[slice(*layout.spans[name])].copy_(tensor.reshape(-1))
+                        row[slice(*layout.spans[name])].copy_(upload(tensor).reshape(-1))
 
     def mix(self, shares: "Float[Tensor, 'groups models']") -> None:
         """See `Candidates.mix`."""
@@ -206,15 +206,6 @@ class Matrix:
             for group, (first, end) in enumerate(self._layout.bounds)
             for start in range(first, end, _COLUMNS)
         ]
-
-
-def fits(weights: Sequence[Weights], layout: Layout) -> bool:
-    """Decide whether all checkpoints can stay on a GPU beside a training step."""
-    device = layout.flat.device
-    if device.type != "cuda":
-        return False
-    free, _ = torch.cuda.mem_get_info(device)
-    return len(weights) * layout.flat.numel() * _dtype_of(weights, layout).itemsize <= _SHARE * free
 
 
 def _dtype_of(weights: Sequence[Weights], layout: Layout) -> torch.dtype:
