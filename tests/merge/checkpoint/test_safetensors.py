@@ -82,7 +82,7 @@ BROKEN: Mapping[str, tuple[Any, int, str]] = {
     "too many axes": ({"x": {**F32, "shape": [2] + [1] * 99}}, 8, "100 dimensions"),
     "hole at the start": ({"x": {**F32, "data_offsets": [4, 12]}}, 12, "invalid offset for tensor `x`"),
     "overlap": ({"x": F32, "y": {**F32, "data_offsets": [4, 12]}}, 12, "invalid offset for tensor `y`"),
-    "same place": ({"x": F32, "y": F32}, 8, "invalid offset for tensor `y`"),
+    "same place": ({"x": F32, "y": F32}, 8, "invalid offset for tensor `[xy]`"),
     "rest": ({"x": F32}, 11, "bytes, its header promises"),
 }  # fmt: skip
 
