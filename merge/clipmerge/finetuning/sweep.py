@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from clipmerge.weights.weights import Weights, load
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.storages import RDBStorage
     from optuna.trial import FrozenTrial
 
 __all__ = ["Trial", "finetune_sweep", "table"]
@@ -174,14 +176,27 @@ def _study(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=retries)
-        storage = optuna.storages.RDBStorage(
-            url, heartbeat_interval=heartbeat, heartbeat_stale_trial_callback=retry
+        storage = _shared(
+            lambda: optuna.storages.RDBStorage(
+                url, heartbeat_interval=heartbeat, heartbeat_stale_trial_callback=retry
+            )
         )
     chosen = samplers[sampler](seed=seed)
     study = optuna.create_study(
         storage=storage, study_name="sweep", direction="maximize", load_if_exists=True, sampler=chosen
     )
     return study, retry
+
+
+def _shared(open_storage: "Callable[[], RDBStorage]") -> "RDBStorage":
+    """Open the storage; workers that start together all make its tables, which only one of them can."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    for _ in range(20):
+        with suppress(SQLAlchemyError):
+            return open_storage()
+        time.sleep(0.5)
+    return open_storage()
 
 
 def _work_left(study: "optuna.Study", trials: int, sampler: str) -> bool:
