@@ -14,6 +14,13 @@ from . import shape_checks
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 shape_checks.install()  # before any test module imports clipmerge
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs from all tests but those that are about them: the suite means the same everywhere."""
+    if "cuda" not in config.option.markexpr.replace("not cuda", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 TINY: dict[str, Any] = {
     "embed_dim": 16,
     "vision_cfg": {

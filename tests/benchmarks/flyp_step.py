@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument(
         "--no-loader", action="store_true", help="leave out the share of time waiting for data"
     )
+    parser.add_argument("--only-loader", action="store_true", help="nothing but that share")
     parser.add_argument("--json", help="also write the figures here")
     options = parser.parse_args()
     cuda = options.device.startswith("cuda")
@@ -57,13 +58,14 @@ def main() -> None:
         f"torch {torch.__version__}, {torch.cuda.get_device_name() if cuda else 'CPU'}, {precision}",
         flush=True,
     )
-    for model in options.models or (["ViT-B-32", "ViT-B-16"] if cuda else ["ViT-B-32"]):
+    models = options.models or (["ViT-B-32", "ViT-B-16"] if cuda else ["ViT-B-32"])
+    for model in [] if options.only_loader else models:
         batch = options.batch or (largest_batch(model, options.device, precision) if cuda else 64)
         for setting in options.settings or (["iwildcam", "imagenet"] if cuda else ["few"]):
             found += compare(model, setting, batch, options.device, precision, options.rounds or (20 if cuda else 3),
                              options.compile, time.process_time if options.cpu_time else time.perf_counter)  # fmt: skip
     if not options.no_loader:
-        found += waiting(options.device, precision, cuda)
+        found += waiting(models[0], options.device, precision, cuda)
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=1), encoding="utf-8")
 
@@ -343,7 +345,7 @@ def compare_memory(name: str, size: int, device: str, precision: str) -> None:
     del room
 
 
-def waiting(device: str, precision: str, cuda: bool) -> list[dict[str, Any]]:
+def waiting(model: str, device: str, precision: str, cuda: bool) -> list[dict[str, Any]]:
     """Share of a run's time that its loop waits for pixels, by where they come from."""
     import os
     import tempfile
@@ -368,9 +370,9 @@ def waiting(device: str, precision: str, cuda: bool) -> list[dict[str, Any]]:
     found = []
     print(f"\nwaiting for data: {count} JPEGs of {side} x {side}, batch {size}, {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory() as folder:
-        for augment, said in (("crop", "decoded, cropped in threads"), ("none", "cached pixels")):
+        for augment, said in (("crop", "decoded and cropped"), ("none", "cached pixels")):
             events: list[Any] = []
-            finetune(None, split, model="ViT-B-32", out=Path(folder) / f"{augment}.safetensors", batch_size=size,
+            finetune(None, split, model=model, out=Path(folder) / f"{augment}.safetensors", batch_size=size,
                      steps=60 if cuda else 3, augment=augment, device=device, precision=precision, lr=1e-6,
                      save_every=0, on_event=events.append)  # fmt: skip
             lines = [event for event in events if event["event"] == "step"]
