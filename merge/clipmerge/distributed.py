@@ -15,10 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+from clipmerge.errors import DeviceError
+
 __all__ = [
     "all_gather_object", "all_reduce_sum", "any_rank", "average_gradients", "barrier", "broadcast", "broadcast_object",
-    "finish", "first_on_machine_first", "gather", "gather_object", "independent", "is_first", "rank", "share", "start",
-    "world",
+    "explain_lost_peer", "finish", "first_on_machine_first", "gather", "gather_object", "independent", "is_first",
+    "rank", "share", "start", "world",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -59,6 +61,22 @@ def finish() -> None:
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
     _gloo = None
+
+
+@contextmanager
+def explain_lost_peer() -> Iterator[None]:
+    """Turn what torch raises when another process is gone into one sentence: that process has said what is wrong.
+
+    Raises:
+        DeviceError: another process stopped while this one waited for it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error) or "closed by peer" in str(error)
+        if world() == 1 or not lost:
+            raise
+        raise DeviceError("another process of this run stopped", hint="its own message says why") from error
 
 
 def rank() -> int:
@@ -165,7 +183,8 @@ class _Gather(Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         x = x.contiguous()
         rows = x.new_empty(world() * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(rows, x)
+        all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name since torch 2.14
+        all_gather(rows, x)
         return rows
 
     @staticmethod

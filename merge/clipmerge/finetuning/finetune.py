@@ -12,7 +12,7 @@ from torch import nn
 from clipmerge import distributed
 from clipmerge.data.sampling import few_shot
 from clipmerge.data.split import Split
-from clipmerge.device import float32_matmul, resolve_device, resolve_precision
+from clipmerge.device import float32_matmul, out_of_memory_hint, resolve_device, resolve_precision
 from clipmerge.errors import DeviceError, TrainingError
 from clipmerge.finetuning.batches import Sampler, Tokenizer, fit_batch, tokenizer_of, training_prompts
 from clipmerge.finetuning.checkpointing import Checkpoints, Files
@@ -81,7 +81,10 @@ def finetune(
         raise DeviceError(
             "--fsdp needs several processes", hint="start it with torchrun --nproc-per-node N -m clipmerge"
         )
-    with float32_matmul(precision):
+    own_seed = torch.random.fork_rng([device.index] if device.type == "cuda" else [])
+    less = out_of_memory_hint("use a smaller --batch-size, --chunk N or --checkpointing")
+    with float32_matmul(precision), own_seed, less, distributed.explain_lost_peer():
+        torch.manual_seed(settings.seed + distributed.rank())  # dropout follows it
         # The model, its images and prompts.
         base, head = (load(w) if isinstance(w, (str, Path)) else w for w in (base, head))
         if settings.shots is not None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipmerge.data.split import Split
-from clipmerge.distributed import all_reduce_sum, broadcast, rank, world
+from clipmerge.distributed import all_reduce_sum, broadcast_object, is_first, rank, world
 from clipmerge.errors import TrainingError
 from clipmerge.evaluate.heads import average_templates, class_logits
 from clipmerge.finetuning.batches import Prompts
@@ -31,11 +31,10 @@ def attach_head(
     model: nn.Module, weight: "Float[Tensor, 'classes d']", bias: "Float[Tensor, ' classes'] | None" = None
 ) -> None:
     """Put a head on the model, on the model's device; every rank gets the first one's, to the bit."""
+    weight, bias = broadcast_object((weight.cpu(), None if bias is None else bias.cpu()))
     head = nn.Linear(weight.shape[1], weight.shape[0], device=next(model.parameters()).device)
     head.weight.copy_(weight)
     head.bias.zero_() if bias is None else head.bias.copy_(bias)
-    broadcast(head.weight.data)
-    broadcast(head.bias.data)
     model.add_module(HEAD, head)
 
 
@@ -46,11 +45,13 @@ def initial_head(
     if kind == "zero-shot":
         unit = average_templates(towers.prompt_features(prompts.tokens), prompts.classes)
         return towers.exp_scale.detach() * unit, None
+    train = images.plain()
+    val = None if images.val is None else (images.held_out(), images.val.labels)
+    if not is_first():
+        return torch.empty(0, 0), None  # `attach_head` hands on the first one's
     what = "features for the probe"
-    held_out = None
-    if images.val is not None:
-        held_out = images.features(towers, images.held_out(), what), images.val.labels
-    features = images.features(towers, images.plain(), what)
+    held_out = None if val is None else (images.features(towers, val[0], what), val[1])
+    features = images.features(towers, train, what)
     return linear_probe(features, images.train.labels, prompts.classes, held_out=held_out)
 
 

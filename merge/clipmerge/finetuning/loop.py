@@ -1,5 +1,6 @@
 """The training loop: one, for every method, on one device or many."""
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -25,6 +26,10 @@ from clipmerge.finetuning.towers import is_outside
 from clipmerge.types import Progress
 
 __all__ = ["StoppedBySignalError", "train_steps"]
+
+
+PATIENCE = 10.0
+"""Seconds within which one of several ranks must come to the end of a step after SIGTERM."""
 
 
 class StoppedBySignalError(TrainingError):
@@ -85,9 +90,7 @@ def train_steps(
             if checkpoints.due(step + 1):
                 losses.check(loader.waited)  # nothing that is not finite is scored or kept
                 checkpoints.after(step + 1)
-            # One process looks at each step; several agree now and then, since asking costs a round trip.
-            asks = world() == 1 or step % every == every - 1
-            stop = asks and any_rank(interrupted() is not None)
+            stop = any_rank(interrupted() is not None)
             if stop or checkpoints.save_due(step + 1):
                 losses.check()
                 saved = checkpoints.save(step + 1)
@@ -121,23 +124,35 @@ def _backward(
 def interruptions() -> Iterator[Callable[[], str | None]]:
     """Remember SIGTERM and Ctrl-C, instead of ending the process at once.
 
-    Yields a function that returns which came, or None. A second one acts as always. Threads other than the main one may
-    not handle signals: there nothing is remembered.
+    Yields a function that returns which came, or None. A second one acts as always, and so does the first one if nobody
+    asks within seconds: torchrun sends SIGTERM to ranks that wait, perhaps for ever, for one that has died. Threads
+    other than the main one may not handle signals: there nothing is remembered.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
     came: list[str] = []
+    timers: list[threading.Timer] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def remember(number: int, frame: FrameType | None) -> None:
         came.append(signal.Signals(number).name)
         signal.signal(number, before[signal.Signals(number)] or signal.SIG_DFL)
+        if world() > 1:
+            timers.append(threading.Timer(PATIENCE, os.kill, (os.getpid(), number)))
+            timers[-1].daemon = True
+            timers[-1].start()
+
+    def asked() -> str | None:
+        for timer in timers:
+            timer.cancel()
+        return came[0] if came else None
 
     for number in before:
         signal.signal(number, remember)
     try:
-        yield lambda: came[0] if came else None
+        yield asked
     finally:
+        asked()
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)

@@ -21,7 +21,9 @@ def wrap(towers: Towers, *, sharded: bool, synced: bool, compiled: bool) -> nn.M
         compiled: torch.compile, of the image tower and of the text tower's blocks.
     """
     if sharded:
-        _shard(towers)
+        _shard(towers)  # which refuses parameters that are laid out channels last
+    elif towers.format is torch.channels_last:
+        towers.model.get_submodule("visual").to(memory_format=torch.channels_last)
     if compiled:
         # Not the text tower as a whole: the context is cut around its blocks, to a length that changes.
         for name in ("visual", "transformer", "text.transformer"):
@@ -34,10 +36,14 @@ def wrap(towers: Towers, *, sharded: bool, synced: bool, compiled: bool) -> nn.M
 
     # A parameter that the forward pass does not use would be waited for; `average_gradients` sees to those.
     names = [f"model.{name}" for name, _ in towers.model.named_parameters() if is_outside(name)]
+    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in towers.modules()):
+        names += [name for name, _ in towers.named_buffers()]  # masks and means: the same everywhere, always
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(towers, names)  # type: ignore[no-untyped-call]
     device = inside[0].device
     return DistributedDataParallel(
-        towers, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
+        towers,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
     )
 
 
@@ -51,7 +57,10 @@ def _shard(towers: Towers) -> None:
 
     whole = {p for name, p in towers.model.named_parameters() if is_outside(name)}
     mesh = init_device_mesh(towers.mean.device.type, (world(),))
-    policy = MixedPrecisionPolicy()
+    bf16 = (
+        mesh.device_type == "cuda" and towers.precision == "bf16"
+    )  # half of what is gathered; fp32 reductions
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     for module in towers.model.modules():
         if type(module).__name__ in ("ResidualAttentionBlock", "Block"):
             fully_shard(module, mesh=mesh, mp_policy=policy)

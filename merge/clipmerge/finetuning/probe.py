@@ -1,14 +1,16 @@
-"""Linear probes: logistic regression by LBFGS on features that were computed once."""
+"""Linear probes: logistic regression by LBFGS, on the device that holds the features."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from clipmerge.errors import TrainingError
+from clipmerge.types import Ints
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from jaxtyping import Float
 
 __all__ = ["linear_probe"]
 
@@ -18,16 +20,19 @@ STRENGTHS = (0.1, 1.0, 10.0, 100.0)
 SCALE = 10.0
 """CLIP's probes see raw features, whose norm is about 10; unit features are brought to it, so C means the same."""
 
+ROWS = 1 << 16
+"""Images at a time: the logits of all would take more memory than their features."""
+
 
 def linear_probe(
-    features: "Tensor",
-    labels: npt.NDArray[np.int64],
+    features: "Float[Tensor, 'images d']",
+    labels: Ints,
     classes: int,
     *,
-    held_out: "tuple[Tensor, npt.NDArray[np.int64]] | None" = None,
+    held_out: "tuple[Float[Tensor, 'held_out d'], Ints] | None" = None,
     strength: float = 0.316,
-) -> tuple["Tensor", "Tensor"]:
-    """(weight, bias) of a head over unit features, trained to convergence.
+) -> "tuple[Float[Tensor, 'classes d'], Float[Tensor, ' classes']]":
+    """Return weight and bias of a head over unit features, trained to convergence.
 
     Args:
         held_out: features and labels that choose the regularisation among STRENGTHS; without them `strength`
@@ -35,35 +40,53 @@ def linear_probe(
 
     Source: Kumar et al. 2022, arXiv 2202.10054.
     """
-    import torch
-
-    x = features.double().cpu().numpy() * SCALE
-    fits = [_fit(x, labels, c) for c in (STRENGTHS if held_out is not None else (strength,))]
-    best = fits[0]
-    if held_out is not None:
-        y = held_out[0].double().cpu().numpy() * SCALE
-        best = max(fits, key=lambda fit: float(fit.score(y, held_out[1])))
-    weight = np.zeros((classes, x.shape[1]))
-    bias = np.full(classes, 0.0)
-    rows, intercept = best.coef_, best.intercept_
-    if len(best.classes_) == 2:
-        rows, intercept = np.concatenate([-rows, rows]) / 2, np.concatenate([-intercept, intercept]) / 2
-    weight[best.classes_], bias[best.classes_] = rows * SCALE, intercept
-    absent = np.setdiff1d(np.arange(classes), best.classes_)
-    bias[absent] = bias.min() - 100.0  # a class without images is never predicted
-    return torch.from_numpy(weight).float(), torch.from_numpy(bias).float()
-
-
-def _fit(x: npt.NDArray[np.float64], labels: npt.NDArray[np.int64], strength: float) -> Any:
-    import warnings
-
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
-    if len(np.unique(labels)) < 2:
+    present, rows = np.unique(labels, return_inverse=True)
+    if len(present) < 2:
         raise TrainingError(
             "a linear probe needs images of two classes or more", hint="check the training data"
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return LogisticRegression(C=strength, max_iter=2000, tol=1e-5).fit(x, labels)
+    x, y = _scaled(features), torch.from_numpy(rows.reshape(-1)).to(features.device)
+    fits = [_fit(x, y, len(present), c) for c in (STRENGTHS if held_out is not None else (strength,))]
+    best = fits[0]
+    if held_out is not None:
+        seen, truth = _scaled(held_out[0]), held_out[1]
+        right = [(present[(seen @ w.T + b).argmax(1).cpu().numpy()] == truth).sum() for w, b in fits]
+        best = fits[int(np.argmax(right))]
+    where = torch.from_numpy(present).to(features.device)
+    weight = features.new_zeros(classes, features.shape[1]).index_copy_(0, where, (best[0] * SCALE).float())
+    never = float(best[1].min()) - 100  # a class without images is never predicted
+    bias = features.new_full((classes,), never).index_copy_(0, where, best[1].float())
+    return weight, bias
+
+
+def _scaled(features: Tensor) -> Tensor:
+    """Return features as they are fitted: in float64 on a CPU; a GPU has little of it, and takes fp32."""
+    return features.to(torch.float64 if features.device.type == "cpu" else torch.float32) * SCALE
+
+
+def _fit(x: Tensor, y: Tensor, classes: int, strength: float) -> tuple[Tensor, Tensor]:
+    """Minimise scikit-learn's objective: the mean cross-entropy plus |weight|² / (2 · C · images).
+
+    With two classes scikit-learn has one row, the difference of ours, and so half of our penalty.
+    """
+    penalty = (2 if classes == 2 else 1) / (strength * len(x))
+    weight, bias = x.new_zeros(classes, x.shape[1]), x.new_zeros(classes)
+    solver = torch.optim.LBFGS(
+        [weight, bias], max_iter=2000, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
+    )
+
+    @torch.no_grad()
+    def loss_and_gradient() -> Tensor:
+        loss = 0.5 * penalty * weight.square().sum()
+        weight.grad, bias.grad = penalty * weight, torch.zeros_like(bias)
+        for piece, labels in zip(torch.split(x, ROWS), torch.split(y, ROWS), strict=True):
+            logs = (piece @ weight.T + bias).log_softmax(dim=1)
+            loss = loss - logs.gather(1, labels[:, None]).sum() / len(x)
+            error = logs.exp_()
+            error[torch.arange(len(error), device=x.device), labels] -= 1
+            weight.grad += error.T @ piece / len(x)
+            bias.grad += error.sum(dim=0) / len(x)
+        return loss
+
+    solver.step(loss_and_gradient)  # type: ignore[no-untyped-call]
+    return weight, bias
