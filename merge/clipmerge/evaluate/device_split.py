@@ -18,8 +18,8 @@ __all__ = ["DeviceSplit", "Span", "fits"]
 Span = tuple[int, int]
 """Where a batch begins and ends in an order of images."""
 
-_SPARE = 0.3
-"""The share of a GPU's memory that what stays there leaves for weights and activations."""
+_SHARE = 0.7
+"""How full a GPU may be with what stays there; the rest is for activations."""
 
 _SLOTS = 3
 """Pinned batches: one is filled, one waits, one is copied to the device."""
@@ -133,4 +133,4 @@ def fits(nbytes: int, device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     free, total = torch.cuda.mem_get_info(device)
-    return nbytes <= free - _SPARE * total
+    return nbytes <= free - (1 - _SHARE) * total

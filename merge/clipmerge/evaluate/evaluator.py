@@ -17,7 +17,7 @@ from clipmerge import distributed
 from clipmerge.checkpoint.tensors import Checkpoint
 from clipmerge.data.open import open_split
 from clipmerge.data.split import Split
-from clipmerge.device import resolve_device, resolve_precision
+from clipmerge.device import out_of_memory_hint, resolve_device, resolve_precision
 from clipmerge.errors import NonFiniteError, SelectionError
 from clipmerge.evaluate.journal import Journal, recipe_digest
 from clipmerge.evaluate.metrics import METRICS, Predictions
@@ -33,6 +33,7 @@ from clipmerge.weights.weights import Weights, mean
 __all__ = ["Evaluator", "score"]
 
 _anonymous = count()
+_explain_memory = out_of_memory_hint("use a smaller --batch-size")
 
 
 class Evaluator:
@@ -151,6 +152,7 @@ class Evaluator:
         result = self._run(name, candidate, incumbent if early_stop else None, strict=strict)
         return self._remember(key, proposed, name, result)
 
+    @_explain_memory
     def _run(
         self, name: str, candidate: Weights, incumbent: Score | None = None, *, strict: bool = False
     ) -> Score | Stopped:
@@ -235,6 +237,7 @@ class Evaluator:
         """
         return self.predictor.spec()
 
+    @_explain_memory
     def load(self, weights: Source) -> None:
         """Copy weights into the resident model.
 
@@ -247,11 +250,13 @@ class Evaluator:
             self.predictor.load(weights)
             self._loaded = weights
 
+    @_explain_memory
     def logits(self, weights: Source, split: str | None = None) -> Tensor:
         """Return logits for every image, shape (n, classes), fp32 on the CPU; -inf where the data lacks a class."""
         self.load(weights)
         return self.predictor.collect(self.split_name(split), "logits")
 
+    @_explain_memory
     def features(self, weights: Source, split: str | None = None) -> Tensor:
         """Return normalised image features for every image, shape (n, d), fp32 on the CPU."""
         self.load(weights)

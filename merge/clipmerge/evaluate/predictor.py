@@ -16,7 +16,7 @@ from clipmerge.checkpoint.cache import cache_dir
 from clipmerge.data.pixels import pixels
 from clipmerge.data.prompts import templates as resolve_templates
 from clipmerge.data.split import Split
-from clipmerge.device import Precision, autocast, float32_matmul, out_of_memory_hint
+from clipmerge.device import Precision, autocast, float32_matmul
 from clipmerge.errors import DataError, ModelError, NonFiniteError
 from clipmerge.evaluate.device_split import DeviceSplit
 from clipmerge.evaluate.heads import class_logits, zero_shot_head
@@ -27,6 +27,9 @@ from clipmerge.weights.weights import Weights
 
 _PASSES, _LEAST = 16, 32
 """A small split is still cut into so many batches of so many images, so that a pass has somewhere to stop."""
+
+_LATE = ("cuda",)
+"""Devices that compute while the host goes on: their rows are read one batch late."""
 
 T = TypeVar("T")
 
@@ -191,11 +194,10 @@ class Predictor:
 
         Raises:
             NonFiniteError: logits or features are not finite.
-            DeviceError: the GPU's memory is too small for a batch.
         """
         launched = self._launch(split, order, reduce, width)
         done = 0
-        for chunk, arrive in _one_late(launched) if self.device.type == "cuda" else launched:
+        for chunk, arrive in _one_late(launched) if self.device.type in _LATE else launched:
             rows = arrive()
             if rows[:, -1].any():
                 raise NonFiniteError(
@@ -217,12 +219,11 @@ class Predictor:
         for start, (first, last) in zip(starts, spans, strict=True):
             chunk = order[start : start + step]
             # These must not be around the yield, where they would hold for whoever asks.
-            with out_of_memory_hint("use a smaller --batch-size"), torch.inference_mode():
+            with torch.inference_mode(), float32_matmul(self.precision):
                 indices, batch = next(batches)
                 rows = torch.zeros(len(chunk), width, dtype=_wide(self.device), device=self.device)
                 if last > first:
-                    with float32_matmul(self.precision):
-                        rows[first - start : last - start] = reduce(indices, batch).to(rows)
+                    rows[first - start : last - start] = reduce(indices, batch).to(rows)
                 arrive = _fetch(distributed.all_reduce_sum(rows))
             yield chunk, arrive
 

@@ -78,6 +78,39 @@ def _rounded(said: dict) -> dict:
     return said
 
 
+BROKEN = TASK.replace(
+    "def said(model, *paths):",
+    """def said(model, *paths):
+    from clipmerge.errors import NonFiniteError
+    from clipmerge.evaluate.predictor import Predictor
+    decoded, real = [], Predictor._logits
+    def logits(self, images, batch, head):
+        return real(self, images, batch, head) * (float("nan") if distributed.rank() else 1.0)
+    Predictor._logits = logits
+    note = lambda what, done, total: decoded.append(done) if what == "decoding images" else None
+    evaluator = Evaluator(model, open_split("digits#val", limit=103), batch_size=16, on_progress=note)
+    try:
+        evaluator.score(load(paths[0]))
+    except NonFiniteError as error:
+        return {"raised": error.message, "decoded": bool(decoded)}
+
+def unused(model, *paths):""",
+)
+
+
+def test_what_one_process_sees_all_raise_and_images_are_decoded_once(
+    tmp_path, tiny_model_file, tiny_checkpoints, monkeypatch
+):
+    """NaN in one process's share; a cold cache."""
+    monkeypatch.setenv("CLIPMERGE_CACHE", str(tmp_path / "cache"))
+    task = tmp_path / "task.py"
+    task.write_text(BROKEN)
+    first, second = run(task, [str(tiny_model_file), str(tiny_checkpoints["ft0"])], 2)
+    says = "with ft0, the model's logits for val are not finite"
+    assert first["said"] == {"raised": says, "decoded": True}
+    assert second["said"] == {"raised": says, "decoded": False}
+
+
 def test_without_torchrun_there_is_one_process(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     distributed.start(torch.device("cpu"))
