@@ -48,7 +48,7 @@ part() { # name, limit in seconds, arguments of python3
 soups() { part "$1" "$2" "$here/gpu_soups.py" "$folder" "${@:3}" --device $device --models "${MODELS:-72}" \
     --images "${IMAGES:-26000}" --dtype "${DTYPE:-float16}" "${quick[@]}"; }
 
-steps=(--models ViT-B-32 --batch 512 --rounds 20 --settings iwildcam imagenet)
+steps=(--models ViT-B-32 --batch 512 --rounds 8 --settings iwildcam imagenet)
 jpegs=(--models ViT-B-32)
 if [ ${#quick[@]} = 1 ]; then
     soups "a tiny model" 60 model
