@@ -41,13 +41,13 @@ COMMANDS = {
     "task-vector": Command("task_arithmetic", "Write finetuned minus base as a file of its own.", MERGE),
     "convert": Command("convert", "Between layouts: open_clip, Hugging Face.", MERGE),
     "finetune": Command(
-        "finetune", "FLYP, cross-entropy, LP-FT, CAR-FT, linear probe, or from scratch.", MAKE
+        "training", "FLYP, cross-entropy, LP-FT, CAR-FT, linear probe, or from scratch.", MAKE
     ),
-    "sweep": Command("sweep", "Many finetunings over a search space, ready for a soup.", MAKE),
+    "sweep": Command("training", "Many finetunings over a search space, ready for a soup.", MAKE),
     "evaluate": Command("evaluate", "Score checkpoints on labelled images.", LOOK),
-    "inspect": Command("inspect", "What a checkpoint holds, and what it was merged from.", LOOK),
-    "compare": Command("compare", "How two checkpoints differ, per tower and block.", LOOK),
-    "verify": Command("verify", "Recompute a merged file from its parents.", LOOK),
+    "inspect": Command("looking", "What a checkpoint holds, and what it was merged from.", LOOK),
+    "compare": Command("looking", "How two checkpoints differ, per tower and block.", LOOK),
+    "verify": Command("looking", "Recompute a merged file from its parents.", LOOK),
 }
 
 
@@ -64,8 +64,8 @@ def application(wanted: str | None = None) -> typer.Typer:
     tree.callback()(_root)
     for name, command in COMMANDS.items():
         function = _function(name, command) if name == wanted else _elsewhere
-        shown = _explanation(function) if name == wanted else command.help
-        tree.command(name, help=shown, short_help=command.help, rich_help_panel=command.panel)(function)
+        text = _explanation(function) if name == wanted else command.help
+        tree.command(name, help=text, short_help=command.help, rich_help_panel=command.panel)(function)
     return tree
 
 

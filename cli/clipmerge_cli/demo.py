@@ -71,8 +71,8 @@ def _one_thread() -> Iterator[None]:
 def _claim(out: Path, force: bool) -> None:
     """Refuse a folder that is not a demo's, or that holds a finished demo, unless `force`."""
     model = out / MODEL_FILE
-    out.mkdir(parents=True, exist_ok=True)
-    if not any(out.iterdir()):
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        out.mkdir(parents=True, exist_ok=True)
         return
     if not model.is_file():
         message = f"{out} is not empty and was not created by `clipmerge demo`"

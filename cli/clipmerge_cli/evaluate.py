@@ -15,9 +15,7 @@ if TYPE_CHECKING:
 def evaluate(
     *,
     checkpoints: list[str] = CHECKPOINTS,
-    data: list[str] = opt(
-        ..., "Labelled images, or NAME=DATA; may be given several times.", INPUT, metavar="DATA"
-    ),
+    data: list[str] = opt(..., "Labelled images, or NAME=DATA; repeat.", INPUT, metavar="DATA"),
     scoring: Scoring,
     talk: Talk,
 ) -> None:

@@ -1,12 +1,15 @@
 """How commands declare their options, alone or in groups: a group is a frozen dataclass that a command takes."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, field, fields, is_dataclass
 from functools import wraps
 from typing import Annotated, Any, get_type_hints
 
 import typer
+
+_LAST = ("json", "quiet")
+"""Options that `--help` lists after a group's others, though its base declares them."""
 
 
 def opt(default: Any, help: str, panel: str | None = None, *names: str, **more: Any) -> Any:
@@ -18,18 +21,19 @@ def opt(default: Any, help: str, panel: str | None = None, *names: str, **more: 
         names: such as "--output", "-o"; by default made from the parameter's (`dry_run` is --dry-run).
         more: metavar, min, parser …, as for `typer.Option`.
     """
-    return _declare(default, typer.Option(*names, help=help, rich_help_panel=panel, **more))
+    return _declare(default, {"help": help, "panel": panel, "names": names, "more": more})
 
 
 def arg(metavar: str, help: str, default: Any = ...) -> Any:
     """Declare an argument, as the default of a command's parameter."""
-    return _declare(default, typer.Argument(metavar=metavar, help=help, show_default=False))
+    return _declare(default, {"argument": typer.Argument(metavar=metavar, help=help, show_default=False)})
 
 
 def setting(group: type, name: str, default: Any = ..., panel: str | None = None) -> Any:
     """Declare an option by the metadata of a library's dataclass field: its meaning, limits and panel."""
     (like,) = (like for like in fields(group) if like.name == name)
-    return _declare(like.default if default is ... else default, _option_like(like, panel))
+    metadata = {**like.metadata, "panel": panel or like.metadata["panel"]}
+    return _declare(like.default if default is ... else default, metadata)
 
 
 def flatten(command: Callable[..., None]) -> Callable[..., None]:
@@ -45,9 +49,8 @@ def flatten(command: Callable[..., None]) -> Callable[..., None]:
     for name, parameter in own.items():
         if name in groups:
             types = get_type_hints(groups[name])
-            declared = [
-                f for f in fields(groups[name]) if f.name not in own and f.metadata.get("panel", True)
-            ]
+            declared = [f for f in fields(groups[name]) if f.name not in own and f.metadata["panel"]]
+            declared.sort(key=lambda f: f.name in _LAST)
             members[name] = [f.name for f in declared]
             parameters += [_parameter(f.name, types[f.name], f) for f in declared]
         else:
@@ -62,19 +65,20 @@ def flatten(command: Callable[..., None]) -> Callable[..., None]:
     return flat
 
 
-def _declare(default: Any, option: Any) -> Any:
-    return field(default=MISSING if default is ... else default, metadata={"typer": option})
-
-
-def _option_like(like: "Field[Any]", panel: str | None = None) -> Any:
-    meta = like.metadata
-    names = (meta["option"],) if meta["option"] else ()
-    panel = panel or meta["panel"]
-    return typer.Option(*names, help=meta["help"], rich_help_panel=panel, min=meta["min"], max=meta["max"])
+def _declare(default: Any, metadata: Mapping[str, Any]) -> Any:
+    return field(default=MISSING if default is ... else default, metadata=metadata)
 
 
 def _parameter(name: str, hint: Any, default: Any) -> inspect.Parameter:
     if isinstance(default, Field):
-        hint = Annotated[hint, default.metadata.get("typer") or _option_like(default)]
+        hint = Annotated[hint, default.metadata.get("argument") or _option(name, default.metadata)]
         default = inspect.Parameter.empty if default.default is MISSING else default.default
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
+
+def _option(name: str, meta: Mapping[str, Any]) -> Any:
+    names = meta.get("names") or (meta.get("option") or f"--{name.replace('_', '-')}",)
+    more: dict[str, Any] = {limit: meta[limit] for limit in ("min", "max") if limit in meta} | meta.get(
+        "more", {}
+    )
+    return typer.Option(*names, help=meta["help"], rich_help_panel=meta["panel"], **more)

@@ -14,7 +14,10 @@ from clipmerge_cli.groups import arg, opt
 from clipmerge_cli.progress import progress
 
 if TYPE_CHECKING:
+    import torch
+
     from clipmerge.data.split import Split
+    from clipmerge.device import Precision
     from clipmerge.types import Progress
 
 INPUT, SCORING, SEARCH, OUTPUT = "Model and images", "Scoring", "Search", "Output"
@@ -47,9 +50,7 @@ FINETUNED = arg("FINETUNED", "The model after finetuning.")
 CHECKPOINTS = arg("CKPT...", "Checkpoints: files, folders, hf-hub:ORG/NAME.")
 FORCE = opt(False, "Overwrite an output that exists.", OUTPUT)
 PLOT = opt(None, "Draw it: FILE as PNG, and as SVG beside it.", OUTPUT, metavar="FILE")
-MODEL = opt(
-    None, "An open_clip model name or JSON config; default: what the checkpoint says.", INPUT, metavar="M"
-)
+MODEL = opt(None, "An open_clip model name or JSON config; default: the checkpoint's.", INPUT, metavar="M")
 REFINE = opt(False, "Narrow the choice down between the points of the grid.", SEARCH)
 SCALES = opt("0:1:0.05", "With auto: scales to try, as START:STOP:STEP or a list.", SEARCH, metavar="GRID")
 SEED = opt(0, "Seed of anything random.", SEARCH)
@@ -62,13 +63,27 @@ class Talk:
     json: bool = opt(False, "Print one JSON document on stdout.", OUTPUT)
     quiet: bool = opt(False, "No progress, no remarks.", OUTPUT, "--quiet", "-q")
 
+    @property
+    def silent(self) -> bool:
+        """Whether there are no remarks: a JSON document says it all, and one process of torchrun's speaks for all."""
+        return self.quiet or self.json or not show.is_first()
+
     def say(self, text: str) -> None:
-        """Print a remark on stderr, in torchrun's first process only; a JSON document says it all by itself."""
-        show.say(text, quiet=self.quiet or self.json or not show.is_first())
+        """Print a remark on stderr."""
+        show.say(text, quiet=self.silent)
 
     def progress(self, title: str | None = None) -> "AbstractContextManager[Progress | None]":
-        """Show bars for long work while the block runs, in torchrun's first process only."""
-        return progress(quiet=self.quiet or self.json or not show.is_first(), title=title)
+        """Show bars for long work while the block runs."""
+        return progress(quiet=self.silent, title=title)
+
+    def device(self, work: str, device: str, precision: str) -> "tuple[torch.device, Precision]":
+        """Resolve --device and --precision, and say what the work runs on."""
+        from clipmerge.device import describe, resolve_device, resolve_precision
+
+        place = resolve_device(device)
+        computing = resolve_precision(precision, place)
+        self.say(f"{work} on {describe(place, computing)}")
+        return place, computing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +92,9 @@ class Images:
 
     model: str | None = MODEL
     templates: str | None = opt(
-        None, "Prompts: openai, simple, a file, or text such as 'a photo of a {}.'", INPUT, metavar="T"
+        None, "Prompts: openai, simple, a file or 'a photo of a {}.'", INPUT, metavar="T"
     )
-    classnames: Path | None = opt(
-        None, "Class names, one per line, in the order of the labels.", INPUT, metavar="FILE"
-    )
+    classnames: Path | None = opt(None, "Class names, one per line, in label order.", INPUT, metavar="FILE")
     limit: int | None = opt(None, "Use at most this many images.", INPUT, min=1)
     skip_bad: bool = opt(False, "Leave out images that cannot be used.", INPUT)
 

@@ -33,22 +33,11 @@ Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 class Scoring(Images):
     """How weights are scored."""
 
-    holdout: str | None = opt(
-        None,
-        "Use only this share of the images, e.g. 2%; a hash of the name decides which.",
-        INPUT,
-        metavar="SHARE",
-    )
+    holdout: str | None = opt(None, "Use only this share of the images, e.g. 2%.", INPUT, metavar="SHARE")
     metric: Metric = opt("top1", f"What decides: {', '.join(get_args(Metric))}.", SCORING, metavar="M")
-    precision: Precision = opt(
-        "auto", "fp32, tf32, or bf16 / fp16 autocast; auto: bf16 on a GPU, else fp32.", SCORING, metavar="P"
-    )
+    precision: Precision = opt("auto", "bf16 and fp16 by autocast; auto: bf16 on a GPU, else fp32.", SCORING)
     device: str = opt("auto", "cpu, cuda, cuda:1, mps; auto: the GPU where there is one.", SCORING)
     batch_size: int = opt(256, "Images at once.", SCORING, min=1)
-
-    def open_journal(self) -> "Journal | None":
-        """Return where scores are remembered: nowhere, but for searches."""
-        return None
 
     @contextmanager
     def evaluator(
@@ -58,6 +47,7 @@ class Scoring(Images):
         *,
         role: str,
         models: "Sequence[Weights]" = (),
+        journal: "Journal | None" = None,
     ) -> "Iterator[tuple[Evaluator, Progress | None]]":
         """Make an evaluator over the named data, together with torchrun's other processes where there are any.
 
@@ -66,13 +56,11 @@ class Scoring(Images):
             models: the model is what all of these agree on; without them, what the first weights scored record.
         """
         from clipmerge import distributed
-        from clipmerge.device import describe, resolve_device, resolve_precision
         from clipmerge.evaluate.evaluator import Evaluator
         from clipmerge.model import resolve_model
 
         part = None if self.holdout else role
-        device = resolve_device(self.device)
-        precision = resolve_precision(self.precision, device)
+        device, precision = talk.device("scoring", self.device, self.precision)
         distributed.start(device)
         try:
             with talk.progress() as on_progress:
@@ -80,15 +68,14 @@ class Scoring(Images):
                 evaluator = Evaluator(
                     resolve_model(self.model, *models) if models else self.model,
                     {name: self.open(source, part, talk, **changes) for name, source in data.items()},
-                    device=str(device),
+                    device=device,
                     precision=precision,
                     batch_size=self.batch_size,
                     templates=self.templates,
                     metric=self.metric,
-                    journal=self.open_journal(),
+                    journal=journal,
                     on_progress=on_progress,
                 )
-                talk.say(f"scoring on {describe(device, precision)}")
                 yield evaluator, on_progress
         finally:
             distributed.finish()
@@ -99,7 +86,7 @@ class Choosing(Scoring):
     """How a search on held-out images scores, remembers and draws."""
 
     journal: Path | None = opt(
-        None, "Where scores are remembered; default: one file in the cache folder.", SEARCH, metavar="FILE"
+        None, "Where scores are remembered; default: the cache.", SEARCH, metavar="FILE"
     )
     fresh: bool = opt(False, "Ignore scores that are remembered.", SEARCH)
     plot: Path | None = PLOT
@@ -177,7 +164,11 @@ def run_search(
     dtype = float_dtype(out.dtype) or (None if coefficient is None else "F32")  # else all inputs must agree
     check(mean(models), dtype=dtype)
     out.check(mean(models), choosing.model, dtype)
-    with choosing.evaluator(data, out, role="val", models=models) as (evaluator, on_progress):
+    journal = choosing.open_journal()
+    with choosing.evaluator(data, out, role="val", models=models, journal=journal) as (
+        evaluator,
+        on_progress,
+    ):
         result = search(evaluator, on_progress)
         written = None
         if show.is_first() and out.output is not None:

@@ -20,12 +20,12 @@ _KIND = "Kind of soup"
 def soup(
     *,
     checkpoints: list[str] = CHECKPOINTS,
-    out: Output,
-    choosing: Choosing,
     greedy: bool = opt(False, "Keep what helps on held-out images.", _KIND),
     learned: bool = opt(False, "Learn coefficients on held-out images.", _KIND),
     ensemble: bool = opt(False, "The greedy ensemble of logits, as a yardstick.", _KIND),
     val: str | None = opt(None, "Held-out images.", INPUT, metavar="DATA"),
+    out: Output,
+    choosing: Choosing,
     strict: bool = opt(False, "Keep only what raises the score.", SEARCH),
     order: Literal["score", "given", "random"] = opt("score", "Order in which candidates are tried.", SEARCH),
     per: Literal["model", "tower", "block", "tensor"] = opt(

@@ -22,13 +22,13 @@ def run(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     """`clipmerge inspect` is a command that raises `error`."""
-    module = ModuleType("clipmerge_cli.inspect")
+    module = ModuleType("clipmerge_cli.looking")
 
     def inspect(path: str = "x") -> None:
         raise error
 
     module.inspect = inspect  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "clipmerge_cli.inspect", module)
+    monkeypatch.setitem(sys.modules, "clipmerge_cli.looking", module)
 
 
 def test_help_lists_every_command_with_its_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,7 +133,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 def test_a_reader_that_is_gone_before_a_command_prints_is_no_error(amount: int) -> None:
     code = (
         "import sys; from types import ModuleType; from clipmerge_cli.app import main\n"
-        "module = sys.modules['clipmerge_cli.inspect'] = ModuleType('inspect')\n"
+        "module = sys.modules['clipmerge_cli.looking'] = ModuleType('looking')\n"
         f"def inspect() -> None: print('x' * {amount})\n"
         "module.inspect = inspect\n"
         "sys.exit(main(['inspect']))"

@@ -150,7 +150,7 @@ JSON = st.recursive(
 @given(st.dictionaries(WORDS, JSON, max_size=6))
 def test_any_record_is_read_passed_on_and_shown_or_refused(record: dict[str, object]) -> None:
     """A file may say anything about itself: an error of ours or a result, never another exception."""
-    from clipmerge_cli.inspect import tree
+    from clipmerge_cli.looking import tree
 
     metadata = {"format": "pt", "clipmerge": json.dumps(record)}
     raw = np.zeros(4, np.uint8)

@@ -1,7 +1,9 @@
-"""`clipmerge inspect`: what a checkpoint holds and how it was made."""
+"""`clipmerge inspect`, `compare` and `verify`: what a file holds, how it was made, and whether that is true."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+import typer
 
 from clipmerge.text import and_more
 from clipmerge_cli import show
@@ -11,8 +13,9 @@ from clipmerge_cli.options import Talk
 if TYPE_CHECKING:
     from rich.tree import Tree
 
-    from clipmerge.weights.look import Summary
+    from clipmerge.weights.look import Distance, Summary
     from clipmerge.weights.provenance import Parent
+    from clipmerge.weights.verify import Verdict
 
 
 def inspect(
@@ -123,3 +126,87 @@ def _brief(value: Any) -> str:
         return str(value)[:120]
     pairs = (f"{key}={item}" for key, item in value.items() if isinstance(item, str | int | float | bool))
     return ", ".join(pairs) or "recorded"
+
+
+def compare(
+    *,
+    a: str = arg("A", "A checkpoint."),
+    b: str = arg("B", "Another of the same model."),
+    talk: Talk,
+    base: str | None = opt(None, "What both came from: adds task vectors' cosines.", metavar="CKPT"),
+) -> None:
+    """How far apart two checkpoints are, by tower and block.
+
+    The distance is the norm of A - B divided by the norm of A. With --base also the norms of the task vectors
+    A - base and B - base, and the cosine between them.
+
+    \b
+    clipmerge compare cars.safetensors dtd.safetensors --base zs.safetensors
+    """
+    from clipmerge.weights.look import compare as compare_weights
+    from clipmerge.weights.weights import load
+
+    with talk.progress() as on_progress:
+        comparison = compare_weights(
+            load(a, "a"), load(b, "b"), load(base, "base") if base else None, on_progress=on_progress
+        )
+    if talk.json:
+        show.document({**comparison.to_json(), "a": a, "b": b, "base": base})
+        return
+    columns = ["part", "tensors", "parameters", "distance", "largest"]
+    rows = [_distances(part, base is not None) for part in (*comparison.parts, comparison.whole)]
+    show.table([*columns, *(("|A - base|", "|B - base|", "cosine") if base else ())], rows)
+    differing, total = len(comparison.differing), comparison.whole.tensors
+    print(f"{differing} of {total} float tensors differ" if differing else "every float tensor is equal")
+
+
+def _distances(part: "Distance", has_base: bool) -> list[object]:
+    where = "all" if part.tower is None else show.part(part.tower, part.block)
+    row: list[object] = [where, part.tensors, f"{part.parameters:,}", part.relative, part.largest]
+    return [*row, part.vector_a, part.vector_b, part.cosine] if has_base else row
+
+
+def verify(
+    *,
+    file: str = arg("FILE", "A file that clipmerge wrote."),
+    talk: Talk,
+    parents: list[str] | None = opt(
+        None, "Where to look for the parents, besides FILE's folder.", metavar="DIR"
+    ),
+) -> None:
+    """Recompute a merged file from its parents and compare every bit.
+
+    The parents are found by their content, whatever they are called now. Exit code 0: verified; 1: a tensor
+    differs, a parent is missing, or the file has no record.
+
+    Example: [bold]clipmerge verify soup.safetensors --parents checkpoints/[/bold]
+    """
+    from clipmerge.errors import CheckpointError
+    from clipmerge.weights.verify import verify as verify_file
+
+    with talk.progress() as on_progress:
+        verdict = verify_file(file, parents or [], on_progress=on_progress)
+    if talk.json:
+        missing = [{"name": p.name, "file": p.file, "digest": p.digest} for p in verdict.missing]
+        facts = {name: getattr(verdict, name) for name in ("status", "reason", "notation", "tensor")}
+        show.document({"file": file, **facts, "parents": dict(verdict.parents), "missing": missing})
+        if verdict.status != "verified":
+            raise typer.Exit(1)
+        return
+    if verdict.status != "verified":
+        raise CheckpointError(f"{file} is not verified: {verdict.reason}", hint=_hint(verdict))
+    print(f"verified: {file}")
+    for name, path in verdict.parents.items():
+        talk.say(f"  {name} is {path}")
+    talk.say(f"{verdict.notation}: {verdict.reason}")
+
+
+def _hint(verdict: "Verdict") -> str:
+    if verdict.status == "missing":
+        missing = [
+            f"{p.name}: {p.file or 'was in memory'}, content digest {p.digest}" for p in verdict.missing
+        ]
+        return "\n  ".join(["name the folders that hold them with --parents:", *missing])
+    if verdict.status == "differs":
+        return "the file or its record was changed after it was written; merge again"
+    return "only files that clipmerge wrote, with digests, can be verified"

@@ -1,0 +1,164 @@
+"""`clipmerge finetune` and `sweep`."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import typer
+
+from clipmerge.finetuning.settings import Settings
+from clipmerge.finetuning.table import MethodName
+from clipmerge_cli import show
+from clipmerge_cli.groups import opt, setting
+from clipmerge_cli.options import FORCE, INPUT, PLOT, SEARCH, Images, Talk, output_option
+from clipmerge_cli.progress import training
+from clipmerge_cli.scoring import Precision
+
+if TYPE_CHECKING:
+    from clipmerge.finetuning.sweep import Trial
+
+_KEEP, _TRIAL = "What is kept", "Every trial"
+
+
+def finetune(
+    *,
+    train: str = opt(..., "Training images.", INPUT, metavar="DATA"),
+    output: Path = output_option(...),
+    images: Images,
+    settings: Settings,
+    talk: Talk,
+    base: str = opt("none", "Where training starts; 'none' trains from scratch.", INPUT, metavar="CKPT"),
+    val: str | None = opt(None, "Held-out images, scored on the way.", INPUT, metavar="DATA"),
+    head: str | None = opt(None, "Take classification_head from this checkpoint.", "Method", metavar="CKPT"),
+    augment: str = setting(Settings, "augment"),
+    device: str = setting(Settings, "device", "auto"),
+    precision: Precision = setting(Settings, "precision", "auto"),
+    tensorboard: Path | None = opt(None, "Folder for its log.", _KEEP, metavar="DIR"),
+    resume: bool = opt(False, "Go on from the saved state.", _KEEP),
+    plot: Path | None = PLOT,
+    force: bool = FORCE,
+) -> None:
+    """Finetune a CLIP model on labelled images; what is written is ready for soup, interpolate and patch.
+
+    \b
+    clipmerge finetune --base base.safetensors --train images/train \\
+        --val images/val -o ft.safetensors
+    clipmerge finetune --base base.safetensors --train digits \\
+        --method lp-ft --epochs 5 -o lpft.safetensors
+    torchrun --nproc-per-node 8 -m clipmerge finetune \\
+        --base … --train … -o ft.safetensors
+
+    Killed? The same command with --resume goes on to the same bytes. DATA is a folder of class folders, a .npz,
+    a CSV, WebDataset shards, Parquet, torchvision:NAME:ROOT, or digits.
+    """
+    augmentation = _augmentation(augment)
+
+    from clipmerge import distributed
+    from clipmerge.finetuning.finetune import finetune as run_finetuning
+
+    place, computing = talk.device("training", device, precision)
+    settings = replace(settings, augment=augmentation, templates=images.templates)
+    distributed.start(place)
+    with training(quiet=talk.silent) as (on_progress, on_event):
+        weights = run_finetuning(
+            None if base == "none" else base,
+            images.open(train, "train", talk, limit=images.limit),
+            val=None if val is None else images.open(val, "val", talk),
+            head=head,
+            out=output,
+            model=images.model,
+            settings=replace(settings, device=str(place), precision=computing),
+            resume=resume,
+            tensorboard=tensorboard,
+            force=force,
+            on_progress=on_progress,
+            on_event=on_event,
+        )
+    if show.is_first():
+        if plot is not None:
+            from clipmerge.finetuning.log import read
+            from clipmerge.report import figures
+
+            figures.training(read(output.with_name(f"{output.stem}.log.jsonl")), plot)
+        if talk.json:
+            show.document({"file": output, "training": weights.record.get("training", {})})
+        talk.say(f"wrote {show.short(output)}")
+    distributed.finish()
+
+
+def _augmentation(text: str) -> str | Mapping[str, Any]:
+    """Return a JSON object (open_clip's aug-cfg), or the steps as they are."""
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        return dict(json.loads(text))
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not JSON: {error}", param_hint="--augment") from error
+
+
+def sweep(
+    *,
+    train: str = opt(..., "Training images.", INPUT, metavar="DATA"),
+    val: str = opt(..., "Held-out images.", INPUT, metavar="DATA"),
+    output: Path = opt(..., "Folder for the checkpoints.", SEARCH, "--output", "-o", metavar="DIR"),
+    base: str = opt(..., "Where every trial starts.", INPUT, metavar="CKPT"),
+    images: Images,
+    talk: Talk,
+    trials: int = opt(72, "How many in all.", SEARCH, min=1),
+    space: str = opt("soups", "soups (the model-soups paper's), or a TOML file.", SEARCH),
+    storage: str | None = opt(
+        None, "Optuna's database for several workers; SQLite in DIR.", SEARCH, metavar="URL"
+    ),
+    sampler: Literal["random", "tpe"] = opt("random", "How trials are drawn.", SEARCH),
+    retries: int = opt(2, "How often a trial that dies is tried again.", SEARCH, min=0),
+    seed: int = opt(0, "Seed of the draws.", SEARCH),
+    method: MethodName | None = opt(None, "As in finetune; default: the space's (soups: lp-ft).", _TRIAL),
+    batch_size: int = setting(Settings, "batch_size", panel=_TRIAL),
+    device: str = setting(Settings, "device", "auto", _TRIAL),
+    precision: Precision = setting(Settings, "precision", "auto", _TRIAL),
+) -> None:
+    """Finetune many times over a search space; what is left is ready for a soup.
+
+    \b
+    clipmerge sweep --base base.safetensors --train images/train \\
+        --val images/val --trials 72 -o runs/
+    clipmerge soup runs/trial-*.safetensors --greedy \\
+        --val images/val -o soup.safetensors
+
+    Start it as often as you like, on one machine or with a shared --storage on many: each worker takes trials until
+    none is left. Killed workers' trials are taken over; called again, a sweep goes on.
+    """
+    from clipmerge.finetuning.space import load_space
+    from clipmerge.finetuning.sweep import finetune_sweep, table
+    from clipmerge.weights.weights import load
+
+    trial_space = load_space(space)
+    if method is not None:
+        trial_space = replace(trial_space, fixed={**trial_space.fixed, "method": method})
+    place, computing = talk.device("training", device, precision)
+
+    def say_trial(trial: "Trial", done: int) -> None:
+        talk.say(f"{done}/{trials}  {trial.file.name}  held-out {show.percent(trial.score)} %")
+
+    options: dict[str, Any] = {"storage": storage, "sampler": sampler, "seed": seed, "retries": retries}
+    options |= {"model": images.model, "templates": images.templates, "batch_size": batch_size}
+    finished = finetune_sweep(
+        None if base == "none" else load(base),
+        images.open(train, "train", talk, limit=images.limit),
+        images.open(val, "val", talk),
+        output,
+        trials=trials,
+        space=trial_space,
+        on_trial=say_trial,
+        device=str(place),
+        precision=computing,
+        **options,
+    )
+    rows = table(finished)
+    if talk.json:
+        show.document(rows)
+    else:
+        columns = list(rows[0])
+        show.table(columns, [[row.get(column) for column in columns] for row in rows])
