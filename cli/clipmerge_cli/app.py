@@ -16,38 +16,43 @@ from clipmerge_cli.groups import flatten
 from clipmerge_cli.show import plain
 
 
-class Command(NamedTuple):
-    """Where a command lives, and what `clipmerge --help` says about it without importing it."""
+class Panel(NamedTuple):
+    """A box of `clipmerge --help`, and the module where its commands live."""
 
+    title: str
     module: str
+
+
+class Command(NamedTuple):
+    """What `clipmerge --help` says about a command, without importing it."""
+
+    panel: Panel
     help: str
-    panel: str
 
 
-START, CHOOSE, MERGE = "Start here", "Choose on held-out images", "Merge"
-MAKE, LOOK = "Make checkpoints", "Look and check"
+START = Panel("Start here", "demo")
+CHOOSE = Panel("Choose on held-out images", "choosing")
+MERGE = Panel("Merge", "merging")
+MAKE = Panel("Make checkpoints", "training")
+LOOK = Panel("Look and check", "looking")
 
 COMMANDS = {
-    "demo": Command("demo", "All of it in two minutes on real images, offline.", START),
-    "soup": Command("soup", "Average checkpoints: uniform, greedy or learned soup.", CHOOSE),
-    "interpolate": Command("interpolation", "Between a base and a finetuned checkpoint (WiSE-FT).", CHOOSE),
-    "patch": Command("interpolation", "Learn a new task, keep the old ones (PAINT).", CHOOSE),
-    "add": Command(
-        "task_arithmetic", "Add what finetuned checkpoints learned to the base (task addition).", CHOOSE
-    ),
-    "negate": Command("task_arithmetic", "Make the base forget a task (task negation).", CHOOSE),
-    "analogy": Command("task_arithmetic", "base + scale * (C + B - A), all as task vectors.", MERGE),
-    "merge": Command("merge", "Any expression over checkpoints, or a TOML recipe.", MERGE),
-    "task-vector": Command("task_arithmetic", "Write finetuned minus base as a file of its own.", MERGE),
-    "convert": Command("convert", "Between layouts: open_clip, Hugging Face.", MERGE),
-    "finetune": Command(
-        "training", "FLYP, cross-entropy, LP-FT, CAR-FT, linear probe, or from scratch.", MAKE
-    ),
-    "sweep": Command("training", "Many finetunings over a search space, ready for a soup.", MAKE),
-    "evaluate": Command("evaluate", "Score checkpoints on labelled images.", LOOK),
-    "inspect": Command("looking", "What a checkpoint holds, and what it was merged from.", LOOK),
-    "compare": Command("looking", "How two checkpoints differ, per tower and block.", LOOK),
-    "verify": Command("looking", "Recompute a merged file from its parents.", LOOK),
+    "demo": Command(START, "All of it in two minutes on real images, offline."),
+    "soup": Command(CHOOSE, "Average checkpoints: uniform, greedy or learned soup."),
+    "interpolate": Command(CHOOSE, "Between a base and a finetuned checkpoint (WiSE-FT)."),
+    "patch": Command(CHOOSE, "Learn a new task, keep the old ones (PAINT)."),
+    "add": Command(CHOOSE, "Add what finetuned checkpoints learned to the base (task addition)."),
+    "negate": Command(CHOOSE, "Make the base forget a task (task negation)."),
+    "analogy": Command(MERGE, "base + scale * (C + B - A), all as task vectors."),
+    "merge": Command(MERGE, "Any expression over checkpoints, or a TOML recipe."),
+    "task-vector": Command(MERGE, "Write finetuned minus base as a file of its own."),
+    "convert": Command(MERGE, "Between layouts: open_clip, Hugging Face."),
+    "finetune": Command(MAKE, "FLYP, cross-entropy, LP-FT, CAR-FT, linear probe, or from scratch."),
+    "sweep": Command(MAKE, "Many finetunings over a search space, ready for a soup."),
+    "evaluate": Command(LOOK, "Score checkpoints on labelled images."),
+    "inspect": Command(LOOK, "What a checkpoint holds, and what it was merged from."),
+    "compare": Command(LOOK, "How two checkpoints differ, per tower and block."),
+    "verify": Command(LOOK, "Recompute a merged file from its parents."),
 }
 
 
@@ -63,9 +68,9 @@ def application(wanted: str | None = None) -> typer.Typer:
     )
     tree.callback()(_root)
     for name, command in COMMANDS.items():
-        function = _function(name, command) if name == wanted else _elsewhere
+        function = _function(name, command.panel.module) if name == wanted else lambda: None
         text = _explanation(function) if name == wanted else command.help
-        tree.command(name, help=text, short_help=command.help, rich_help_panel=command.panel)(function)
+        tree.command(name, help=text, short_help=command.help, rich_help_panel=command.panel.title)(function)
     return tree
 
 
@@ -86,14 +91,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: list[str], wanted: str | None) -> int:
     try:
         application(wanted)(args=args, prog_name="clipmerge")
-    except SystemExit as done:
-        code = done.code if isinstance(done.code, int) else int(done.code is not None)
+    except (SystemExit, KeyboardInterrupt) as end:
+        code = 130 if isinstance(end, KeyboardInterrupt) else end.code
         if code == 130:
             print("interrupted", file=sys.stderr)
-        return code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return code if isinstance(code, int) else int(code is not None)
     except ClipmergeError as error:
         return _refuse(error.message, error.hint)
     except Exception as error:
@@ -109,9 +111,8 @@ def _refuse(message: str, hint: str | None) -> int:
     return 1
 
 
-def _function(name: str, command: Command) -> Callable[..., Any]:
-    module = import_module(f"clipmerge_cli.{command.module}")
-    function = flatten(getattr(module, name.replace("-", "_")))
+def _function(name: str, module: str) -> Callable[..., Any]:
+    function = flatten(getattr(import_module(f"clipmerge_cli.{module}"), name.replace("-", "_")))
 
     @wraps(function)
     def interruptible(*args: Any, **options: Any) -> None:
@@ -133,10 +134,6 @@ def _explanation(function: Callable[..., Any]) -> str:
         else:
             paragraphs.append(" ".join(paragraph.split()))
     return "\n\n".join(paragraphs)
-
-
-def _elsewhere() -> None:
-    """Stands for a command that was not asked for."""
 
 
 def _version(asked: bool) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clipmerge.errors import TrainingError
+from clipmerge.report.documents import write_json
 from clipmerge_cli import demo_steps as steps
 
 RESULTS = "results.json"
@@ -59,8 +60,6 @@ class Study:
 
     def prepare(self) -> None:
         """Write the model's configuration, and three sets of images made from the digits."""
-        from clipmerge.report.documents import write_json
-
         for name in ("data", "ft", "tasks"):
             (self.folder / name).mkdir(exist_ok=True, parents=True)
         write_json(steps.MODEL, self.folder / steps.MODEL_FILE)
@@ -98,23 +97,20 @@ class Study:
         key, role, name = steps.MERGED[Path(file).stem]
         with self.watched(key.replace("_", " ").replace("wise ft", "WiSE-FT")):
             document = self.documents[key] = self.command(*words, "--force", "--fresh")
-            found = [len(document.get(part, ())) for part in ("ingredients", "candidates")]
-            numbers = (
-                found if "ingredients" in document else [document.get("coefficient", document.get("alpha"))]
-            )
+            numbers = [document.get("coefficient", document.get("alpha"))]
+            if role == "greedy":
+                numbers = [len(document["ingredients"]), len(document["candidates"])]
             if role == "added":
                 for task in ("low", "high", "blurred"):
                     self.score(f"tasks/{task}.safetensors", f"{task} alone", "task", *steps.TASKWISE)
-            self.score(
-                file, name.format(*numbers), role, *(steps.TASKWISE if role in TASK_ROLES else steps.COMPARED)
-            )
+            splits = steps.TASKWISE if role in TASK_ROLES else steps.COMPARED
+            self.score(file, name.format(*numbers), role, *splits)
             if role == "greedy":
                 self.rows.append(Row("logit ensemble (all)", "ensemble", None, self.ensemble()))
 
     def report(self) -> None:
         """Write commands.sh, the comparison as a figure, and at last results.json: the demo is finished."""
         from clipmerge.report import figures
-        from clipmerge.report.documents import write_json
 
         best, curve = str(self.best.file), self.documents["curve"]
         (self.folder / "commands.sh").write_text(steps.script(best, self.pace), encoding="utf-8")
@@ -122,11 +118,8 @@ class Study:
         axes = {"x": "test", "y": "shift", "labels": {"test": "test digits", "shift": "turned by 25°"}}
         figure = {"kind": "comparison", "rows": rows, "curve": curve, **axes}
         figures.plot(figure, self.folder / "comparison.png")
-        models = [asdict(row) for row in self.rows]
-        write_json(
-            {"model": steps.MODEL, "splits": steps.SPLITS, "models": models, **self.documents},
-            self.folder / RESULTS,
-        )
+        facts = {"model": steps.MODEL, "splits": steps.SPLITS, "models": [asdict(row) for row in self.rows]}
+        write_json(facts | self.documents, self.folder / RESULTS)
 
     # -- what they share ---------------------------------------------------------------------------------
 
@@ -163,35 +156,21 @@ class Study:
         (words,) = steps.commands("interpolate", best=best).values()
         shown = [word.replace("#val", "#test") for word in words[: words.index("--plot")]]
         points = self.command(*shown, "--fresh")["points"]
-        names = {"test": "id", "shift": "shift"}
-        return [
-            {
-                "alpha": p["coefficient"],
-                "scores": {name: p["scores"][split]["value"] for name, split in names.items()},
-            }
-            for p in points
+        values = [
+            (p["coefficient"], *(p["scores"][split]["value"] for split in ("id", "shift"))) for p in points
         ]
+        return [{"alpha": alpha, "scores": {"test": test, "shift": shift}} for alpha, test, shift in values]
 
     def ensemble(self) -> Scores:
         """Score the mean of all ingredients' logits, on the splits that the soups are compared on."""
-        import torch
-
         from clipmerge.data.open import open_split
         from clipmerge.evaluate.evaluator import Evaluator
-        from clipmerge.evaluate.metrics import interval
-        from clipmerge.weights.weights import load_all
+        from clipmerge.search.ensemble import score_ensemble
 
         splits = {name: open_split(steps.SPLITS[name], role="test") for name in steps.COMPARED}
         evaluator = Evaluator(self.folder / steps.MODEL_FILE, splits, templates=steps.TEMPLATE, device="cpu")
-        ingredients = load_all(sorted(self.folder.glob("ft/*.safetensors")))
-        scores = {}
-        for split in steps.COMPARED:
-            logits = torch.stack([evaluator.logits(weights, split) for weights in ingredients])
-            right = logits.mean(0).argmax(1).numpy() == evaluator.labels(split)
-            correct, n = int(right.sum()), len(right)
-            bounds = list(interval(correct, n))
-            scores[split] = {"value": correct / n, "correct": correct, "n": n, "interval": bounds}
-        return scores
+        ingredients = sorted(self.folder.glob("ft/*.safetensors"))
+        return {split: score_ensemble(ingredients, evaluator, split).to_json() for split in splits}
 
 
 def write_images(folder: Path) -> None:
@@ -205,22 +184,18 @@ def write_images(folder: Path) -> None:
     digits = [part.image(i).convert("L") for part in parts for i in range(len(part))]
     labels = np.concatenate([part.labels for part in parts]).astype(np.int16)
     split = np.repeat(np.arange(3, dtype=np.uint8), [len(part) for part in parts])
-    classes = np.array(parts[0].classes)
     angles = np.random.default_rng(0).uniform(-45, 45, len(parts[0]))
-    turned = [
-        digit.rotate(angle, Image.Resampling.BICUBIC) for digit, angle in zip(digits, angles, strict=False)
-    ]
-    train, pixels = split == 0, np.stack([np.asarray(digit) for digit in digits])
-    np.savez(
-        folder / "broad.npz",
-        images=np.stack([np.asarray(image) for image in turned]),
-        labels=labels[train],
-        split=split[train],
-        classes=classes,
-    )
-    for name, first in (("low", 0), ("high", 5)):
-        rows, stop = (labels >= first) & (labels < first + 5), first + 5
+    turned = [digits[i].rotate(angle, Image.Resampling.BICUBIC) for i, angle in enumerate(angles)]
+    low, high = labels < 5, labels >= 5
+    for name, images, rows, first in (
+        ("broad", turned, split == 0, 0),
+        ("low", digits, low, 0),
+        ("high", digits, high, 5),
+    ):
         np.savez(
-            folder / f"{name}.npz", images=pixels[rows], labels=labels[rows] - first, split=split[rows],
-            classes=classes[first:stop],
-        )  # fmt: skip
+            folder / f"{name}.npz",
+            images=np.stack([np.asarray(images[i]) for i in np.flatnonzero(rows)]),
+            labels=labels[rows] - first,
+            split=split[rows],
+            classes=np.array(parts[0].classes)[first : labels[rows].max() + 1],
+        )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
+from clipmerge.text import and_more
 from clipmerge_cli import show
 from clipmerge_cli.groups import arg, opt
 from clipmerge_cli.progress import progress
@@ -105,7 +106,8 @@ class Images:
         options = {"classnames": self.classnames, "limit": self.limit, "skip_bad": self.skip_bad, **changes}
         split = open_split(data, role=role, **options)
         if split.skipped:
-            text = show.left_out(split.source, split.skipped, len(split))
+            skipped = f"left out {len(split.skipped)} ({and_more(split.skipped, 1)})"
+            text = f"{split.source}: {skipped}; {len(split)} images are used"
             show.say(text, quiet=talk.quiet or not show.is_first())
         return split
 

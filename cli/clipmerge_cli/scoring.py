@@ -14,7 +14,6 @@ from clipmerge_cli.writing import Output
 if TYPE_CHECKING:
     from clipmerge.evaluate.evaluator import Evaluator
     from clipmerge.evaluate.journal import Journal
-    from clipmerge.evaluate.score import Score
     from clipmerge.search.results import SoupResult, SweepResult
     from clipmerge.search.rules import Rule
     from clipmerge.types import Progress
@@ -91,18 +90,11 @@ class Choosing(Scoring):
     fresh: bool = opt(False, "Ignore scores that are remembered.", SEARCH)
     plot: Path | None = PLOT
 
-    def open_journal(self) -> "Journal":
-        """Open the journal that --journal names, or the one in the cache folder."""
-        from clipmerge.checkpoint.cache import cache_dir
-        from clipmerge.evaluate.journal import Journal
-
-        return Journal(self.journal or cache_dir() / "scores.jsonl", fresh=self.fresh)
-
 
 def choose(
     name: str,
     models: "Sequence[Weights]",
-    at: "Callable[[Scalar], Weights]",
+    vector: "Weights",
     value: float | None,
     grid: Sequence[float],
     data: Mapping[str, str],
@@ -119,13 +111,17 @@ def choose(
     Args:
         name: the command, which is also what results call the family of models.
         models: the base, then the others.
-        at: coefficient → model.
+        vector: what is added to the base, times the coefficient: a sum of task vectors.
         value: the coefficient; None: it is chosen.
         grid: what is tried; a dry run shows the last.
         data: split → DATA.
         search: what chooses, where that is not a sweep over the grid by `rule`.
         remark: said where `value` is written.
     """
+
+    def at(coefficient: "Scalar") -> "Weights":
+        return models[0] + coefficient * vector
+
     coefficient = "alpha" if name in ("interpolate", "patch") else "scale"
     if value is not None or out.dry_run:
         if value is None:
@@ -156,6 +152,8 @@ def run_search(
     Args:
         coefficient: what is chosen, "alpha" or "scale"; None: ingredients are, and there is no base.
     """
+    from clipmerge.checkpoint.cache import cache_dir
+    from clipmerge.evaluate.journal import Journal
     from clipmerge.weights.check import check
     from clipmerge.weights.plan import float_dtype
     from clipmerge.weights.weights import mean
@@ -164,7 +162,7 @@ def run_search(
     dtype = float_dtype(out.dtype) or (None if coefficient is None else "F32")  # else all inputs must agree
     check(mean(models), dtype=dtype)
     out.check(mean(models), choosing.model, dtype)
-    journal = choosing.open_journal()
+    journal = Journal(choosing.journal or cache_dir() / "scores.jsonl", fresh=choosing.fresh)
     with choosing.evaluator(data, out, role="val", models=models, journal=journal) as (
         evaluator,
         on_progress,
@@ -177,7 +175,11 @@ def run_search(
             written = out.write(result.weights, record, on_progress)
     if not show.is_first():
         return
-    drawn = _draw(result, choosing.plot) if choosing.plot else []
+    drawn: list[Path] = []
+    if choosing.plot:
+        from clipmerge.report.figures import plot
+
+        drawn = plot(result, choosing.plot)
     if out.json:
         show.document(result.to_json() | {"output": written} | ({"figures": drawn} if drawn else {}))
     else:
@@ -201,19 +203,16 @@ def _selection(result: "Result", evaluator: "Evaluator", data: Mapping[str, str]
     return {**facts, "digests": {name: evaluator.data_key(name) for name in data}}
 
 
-def _draw(result: "Result", path: Path) -> list[Path]:
-    from clipmerge.report.figures import plot
-
-    return plot(result.to_json(), path)
-
-
 def _remarks(result: "Result", coefficient: str | None) -> Iterator[str]:
+    from clipmerge.evaluate.metrics import METRICS
     from clipmerge.search.results import SoupResult
 
     if isinstance(result, SoupResult):
         yield f"kept {len(result.ingredients)} of {len(result.names)} checkpoints"
-        if result.score:
-            yield held_out(result.score)
+        if score := result.score:
+            right = f"{score.correct} of {score.n} right" if score.metric == "top1" else f"{score.n} images"
+            value, bounds = show.percent(score.value), show.interval(score.interval, 2)
+            yield f"held out: {METRICS[score.metric].title} {value} (95 %: {bounds}, {right})"
         if result.images and result.images["saved"]:
             scored, saved = result.images["scored"], result.images["saved"]
             yield f"scored {scored} images; stopping early and the journal spared {saved}"
@@ -222,12 +221,3 @@ def _remarks(result: "Result", coefficient: str | None) -> Iterator[str]:
     else:
         ends = {0.0: " (the base)", 1.0: " (the finetuned model)" if coefficient == "alpha" else ""}
         yield f"chose {coefficient} = {result.coefficient:g}{ends.get(result.coefficient, '')}"
-
-
-def held_out(score: "Score") -> str:
-    """Return the held-out score with its interval, as a sentence."""
-    from clipmerge.evaluate.metrics import METRICS
-
-    right = f"{score.correct} of {score.n} right" if score.metric == "top1" else f"{score.n} images"
-    value, bounds = show.percent(score.value), show.interval(score.interval, 2)
-    return f"held out: {METRICS[score.metric].title} {value} (95 %: {bounds}, {right})"

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clipmerge.text import and_more
-
 
 def is_first() -> bool:
     """Return whether this process writes and speaks: the only one, or torchrun's first.
@@ -28,11 +26,6 @@ def short(path: Path) -> str:
     """Return the path as seen from the working folder where it lies inside it."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
-
-
-def left_out(source: str, items: Sequence[str], used: int) -> str:
-    """Return the remark about what --skip-bad left out: how much, the first of it, and what is used."""
-    return f"{source}: left out {len(items)} ({and_more(items, 1)}); {used} images are used"
 
 
 def document(data: Any) -> None:

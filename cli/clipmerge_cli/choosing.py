@@ -1,0 +1,313 @@
+"""The commands that choose on held-out images: soup, interpolate, patch, add, negate."""
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import typer
+
+from clipmerge_cli.groups import arg, opt
+from clipmerge_cli.options import (
+    BASE,
+    CHECKPOINTS,
+    FINETUNED,
+    INPUT,
+    REFINE,
+    SCALES,
+    SEARCH,
+    SEED,
+    Several,
+    named,
+    numbered,
+    numbers,
+    scale_of,
+    scale_option,
+)
+from clipmerge_cli.scoring import Choosing, choose, run_search
+from clipmerge_cli.writing import Output, load_models, refuse_mixture
+
+if TYPE_CHECKING:
+    from clipmerge.evaluate.evaluator import Evaluator
+    from clipmerge.search.results import SoupResult, SweepResult
+    from clipmerge.search.rules import Rule
+    from clipmerge.types import Progress
+
+RuleName = Literal["best-mean", "best-id"]
+Mode = Literal["single", "sequential", "joint", "parallel"]
+_KIND = "Kind of soup"
+
+
+def soup(
+    *,
+    checkpoints: list[str] = CHECKPOINTS,
+    greedy: bool = opt(False, "Keep what helps on held-out images.", _KIND),
+    learned: bool = opt(False, "Learn coefficients on held-out images.", _KIND),
+    ensemble: bool = opt(False, "The greedy ensemble of logits, as a yardstick.", _KIND),
+    val: str | None = opt(None, "Held-out images.", INPUT, metavar="DATA"),
+    out: Output,
+    choosing: Choosing,
+    strict: bool = opt(False, "Keep only what raises the score.", SEARCH),
+    order: Literal["score", "given", "random"] = opt("score", "Order in which candidates are tried.", SEARCH),
+    per: Literal["model", "tower", "block", "tensor"] = opt(
+        "model", "Learned: one share per model, or per part of it.", SEARCH
+    ),
+    epochs: int = opt(5, "Learned: passes over the images.", SEARCH, min=1),
+    lr: float = opt(0.05, "Learned: AdamW's learning rate.", SEARCH),
+    seed: int = SEED,
+) -> None:
+    """Average checkpoints into one: all of them (uniform), or those that help on held-out images.
+
+    A greedy soup ranks the checkpoints on the held-out images and adds each in turn to the mean, keeping it
+    if the score does not fall. Scores are remembered: a search that was stopped goes on where it was.
+
+    \b
+    clipmerge soup ckpts/*.safetensors -o soup.safetensors
+    clipmerge soup ckpts/*.safetensors --greedy --val images/val \\
+        --model ViT-B-32 -o soup.safetensors
+    torchrun --nproc-per-node 8 -m clipmerge soup ckpts/*.safetensors \\
+        --greedy --val images/val --device cuda --precision bf16 -o soup.safetensors
+    """
+    kinds = {"greedy": greedy, "learned": learned, "ensemble": ensemble}
+    chosen = [name for name, wanted in kinds.items() if wanted]
+    if len(chosen) > 1:
+        raise typer.BadParameter(f"choose one of --{' and --'.join(chosen)}", param_hint=f"--{chosen[1]}")
+    kind = chosen[0] if chosen else "uniform"
+    if kind != "uniform" and val is None:
+        raise typer.BadParameter("a choice needs held-out images: --val DATA", param_hint="--val")
+    if kind == "ensemble" and out.output is not None:
+        raise typer.BadParameter("an ensemble is many models, not a file", param_hint="--output")
+    out.check_usage(needed=kind == "uniform")
+
+    from clipmerge.search.soup import greedy_soup, uniform_soup
+    from clipmerge.weights.weights import load_all
+
+    weights = load_all(checkpoints)
+    refuse_mixture(weights)
+    if out.dry_run or val is None:
+        uniform = uniform_soup(weights)
+        remark = f"uniform soup: the mean of {len(weights)} checkpoints"
+        if kind != "uniform":
+            remark = f"a {kind} soup chooses among these; the plan shows the mean of all of them"
+        document = uniform.to_json() if out.json else None
+        out.merge(uniform.weights, model=choosing.model, document=document, remark=remark)
+        return
+
+    def search(evaluator: "Evaluator", on_progress: "Progress | None") -> "SoupResult":
+        from clipmerge.search.ensemble import greedy_ensemble
+        from clipmerge.search.learned import learned_soup
+
+        greedily: dict[str, Any] = {"order": order, "strict": strict, "seed": seed}
+        greedily |= {"on_progress": on_progress}
+        if kind == "ensemble":
+            return greedy_ensemble(weights, evaluator, **greedily)
+        if kind == "learned":
+            descent: dict[str, Any] = {"epochs": epochs, "lr": lr, "batch_size": choosing.batch_size}
+            return learned_soup(weights, evaluator, per=per, seed=seed, on_progress=on_progress, **descent)
+        if kind == "greedy":
+            return greedy_soup(weights, evaluator, **greedily)
+        return uniform_soup(weights, evaluator)
+
+    run_search(search, {"val": val}, weights, choosing, out)
+
+
+def interpolate(
+    *,
+    base: str = BASE,
+    finetuned: str = FINETUNED,
+    out: Output,
+    choosing: Choosing,
+    alpha: float | None = opt(None, "0 is BASE, 1 is FINETUNED; default 0.5 without --eval."),
+    alphas: str | None = opt(
+        None, "Alphas to try, as START:STOP:STEP or a list; default 0:1:0.1.", SEARCH, metavar="GRID"
+    ),
+    eval: list[str] | None = opt(
+        None,
+        "Images to score on; `id` (or the first) is in-distribution, the others are shifts.",
+        INPUT,
+        metavar="NAME=DATA",
+    ),
+    rule: RuleName | None = opt(
+        None, "What chooses: the best mean of id and shifts, or the best id.", SEARCH
+    ),
+    refine: bool = REFINE,
+) -> None:
+    """Interpolate between a base and a finetuned checkpoint (WiSE-FT): (1 - alpha) base + alpha finetuned.
+
+    With --alphas and --eval every alpha is scored, the curve is shown, and the alpha that the rule chooses is
+    written. Without images to score on, alpha is 0.5.
+
+    \b
+    clipmerge interpolate base.safetensors ft.safetensors --alpha 0.5 \\
+        -o out.safetensors
+    clipmerge interpolate base.safetensors ft.safetensors --alphas 0:1:0.1 \\
+        --eval id=images/val --eval shift=sketches/val \\
+        --plot curve.png -o out.safetensors
+    """
+    if alpha is not None and (alphas or eval):
+        raise typer.BadParameter("give --alpha, or --alphas with --eval", param_hint="--alpha")
+    if alphas and not eval:
+        raise typer.BadParameter("a choice needs images: --eval NAME=DATA", param_hint="--eval")
+    splits = named(eval or [], "--eval", ["id", *numbered("shift", len(eval or []))])
+    chosen_by = _rule(rule, list(splits)) if eval else None
+    value = None if eval else 0.5 if alpha is None else alpha
+    grid = numbers(alphas or "0:1:0.1", "--alphas")
+    start, end = load_models(base, finetuned)
+
+    beyond = alpha is not None and not 0 <= alpha <= 1
+    remark = f"alpha {alpha:g} lies beyond the two models: this extrapolates" if beyond else None
+    options: dict[str, Any] = {"rule": chosen_by, "refine": refine, "remark": remark}
+    choose("interpolate", [start, end], end - start, value, grid, splits, choosing, out, **options)
+
+
+def _rule(name: RuleName | None, splits: list[str]) -> "Rule":
+    from clipmerge.search.rules import best_id, best_mean
+
+    id = "id" if "id" in splits else splits[0]
+    shifts = [split for split in splits if split != id]
+    if name == "best-mean" and not shifts:
+        raise typer.BadParameter("best-mean needs a shift: a second --eval NAME=DATA", param_hint="--rule")
+    return best_id(id) if name == "best-id" or not shifts else best_mean(id, shifts)
+
+
+def patch(
+    *,
+    base: str = BASE,
+    finetuned: list[str] = arg("FINETUNED...", "Finetuned on the patching task, or one per task."),
+    patching: list[str] = opt(..., "A task to learn; repeat.", INPUT, "--patch", metavar="DATA"),
+    supported: list[str] = opt(..., "A task to keep; repeat.", INPUT, metavar="DATA"),
+    out: Output,
+    choosing: Choosing,
+    several: Several,
+    mode: Mode | None = opt(
+        None, "How several tasks are patched; default: by how many models and tasks there are.", SEARCH
+    ),
+    alphas: str = opt("0:1:0.05", "Alphas to try, as START:STOP:STEP or a list.", SEARCH, metavar="GRID"),
+    refine: bool = REFINE,
+) -> None:
+    """Learn a new task and keep the old ones (PAINT): interpolate towards the finetuned model.
+
+    The alpha chosen has the best mean of held-out score on the supported tasks and on the patching tasks.
+    Several tasks: one checkpoint finetuned on all of them (joint), one per task patched in turn (sequential: each
+    should have been finetuned from the model patched before it), or all coefficients searched together (parallel).
+
+    \b
+    clipmerge patch base.safetensors cars.safetensors --patch cars/val \\
+        --supported images/val -o out.safetensors
+    clipmerge patch base.safetensors cars.safetensors dtd.safetensors \\
+        --mode sequential --patch cars/val --patch dtd/val \\
+        --supported images/val -o out.safetensors
+    """
+    usual: Mode = "sequential" if len(finetuned) > 1 else "joint" if len(patching) > 1 else "single"
+    grid = numbers(alphas, "--alphas")
+    roles = [*numbered("supported", len(supported)), *numbered("patch", len(patching))]
+    splits = named([*supported, *patching], "--patch", roles)
+    start, *tuned = load_models(base, *finetuned)
+
+    def search(evaluator: "Evaluator", on_progress: "Progress | None") -> "SweepResult":
+        from clipmerge.search.patch import patch as patch_models
+
+        old, new = list(splits)[: len(supported)], list(splits)[len(supported) :]
+        options: dict[str, Any] = {"mode": mode or usual, "grid": grid, "refine": refine, **vars(several)}
+        options |= {"patching": new, "supported": old, "on_progress": on_progress}
+        return patch_models(start, tuned, evaluator, **options)
+
+    choose("patch", [start, *tuned], tuned[0] - start, None, grid, splits, choosing, out, search=search)
+
+
+def add(
+    *,
+    base: str = BASE,
+    finetuned: list[str] = arg("FINETUNED...", "One checkpoint, or task-vector file, per task."),
+    out: Output,
+    choosing: Choosing,
+    several: Several,
+    scale: str = scale_option("0.4"),
+    val: list[str] | None = opt(None, "With auto: each task's images, in order.", INPUT, metavar="DATA"),
+    scales: str = SCALES,
+    per: Literal["all", "task", "tower", "block"] = opt(
+        "all", "With auto: one scale for all, or one per task, tower or block.", SEARCH
+    ),
+    refine: bool = REFINE,
+) -> None:
+    """Add what finetuned checkpoints learned to their base: base + scale * sum of (finetuned - base).
+
+    With --scale auto the scale is the one with the best mean, over tasks, of held-out score divided by the
+    score of that task's own checkpoint; equal means take the smaller scale.
+
+    \b
+    clipmerge add base.safetensors cars.safetensors dtd.safetensors \\
+        --scale 0.4 -o both.safetensors
+    clipmerge add base.safetensors cars.safetensors dtd.safetensors --scale auto \\
+        --val cars/val --val dtd/val -o both.safetensors
+    """
+    value, grid, tasks = scale_of(scale), numbers(scales, "--scales"), len(finetuned)
+    if value is not None and val:
+        raise typer.BadParameter("--val is for --scale auto", param_hint="--val")
+    if value is None and len(val or []) != tasks:
+        message = f"--scale auto needs one --val for each task: {tasks}, not {len(val or [])}"
+        raise typer.BadParameter(message, param_hint="--val")
+    if refine and per != "all":
+        raise typer.BadParameter(
+            "--refine is for one scale; a search refines by itself", param_hint="--refine"
+        )
+    start, *tuned = load_models(base, *finetuned)
+    splits = named(val or [], "--val", [w.checkpoints[-1].name for w in tuned])
+
+    vector = sum((w - start for w in tuned[1:]), tuned[0] - start)
+
+    def search(evaluator: "Evaluator", on_progress: "Progress | None") -> "SweepResult":
+        from clipmerge.search.coefficients import search_coefficients, task_family
+        from clipmerge.search.rules import normalised_mean
+        from clipmerge.search.sweep import reference_scores, sweep
+
+        models = dict(zip(splits, tuned, strict=True))
+        options: dict[str, Any] = {"rule": normalised_mean(reference_scores(models, evaluator))}
+        options |= {"on_progress": on_progress}
+        if per == "all":
+            return sweep(
+                lambda scale: start + scale * vector, grid, evaluator, refine=refine, name="add", **options
+            )
+        names, family = task_family(start, models, per)
+        low, high = min(grid), max(grid)
+        options |= {"low": low, "high": high, **vars(several)}
+        options["start"] = min(max(1 / tasks, low), high)  # each part of a task vector at its task's share
+        return search_coefficients(family, names, evaluator, **options)
+
+    choose("add", [start, *tuned], vector, value, grid, splits, choosing, out, search=search)
+
+
+def negate(
+    *,
+    base: str = BASE,
+    finetuned: str = arg("FINETUNED", "Finetuned on what to forget, or its task vector."),
+    out: Output,
+    choosing: Choosing,
+    scale: str = scale_option("0.5"),
+    target: str | None = opt(None, "With auto: what to forget.", INPUT, metavar="DATA"),
+    control: str | None = opt(None, "With auto: what to keep.", INPUT, metavar="DATA"),
+    keep: float = opt(0.95, "Share of the base's control score to keep.", SEARCH, min=0, max=1),
+    scales: str = SCALES,
+    refine: bool = REFINE,
+) -> None:
+    """Make the base worse at a task and leave the rest alone: base - scale * (finetuned - base).
+
+    With --scale auto the scale is the largest one whose score on the control images stays at or above the
+    share --keep of the base's.
+
+    \b
+    clipmerge negate base.safetensors cars.safetensors --scale 0.6 \\
+        -o no-cars.safetensors
+    clipmerge negate base.safetensors cars.safetensors --scale auto \\
+        --target cars/val --control images/val -o no-cars.safetensors
+    """
+    from clipmerge.search.rules import keep_control
+
+    value, grid = scale_of(scale), numbers(scales, "--scales")
+    if value is not None and (target or control):
+        raise typer.BadParameter("--target and --control are for --scale auto", param_hint="--scale")
+    if value is None and not (target and control):
+        raise typer.BadParameter("--scale auto needs --target and --control", param_hint="--target")
+    start, tuned = load_models(base, finetuned)
+
+    splits, rule = {"target": target or "", "control": control or ""}, keep_control(keep)
+    choose(
+        "negate", [start, tuned], start - tuned, value, grid, splits, choosing, out, rule=rule, refine=refine
+    )

@@ -1,0 +1,161 @@
+"""The commands that merge as they are told: analogy, merge, task-vector, convert."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import typer
+
+from clipmerge_cli import show
+from clipmerge_cli.groups import arg, opt
+from clipmerge_cli.options import (
+    BASE,
+    FINETUNED,
+    FORCE,
+    HUB_FILE,
+    INPUT,
+    MODEL,
+    REFINE,
+    SCALES,
+    Talk,
+    named,
+    numbers,
+    output_option,
+    scale_of,
+    scale_option,
+)
+from clipmerge_cli.scoring import Choosing, choose
+from clipmerge_cli.writing import Output, load_models
+
+
+def analogy(
+    *,
+    base: str = BASE,
+    a: str = opt(..., "A of: A is to B as C is to the result.", metavar="A"),
+    b: str = opt(..., "B of: A is to B as C is to the result.", metavar="B"),
+    c: str = opt(..., "C of: A is to B as C is to the result.", metavar="C"),
+    out: Output,
+    choosing: Choosing,
+    scale: str = scale_option("1.0"),
+    val: str | None = opt(None, "With auto: held-out images.", INPUT, metavar="DATA"),
+    scales: str = SCALES,
+    refine: bool = REFINE,
+) -> None:
+    """A is to B as C is to the result: base + scale * (C + B - A), all as task vectors.
+
+    \b
+    clipmerge analogy base.safetensors --a photo-dogs.safetensors \\
+        --b photo-lions.safetensors --c sketch-dogs.safetensors \\
+        -o sketch-lions.safetensors
+    clipmerge analogy base.safetensors --a A --b B --c C --scale auto \\
+        --val images/val -o out.safetensors
+    """
+    from clipmerge.search.rules import mean_of
+
+    value, grid = scale_of(scale), numbers(scales, "--scales")
+    if value is not None and val:
+        raise typer.BadParameter("--val is for --scale auto", param_hint="--val")
+    if value is None and not val:
+        raise typer.BadParameter("--scale auto needs held-out images: --val DATA", param_hint="--val")
+    models = load_models(base, a, b, c)
+    start, first, second, third = models
+
+    vector = (third - start) + (second - start) - (first - start)
+    splits, rule = {"val": val or ""}, mean_of(["val"])
+    choose("analogy", models, vector, value, grid, splits, choosing, out, rule=rule, refine=refine)
+
+
+def merge(
+    *,
+    expression: str = arg("EXPRESSION|RECIPE.toml", "What to compute, or a recipe that says it."),
+    files: list[str] | None = arg("[NAME=FILE]...", "The checkpoint behind each name.", None),
+    out: Output,
+    model: str | None = MODEL,
+) -> None:
+    """Any expression over checkpoints, computed in one pass.
+
+    The sum of the coefficients must be 1 (a model) or 0 (a task vector).
+
+    \b
+    clipmerge merge "base + 0.4*(a - base)" \\
+        base=base.safetensors a=a.safetensors -o out.safetensors
+    clipmerge merge "mean(\\[a, b])" a=a.pt b=hf-hub:org/b -o soup/
+    clipmerge merge 'base + {"visual": 0.5}*(a - base)' \\
+        base=base.safetensors a=a.safetensors --dry-run
+    clipmerge merge recipe.toml
+
+    A recipe is TOML: expression = "...", a table \\[checkpoints] with name = "file" (relative to the recipe),
+    and, where wanted, output, dtype and shard_size. What the command line says wins.
+    """
+    from clipmerge.weights.recipe import Recipe, read_recipe
+
+    named_files = named(files or [], "NAME=FILE")
+    recipe = read_recipe(expression) if expression.endswith(".toml") else Recipe(expression, {})
+    weights = replace(recipe, checkpoints={**recipe.checkpoints, **named_files}).weights()
+    out = replace(
+        out,
+        output=out.output or recipe.output,
+        dtype=out.dtype or recipe.dtype,
+        shard_size=out.shard_size or recipe.shard_size,
+    )
+    out.merge(weights, model=model)
+
+
+def task_vector(*, base: str = BASE, finetuned: str = FINETUNED, out: Output) -> None:
+    """Write finetuned minus base as a file of its own.
+
+    The file knows that it is a task vector: expressions use it as one, and nothing takes it for a model.
+
+    \b
+    clipmerge task-vector zs.safetensors cars.safetensors -o cars.tv.safetensors
+    clipmerge merge "zs + 0.4*cars" \\
+        zs=zs.safetensors cars=cars.tv.safetensors -o added.safetensors
+    """
+    from clipmerge.weights.weights import load_all
+
+    start, end = load_all([base, finetuned])
+    out.merge(end - start)
+
+
+def convert(
+    *,
+    checkpoint: str = arg("CKPT", "File, folder, hf-hub:ORG/NAME or MODEL:TAG."),
+    output: Path = output_option(...),
+    talk: Talk,
+    to: Literal["open_clip", "huggingface"] = opt("open_clip", "Whose names to write."),
+    model: str | None = MODEL,
+    force: bool = FORCE,
+) -> None:
+    """Rewrite a checkpoint as safetensors under open_clip's or Hugging Face's names, bit for bit.
+
+    Reads OpenAI's TorchScript archives, training checkpoints, pickled modules and Hugging Face folders
+    without running any code in them. DIR/ as output gets the model's configuration too (--model names the
+    model where the checkpoint does not).
+
+        clipmerge convert ViT-B-32.pt -o vit-b-32.safetensors
+        clipmerge convert soup.safetensors --to huggingface -o soup-hf/
+    """
+    from clipmerge.checkpoint import convert as convert_checkpoint
+    from clipmerge.weights.weights import load
+
+    weights = load(checkpoint)
+    (source,) = weights.checkpoints
+    with talk.progress() as on_progress:
+        if output.name == HUB_FILE:
+            from clipmerge.model.spec import resolve_model
+
+            record = resolve_model(model, weights).to_metadata()
+            path = convert_checkpoint.convert_folder(
+                source, output.parent, to, record, force=force, on_progress=on_progress
+            )
+        else:
+            path = convert_checkpoint.convert(source, output, to, force=force, on_progress=on_progress)
+    dropped = list(source.extra.get("dropped", ()))
+    if talk.json:
+        facts = {"from": source.layout, "to": to, "output": path, "dropped": dropped}
+        show.document({"kind": "convert", **facts})
+        return
+    if dropped:
+        talk.say(f"left out, as {to} has no place for them: {', '.join(dropped)}")
+    talk.say(f"{source.layout} → {to}, {len(source.tensors)} tensors")
+    talk.say(f"wrote {show.short(path)}")
