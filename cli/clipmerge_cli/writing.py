@@ -85,12 +85,12 @@ class Output(Talk):
         """
         if self.output is None:
             return None
-        from clipmerge.report.model_folder import save_folder
-
         shared = ("force", "dtype", "shard_size", "allow_nonfinite", "threads", "digests", "fsync")
         options: dict[str, Any] = {name: getattr(self, name) for name in shared}
         options |= {"metadata": record, "on_progress": on_progress}
         if self.output.name == HUB_FILE:
+            from clipmerge.report.model_folder import save_folder
+
             return save_folder(weights, self.output.parent, **options)
         return weights.save(self.output, **options)
 
