@@ -4,7 +4,7 @@ import clipmerge as cm
 
 base = cm.load("clipmerge-demo/base.safetensors")
 train, test = cm.open_split("digits#train"), cm.open_split("digits#test")
-judge = cm.Evaluator(None, test)
+evaluator = cm.Evaluator(None, test)
 
 variants = [
     cm.finetune(
@@ -19,4 +19,4 @@ variants = [
     for lr in (3e-4, 1e-3, 3e-3)
 ]
 for weights in (base, *variants, cm.mean(variants)):
-    print(f"{100 * judge.score(weights).value:5.1f}  {weights!r}")
+    print(f"{100 * evaluator.score(weights).value:5.1f}  {weights!r}")

@@ -3,11 +3,10 @@
 import open_clip
 
 import clipmerge as cm
-from clipmerge.model import build_model, resolve_model
 
 base = cm.load("clipmerge-demo/base.safetensors")
 finetuned = cm.load("clipmerge-demo/ft/ft2.safetensors")
-model = build_model(resolve_model(None, base))
+model = cm.build_model(cm.resolve_model(None, base))
 
 cm.interpolate(base, finetuned, 0.5).load_into(model)
 print(

@@ -19,8 +19,8 @@ recycled = [
     for i, start in enumerate(auxiliary)
 ]  # fmt: skip
 
-judge = cm.Evaluator(None, test)
-print(f"probe of the base   {100 * judge.score(probe).value:.1f}")
+evaluator = cm.Evaluator(None, test)
+print(f"probe of the base   {100 * evaluator.score(probe).value:.1f}")
 for i, weights in enumerate(recycled):
-    print(f"recycled {i}          {100 * judge.score(weights).value:.1f}")
-print(f"mean of all three   {100 * judge.score(cm.mean(recycled)).value:.1f}")
+    print(f"recycled {i}          {100 * evaluator.score(weights).value:.1f}")
+print(f"mean of all three   {100 * evaluator.score(cm.mean(recycled)).value:.1f}")

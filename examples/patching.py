@@ -4,11 +4,11 @@ import clipmerge as cm
 
 base = cm.load("clipmerge-demo/base.safetensors")
 blurred = cm.load("clipmerge-demo/tasks/blurred.safetensors")
-judge = cm.Evaluator(
+evaluator = cm.Evaluator(
     None, {"patch": cm.open_split("digits#val@blur:1.5"), "supported": cm.open_split("digits#val")}
 )
 
-patched = cm.patch(base, blurred, judge, grid=(0, 0.25, 0.5, 0.75, 1))
+patched = cm.patch(base, blurred, evaluator, grid=(0, 0.25, 0.5, 0.75, 1))
 for point in patched.history:
     scores = {name: f"{100 * score.value:.1f}" for name, score in point.scores.items()}
     print(point.coefficient, scores, "chosen" if point is patched.chosen else "")

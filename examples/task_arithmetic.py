@@ -10,13 +10,13 @@ models = {
     "both tasks": base + 0.3 * ((low - base) + (high - base)),
     "low forgotten": base - 0.5 * (low - base),
 }
-judge = cm.Evaluator(
+evaluator = cm.Evaluator(
     None,
     {name: cm.open_split(f"clipmerge-demo/data/{name}.npz#test") for name in ("low", "high")},
     templates='a photo of the number: "{}".',
 )
 for name, model in models.items():
-    scores = judge.scores(model)
+    scores = evaluator.scores(model)
     print(
         f"{name:14} low {100 * scores['low'].value:5.1f}  high {100 * scores['high'].value:5.1f}  {model!r}"
     )

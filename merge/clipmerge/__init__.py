@@ -10,31 +10,59 @@ from clipmerge.version import __version__  # noqa: F401
 
 if TYPE_CHECKING:
     from clipmerge.data.open import open_split as open_split
+    from clipmerge.errors import ClipmergeError as ClipmergeError
     from clipmerge.evaluate.evaluator import Evaluator as Evaluator
+    from clipmerge.evaluate.evaluator import score as score
+    from clipmerge.evaluate.score import Score as Score
     from clipmerge.finetuning.finetune import finetune as finetune
+    from clipmerge.model import build_model as build_model
+    from clipmerge.model import resolve_model as resolve_model
+    from clipmerge.report.figures import plot as plot
+    from clipmerge.search.ensemble import greedy_ensemble as greedy_ensemble
+    from clipmerge.search.learned import learned_soup as learned_soup
     from clipmerge.search.patch import patch as patch
+    from clipmerge.search.rules import best_id as best_id
+    from clipmerge.search.rules import best_mean as best_mean
+    from clipmerge.search.rules import keep_control as keep_control
+    from clipmerge.search.rules import normalised_mean as normalised_mean
+    from clipmerge.search.rules import paint as paint
     from clipmerge.search.soup import greedy_soup as greedy_soup
+    from clipmerge.search.soup import uniform_soup as uniform_soup
     from clipmerge.search.sweep import sweep as sweep
+    from clipmerge.weights.look import compare as compare
+    from clipmerge.weights.look import inspect as inspect
+    from clipmerge.weights.verify import verify as verify
     from clipmerge.weights.weights import Weights as Weights
     from clipmerge.weights.weights import from_state_dict as from_state_dict
     from clipmerge.weights.weights import interpolate as interpolate
     from clipmerge.weights.weights import load as load
+    from clipmerge.weights.weights import load_all as load_all
+    from clipmerge.weights.weights import magmax as magmax
     from clipmerge.weights.weights import mean as mean
+    from clipmerge.weights.weights import model_stock as model_stock
+    from clipmerge.weights.weights import slerp as slerp
 
-
-_HOME = {
-    "Evaluator": "clipmerge.evaluate.evaluator",
-    "Weights": "clipmerge.weights.weights",
-    "finetune": "clipmerge.finetuning.finetune",
-    "from_state_dict": "clipmerge.weights.weights",
-    "greedy_soup": "clipmerge.search.soup",
-    "interpolate": "clipmerge.weights.weights",
-    "load": "clipmerge.weights.weights",
-    "mean": "clipmerge.weights.weights",
-    "open_split": "clipmerge.data.open",
-    "patch": "clipmerge.search.patch",
-    "sweep": "clipmerge.search.sweep",
+_NAMES = {
+    "data.open": "open_split",
+    "errors": "ClipmergeError",
+    "evaluate.evaluator": "Evaluator score",
+    "evaluate.score": "Score",
+    "finetuning.finetune": "finetune",
+    "model": "build_model resolve_model",
+    "report.figures": "plot",
+    "search.ensemble": "greedy_ensemble",
+    "search.learned": "learned_soup",
+    "search.patch": "patch",
+    "search.rules": "best_id best_mean keep_control normalised_mean paint",
+    "search.soup": "greedy_soup uniform_soup",
+    "search.sweep": "sweep",
+    "weights.look": "compare inspect",
+    "weights.verify": "verify",
+    "weights.weights": "Weights from_state_dict interpolate load load_all magmax mean model_stock slerp",
 }
+"""The public names by the file that holds them."""
+
+_HOME = {name: f"clipmerge.{home}" for home, names in _NAMES.items() for name in names.split()}
 
 __all__ = sorted(_HOME)
 

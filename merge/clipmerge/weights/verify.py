@@ -55,7 +55,7 @@ class Verdict:
 
 def verify(
     checkpoint: str | Path | Weights,
-    parents: Sequence[str | Path] = (),
+    parents: str | Path | Sequence[str | Path] = (),
     *,
     on_progress: Progress | None = None,
 ) -> Verdict:
@@ -63,8 +63,8 @@ def verify(
 
     Args:
         checkpoint: the file to verify, or what `load` gave for it.
-        parents: files, or folders to search through, besides the file's own folder. Names do not matter:
-            parents are known by their content digests.
+        parents: a file, a folder to search through, or several, besides the file's own folder. Names do not
+            matter: parents are known by their content digests.
 
     Raises:
         CheckpointError: the file cannot be read, or its record makes no sense.
@@ -76,10 +76,11 @@ def verify(
         return Verdict("unrecorded", "the file does not say how it was made: clipmerge did not write it")
     if is_original(record):
         return _verify_original(merged, record, notation, on_progress)
+    places = [parents] if isinstance(parents, str | Path) else parents
     recorded = parents_of(record)
     if not recorded or any(parent.digest is None for parent in recorded):
         return Verdict("unrecorded", "the file was written without its parents' digests", notation)
-    files = _find(merged, recorded, _candidates(merged, recorded, parents), on_progress)
+    files = _find(merged, recorded, _candidates(merged, recorded, places), on_progress)
     missing = tuple(parent for parent in recorded if parent.name not in files)
     if missing:
         reason = f"{len(missing)} of {len(recorded)} parents are missing"
