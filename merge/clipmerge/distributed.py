@@ -183,7 +183,9 @@ class _Gather(Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         x = x.contiguous()
         rows = x.new_empty(world() * len(x), *x.shape[1:])
-        all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name since torch 2.14
+        all_gather = getattr(
+            dist, "all_gather_single", dist.all_gather_into_tensor
+        )  # its name since torch 2.14
         all_gather(rows, x)
         return rows
 

@@ -45,6 +45,10 @@ def build_model(
             f"open_clip cannot build {spec.name}: {error}",
             hint="compare the config with one of open_clip's own",
         ) from error
+    if torch.device(device).type == "cuda":
+        from clipmerge.model.patches import embed_patches_by_matmul  # imports torch
+
+        embed_patches_by_matmul(model)
     return model.to(device).eval()
 
 
