@@ -153,7 +153,8 @@ def compare(
     from clipmerge.finetuning.batches import Sampler
 
     place = torch.device(device)
-    theirs, spec = build(name, device)
+    theirs, spec = build(name, "cpu")  # as open_clip builds it: ours embeds patches another way on a GPU
+    theirs.to(place)
     ours, _ = build(name, device)
     split, prompts = tokens_of(setting, ours, spec, place)
     side = spec.preprocess["size"]
