@@ -1,8 +1,8 @@
 """A mixture of checkpoints that knows the gradient of its loss with respect to each share."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -57,11 +57,8 @@ class Mixture:
         head, tokens = _head_of(predictor, split, weights)
         classes = len(evaluator.splits[split].classes)
         self._logits = _Logits(predictor.resident.module, head, tokens, classes, predictor.precision)
-        self._layout = Layout(predictor.resident.module, weights[0], groups, self._device)
-        self._candidates: Candidates = Streamed(weights, self._layout)
-        nbytes = len(weights) * self._layout.flat.numel() * _dtype_of(weights, self._layout).itemsize
-        if fits(nbytes, self._device):
-            self._candidates = Matrix(weights, self._layout)
+        self._candidates = Candidates(weights, groups, predictor.resident.module.state_dict(), self._device)
+        self._candidates.keep()
 
     def gradients(
         self, shares: "Float[Tensor, 'groups models']", beta: float, indices: "Int[Tensor, ' batch']"
@@ -85,7 +82,7 @@ class Mixture:
     def _backward(
         self, beta: float, mine: "np.ndarray[Any, np.dtype[np.int64]]", batch: int
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        leaves = {name: nn.Parameter(tensor) for name, tensor in self._layout.mixed.items()}
+        leaves = {name: nn.Parameter(tensor) for name, tensor in self._candidates.mixed.items()}
         factor = torch.tensor(beta, device=self._device, requires_grad=True)
         rows, images = next(self._images.batches(mine, [(0, len(mine))]))
         named: dict[str, Tensor] = {f"model.{name}": leaf for name, leaf in leaves.items()}
@@ -97,124 +94,85 @@ class Mixture:
         return by_name, torch.zeros_like(loss) if by_beta is None else by_beta, loss.detach()
 
 
-class Layout:
-    """Where each float tensor of the mixture lies in one flat vector, group by group.
+class Candidates:
+    """The checkpoints of a mixture, and the mixture as one flat vector, group by group.
+
+    They are read from their mapped files at each step, or stay on the device as one matrix (models, parameters).
 
     Attributes:
-        flat: the mixture, fp32 on the device. mixed: its tensors by name, views of `flat`.
-        group: name → number of its group. bounds: each group's beginning and end in `flat`.
+        mixed: the mixture's tensors by name: views of the vector, fp32 on the device.
     """
 
     def __init__(
         self,
-        module: nn.Module,
-        weights: Weights,
+        weights: Sequence[Weights],
         groups: Mapping[str, Callable[[str], bool]],
+        known: Collection[str],
         device: torch.device,
     ) -> None:
-        known = module.state_dict()
-        with tensors_of(weights) as tensors:
+        self._weights, self._upload = tuple(weights), Upload(device)
+        with tensors_of(weights[0]) as tensors:
             shapes = {n: t.shape for n, t in tensors if t.is_floating_point() and n in known}
-        self.group = {n: next(i for i, owns in enumerate(groups.values()) if owns(n)) for n in shapes}
-        names = sorted(shapes, key=lambda name: self.group[name])
+        self._group = {n: next(i for i, owns in enumerate(groups.values()) if owns(n)) for n in shapes}
+        names = sorted(shapes, key=lambda name: self._group[name])
         ends = dict(zip(names, accumulate(shapes[name].numel() for name in names), strict=True))
-        self.spans = {name: (ends[name] - shapes[name].numel(), ends[name]) for name in names}
-        self.flat = torch.empty(max(ends.values(), default=0), dtype=torch.float32, device=device)
-        self.mixed = {n: self.flat[slice(*self.spans[n])].view(shapes[n]) for n in shapes}
-        sizes = [0] * len(groups)
-        for name in names:
-            sizes[self.group[name]] += shapes[name].numel()
-        self.bounds = [(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
+        self._spans = {name: (ends[name] - shapes[name].numel(), ends[name]) for name in names}
+        self._flat = torch.empty(max(ends.values(), default=0), dtype=torch.float32, device=device)
+        self.mixed = {name: self._flat[slice(*self._spans[name])].view(shapes[name]) for name in shapes}
+        self._shape = (len(groups), len(weights))
+        self._matrix: Tensor | None = None
 
+    def keep(self, *, if_it_fits: bool = True) -> None:
+        """Put all candidates on the device, in their own dtype where they share one."""
+        if if_it_fits and self._flat.device.type != "cuda":
+            return
+        dtypes = {t.dtype for _, _, t in self._tensors(self._spans)}
+        dtype = dtypes.pop() if dtypes in ({torch.bfloat16}, {torch.float16}) else torch.float32
+        shape = (self._shape[1], self._flat.numel())
+        if if_it_fits and not fits(shape[0] * shape[1] * dtype.itemsize, self._flat.device):
+            return
+        matrix = torch.empty(shape, dtype=dtype, device=self._flat.device)
+        for row, name, tensor in self._tensors(self._spans):
+            matrix[row, slice(*self._spans[name])] = self._upload(tensor).reshape(-1).to(dtype)
+        self._matrix = matrix
 
-class Candidates(Protocol):
-    """The checkpoints of a mixture."""
-
+    @torch.no_grad()
     def mix(self, shares: "Float[Tensor, 'groups models']") -> None:
-        """Fill the layout's vector with the sum of checkpoints times their shares."""
+        """Fill the mixture with the sum of checkpoints times their shares."""
+        rows = shares.to(self._flat)
+        self._flat.zero_()
+        for group, models, start, stop, values in self._pieces(self._spans):
+            self._flat[start:stop].addmv_(values.T, rows[group, models])
 
+    @torch.no_grad()
     def products(self, by_name: Mapping[str, Tensor]) -> "Float[Tensor, 'groups models']":
         """Multiply the mixture's gradient with each checkpoint, group by group; fp64 on the device."""
-
-
-class Streamed:
-    """Checkpoints that are read from their mapped files at each step: one mixture is all that memory holds."""
-
-    def __init__(self, weights: Sequence[Weights], layout: Layout) -> None:
-        self._weights, self._layout = weights, layout
-
-    def mix(self, shares: "Float[Tensor, 'groups models']") -> None:
-        """See `Candidates.mix`."""
-        layout = self._layout
-        layout.flat.zero_()
-        for column, candidate in enumerate(self._weights):
-            with torch.no_grad(), tensors_of(candidate) as tensors:
-                for name, tensor in tensors:
-                    if name in layout.mixed:
-                        value = tensor.to(device=layout.flat.device, dtype=torch.float32)
-                        layout.mixed[name].add_(value, alpha=float(shares[layout.group[name], column]))
-
-    def products(self, by_name: Mapping[str, Tensor]) -> "Float[Tensor, 'groups models']":
-        """See `Candidates.products`."""
-        layout, models = self._layout, len(self._weights)
-        sums = torch.zeros(len(layout.bounds), models, dtype=torch.float64, device=layout.flat.device)
-        for column, candidate in enumerate(self._weights):
-            with torch.no_grad(), tensors_of(candidate) as tensors:
-                for name, tensor in tensors:
-                    if name in by_name:
-                        value = tensor.to(device=layout.flat.device, dtype=torch.float32)
-                        product = torch.dot(by_name[name].flatten(), value.flatten())
-                        sums[layout.group[name], column] += product.double()
-        return sums
-
-
-class Matrix:
-    """Checkpoints that stay on the device as one matrix (models, parameters), in their own dtype."""
-
-    def __init__(self, weights: Sequence[Weights], layout: Layout) -> None:
-        self._layout = layout
-        shape = (len(weights), layout.flat.numel())
-        self._matrix = torch.empty(shape, dtype=_dtype_of(weights, layout), device=layout.flat.device)
-        upload = Upload(layout.flat.device)
-        for row, candidate in zip(self._matrix, weights, strict=True):
-            with tensors_of(candidate) as tensors:
-                for name, tensor in tensors:
-                    if name in layout.spans:
-                        row[slice(*layout.spans[name])].copy_(upload(tensor).reshape(-1))
-
-    def mix(self, shares: "Float[Tensor, 'groups models']") -> None:
-        """See `Candidates.mix`."""
-        rows = shares.to(self._layout.flat)
-        for group, start, stop in self._blocks():
-            self._layout.flat[start:stop] = rows[group] @ self._matrix[:, start:stop].float()
-
-    def products(self, by_name: Mapping[str, Tensor]) -> "Float[Tensor, 'groups models']":
-        """See `Candidates.products`."""
-        layout, models = self._layout, len(self._matrix)
-        gradient = torch.zeros_like(layout.flat)
+        gradient = torch.zeros_like(self._flat)
         for name, values in by_name.items():
-            gradient[slice(*layout.spans[name])] = values.reshape(-1)
-        sums = torch.zeros(len(layout.bounds), models, dtype=torch.float64, device=gradient.device)
-        for group, start, stop in self._blocks():
-            sums[group] += (self._matrix[:, start:stop].float() @ gradient[start:stop]).double()
+            gradient[slice(*self._spans[name])] = values.reshape(-1)
+        sums = torch.zeros(self._shape, dtype=torch.float64, device=gradient.device)
+        for group, models, start, stop, values in self._pieces(by_name):
+            sums[group, models] += torch.mv(values, gradient[start:stop]).double()
         return sums
 
-    def _blocks(self) -> list[tuple[int, int, int]]:
-        """List (group, start, stop) of columns that are few enough to be widened at once."""
-        return [
-            (group, start, min(start + _COLUMNS, end))
-            for group, (first, end) in enumerate(self._layout.bounds)
-            for start in range(first, end, _COLUMNS)
-        ]
+    def _pieces(self, names: Collection[str]) -> Iterator[tuple[int, slice, int, int, Tensor]]:
+        """Yield (group, models, start, stop, their parameters there, fp32): small enough to be widened at once."""
+        if self._matrix is None:
+            for row, name, tensor in self._tensors(names):
+                values = self._upload(tensor).reshape(1, -1).float()
+                yield self._group[name], slice(row, row + 1), *self._spans[name], values
+            return
+        for group in range(self._shape[0]):
+            spans = [self._spans[name] for name, owner in self._group.items() if owner == group]
+            end = max((stop for _, stop in spans), default=0)
+            for start in range(min((start for start, _ in spans), default=0), end, _COLUMNS):
+                stop = min(start + _COLUMNS, end)
+                yield group, slice(None), start, stop, self._matrix[:, start:stop].float()
 
-
-def _dtype_of(weights: Sequence[Weights], layout: Layout) -> torch.dtype:
-    """Return the dtype that all checkpoints share, fp32 where they do not."""
-    dtypes = set()
-    for candidate in weights:
-        with tensors_of(candidate) as tensors:
-            dtypes |= {tensor.dtype for name, tensor in tensors if name in layout.spans}
-    return dtypes.pop() if dtypes in ({torch.bfloat16}, {torch.float16}) else torch.float32
+    def _tensors(self, names: Collection[str]) -> Iterator[tuple[int, str, Tensor]]:
+        for row, candidate in enumerate(self._weights):
+            with tensors_of(candidate) as tensors:
+                yield from ((row, name, tensor) for name, tensor in tensors if name in names)
 
 
 class _Logits(nn.Module):

@@ -17,7 +17,7 @@ from clipmerge.evaluate.evaluator import Evaluator
 from clipmerge.model import build_model, eval_transform, get_tokenizer
 from clipmerge.search import mixture as mixture_module
 from clipmerge.search.learned import groups_for, learned_soup, round_shares
-from clipmerge.search.mixture import Layout, Matrix, Mixture, Streamed
+from clipmerge.search.mixture import Candidates, Mixture
 from clipmerge.search.results import shares_table
 from clipmerge.weights.weights import Weights, from_state_dict, load, load_all
 
@@ -173,15 +173,16 @@ def test_candidates_in_one_matrix_are_those_read_from_files(
     states = [{n: t.to(dtype) for n, t in w.state_dict().items()} for w in two]
     models = [from_state_dict(state, f"m{i}") for i, state in enumerate(states)]
     evaluator.load(models[0])
-    module = evaluator.predictor.resident.module
-    layout = Layout(module, models[0], groups_for(models[0].names, per), torch.device("cpu"))
-    streamed, matrix = Streamed(models, layout), Matrix(models, layout)
-    assert matrix._matrix.dtype == dtype
+    known, groups = evaluator.predictor.resident.module.state_dict(), groups_for(models[0].names, per)
+    streamed, kept = (Candidates(models, groups, known, torch.device("cpu")) for _ in range(2))
+    kept.keep(if_it_fits=False)
+    assert kept._matrix is not None
+    assert kept._matrix.dtype == dtype
     draw = torch.Generator().manual_seed(0)
-    shares = torch.rand(len(layout.bounds), 2, generator=draw).softmax(1)
-    streamed.mix(shares)
-    expected = layout.flat.clone()
-    matrix.mix(shares)
-    torch.testing.assert_close(layout.flat, expected, rtol=1e-6, atol=1e-7)
-    gradients = {n: torch.randn(t.shape, generator=draw) for n, t in layout.mixed.items() if "bias" in n}
-    torch.testing.assert_close(matrix.products(gradients), streamed.products(gradients), rtol=1e-4, atol=1e-5)
+    shares = torch.rand(len(groups), 2, generator=draw).softmax(1)
+    for candidates in (streamed, kept):
+        candidates.mix(shares)
+    for name, tensor in kept.mixed.items():
+        torch.testing.assert_close(tensor, streamed.mixed[name], rtol=1e-6, atol=1e-7)
+    gradients = {n: torch.randn(t.shape, generator=draw) for n, t in kept.mixed.items() if "bias" in n}
+    torch.testing.assert_close(kept.products(gradients), streamed.products(gradients), rtol=1e-4, atol=1e-5)
