@@ -179,7 +179,7 @@ def test_a_step_of_the_learned_soup_uploads_no_candidate(
 
     evaluator = judge("cuda")
     evaluator.load(weights[0])
-    mixture = Mixture(evaluator, "val", weights, {"all": lambda name: True})
+    mixture = Mixture(evaluator, "val", weights, ("*",))
     shares = torch.full((1, len(weights)), 1 / len(weights))
     mixture.gradients(shares, 1.0, torch.arange(128))
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:

@@ -60,14 +60,8 @@ class Predictions:
 
     def take(self, indices: npt.NDArray[Any]) -> "Predictions":
         """Return the predictions for some of the images, in that order."""
-        groups = None if self.groups is None else self.groups[indices]
-        return Predictions(
-            self.labels[indices],
-            self.predicted[indices],
-            self.in_top5[indices],
-            self.confidence[indices],
-            groups,
-        )
+        columns = self.labels, self.predicted, self.in_top5, self.confidence, self.groups
+        return Predictions(*(None if column is None else column[indices] for column in columns))  # type: ignore[arg-type]
 
 
 def top1(p: Predictions) -> float:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Method = Literal["coordinate", "random", "cmaes"]
 Per = Literal["task", "tower", "block"]
+Group = Literal["model", "tower", "block", "tensor"]
 MakeWeights = Callable[[Mapping[str, Fraction]], Weights]
 Vector = tuple[float, ...]
 
@@ -50,16 +51,23 @@ def task_family(
     return tuple(name for pairs in keys.values() for name, _ in pairs), family
 
 
-def groups_of(names: Sequence[str], per: Literal["tower", "block"]) -> tuple[str, ...]:
+def groups_of(names: Sequence[str], per: Group) -> tuple[str, ...]:
     """List patterns that cover every name; the first that matches decides.
 
     Blocks come before what is left of their tower, and `*` (logit scale and the like) comes last.
     """
+    if per == "model":
+        return ("*",)
+    if per == "tensor":
+        return tuple(names)
+    if per not in ("tower", "block"):
+        raise SelectionError(f"there is no grouping {per!r}", hint="model, tower, block or tensor")
     blocks = {(tower_of(name), number) for name in names if (number := block_of(name)) is not None}
     blocks = {(tower, number) for tower, number in blocks if tower in ("visual", "text")}
     fine = tuple(f"{tower}.block[{number}]" for tower, number in sorted(blocks)) if per == "block" else ()
-    towers = tuple(tower for tower in ("visual", "text", "head") if any(tower_of(n) == tower for n in names))
-    return (*fine, *towers, "*") if any(tower_of(n) == "other" for n in names) else (*fine, *towers)
+    present = {tower_of(name) for name in names}
+    towers = tuple(tower for tower in ("visual", "text", "head") if tower in present)
+    return (*fine, *towers, *(("*",) if "other" in present else ()))
 
 
 def search_coefficients(

@@ -3,32 +3,29 @@
 Source: Wortsman et al. 2022, arXiv 2203.05482, section 3 and appendix I.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from functools import reduce
 from operator import add
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from clipmerge.errors import NonFiniteError, SelectionError
+from clipmerge.errors import NonFiniteError
 from clipmerge.evaluate.sources import Source
-from clipmerge.search.coefficients import groups_of
+from clipmerge.search.coefficients import Group, groups_of
 from clipmerge.search.mixture import Mixture
 from clipmerge.search.results import SoupResult
 from clipmerge.search.soup import open_candidates
 from clipmerge.types import Progress
 from clipmerge.weights.coefficient import Coefficient
-from clipmerge.weights.names import matches
 from clipmerge.weights.weights import Weights
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
     from clipmerge.evaluate.evaluator import Evaluator
-
-Per = Literal["model", "tower", "block", "tensor"]
 
 _DIGITS = 6
 
@@ -38,7 +35,7 @@ def learned_soup(
     evaluator: "Evaluator",
     *,
     split: str | None = None,
-    per: Per = "model",
+    per: Group = "model",
     lr: float = 0.05,
     epochs: int = 5,
     batch_size: int = 256,
@@ -60,12 +57,12 @@ def learned_soup(
     """
     weights = open_candidates(checkpoints)
     split = evaluator.split_name(split)
-    groups = groups_for(weights[0].names, per)
+    groups = groups_of(weights[0].names, per)
     evaluator.load(weights[0])
     mixture = Mixture(evaluator, split, weights, groups)
     shares, beta = _descend(mixture, lr, epochs, batch_size, temperature, seed, on_progress)
     numbers = round_shares(shares)
-    soup = _soup(weights, tuple(groups), numbers)
+    soup = _soup(weights, groups, numbers)
     names = tuple(map(repr, weights))
     by_group = {
         group: {name: float(share) for name, share in zip(names, row, strict=True)}
@@ -119,21 +116,6 @@ def _descend(
             if on_progress:
                 on_progress("learning", done, steps)
     return raw.detach().softmax(dim=1), beta.item()
-
-
-def groups_for(names: Sequence[str], per: Per) -> Mapping[str, Callable[[str], bool]]:
-    """Return group → whether a tensor may belong to it; the first group that says yes has the tensor."""
-    if per == "model":
-        return {"all": lambda name: True}
-    if per == "tensor":
-        return {name: name.__eq__ for name in names}
-    if per not in ("tower", "block"):
-        raise SelectionError(f"there is no grouping {per!r}", hint="model, tower, block or tensor")
-    return {pattern: _matcher(pattern) for pattern in groups_of(names, per)}
-
-
-def _matcher(pattern: str) -> Callable[[str], bool]:
-    return lambda name: matches(pattern, name)
 
 
 def round_shares(shares: "Float[Tensor, 'groups models']") -> list[list[Fraction]]:

@@ -1,6 +1,6 @@
 """A mixture of checkpoints that knows the gradient of its loss with respect to each share."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from clipmerge.evaluate.heads import average_templates, class_logits, encode_tex
 from clipmerge.evaluate.predictor import Predictor
 from clipmerge.evaluate.resident import Upload, tensors_of
 from clipmerge.model import get_tokenizer
-from clipmerge.weights.names import tower_of
+from clipmerge.weights.names import matches, tower_of
 from clipmerge.weights.weights import Weights
 
 if TYPE_CHECKING:
@@ -38,6 +38,9 @@ class Mixture:
 
     Under torchrun each process takes its part of every batch, and gradients are added up.
 
+    Args:
+        groups: patterns of names; the first that matches a tensor decides which row of shares it takes.
+
     Attributes:
         groups, models: how many rows and columns the shares have. size: images.
     """
@@ -47,7 +50,7 @@ class Mixture:
         evaluator: Evaluator,
         split: str,
         weights: Sequence[Weights],
-        groups: Mapping[str, Callable[[str], bool]],
+        groups: Sequence[str],
     ) -> None:
         predictor = evaluator.predictor
         self.groups, self.models = len(groups), len(weights)
@@ -106,14 +109,14 @@ class Candidates:
     def __init__(
         self,
         weights: Sequence[Weights],
-        groups: Mapping[str, Callable[[str], bool]],
+        groups: Sequence[str],
         known: Collection[str],
         device: torch.device,
     ) -> None:
         self._weights, self._upload = tuple(weights), Upload(device)
         with tensors_of(weights[0]) as tensors:
             shapes = {n: t.shape for n, t in tensors if t.is_floating_point() and n in known}
-        self._group = {n: next(i for i, owns in enumerate(groups.values()) if owns(n)) for n in shapes}
+        self._group = {n: next(i for i, group in enumerate(groups) if matches(group, n)) for n in shapes}
         names = sorted(shapes, key=lambda name: self._group[name])
         ends = dict(zip(names, accumulate(shapes[name].numel() for name in names), strict=True))
         self._spans = {name: (ends[name] - shapes[name].numel(), ends[name]) for name in names}

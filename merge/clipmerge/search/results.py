@@ -122,9 +122,8 @@ class SoupResult:
             return shares_table(self.coefficients, self.temperature)
         if not self.history or self.score is None:
             return Table(("checkpoint",), tuple((name,) for name in self.names), title)
-        p = (
-            "p" if self.score.metric == "top1" else "p (top-1)"
-        )  # it compares top-1 answers, whatever the metric
+        # McNemar's test compares top-1 answers, whatever the metric.
+        p = "p" if self.score.metric == "top1" else "p (top-1)"
         headers = ("", "checkpoint", "alone", "with it", "95 %", p, "", "best")
         title += f": {len(self.ingredients)} of {len(self.names)}"
         return Table(headers, tuple(step.row() for step in self.history), title)

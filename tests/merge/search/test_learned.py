@@ -16,7 +16,8 @@ from clipmerge.errors import SelectionError
 from clipmerge.evaluate.evaluator import Evaluator
 from clipmerge.model import build_model, eval_transform, get_tokenizer
 from clipmerge.search import mixture as mixture_module
-from clipmerge.search.learned import groups_for, learned_soup, round_shares
+from clipmerge.search.coefficients import groups_of
+from clipmerge.search.learned import learned_soup, round_shares
 from clipmerge.search.mixture import Candidates, Mixture
 from clipmerge.search.results import shares_table
 from clipmerge.weights.weights import Weights, from_state_dict, load, load_all
@@ -61,7 +62,7 @@ def test_gradients_are_those_of_the_mixed_model(
     two: list[Weights], evaluator: Evaluator, tiny_spec: Any, val: Split
 ) -> None:
     evaluator.load(two[0])
-    made = Mixture(evaluator, "val", two, groups_for(two[0].names, "model"))
+    made = Mixture(evaluator, "val", two, groups_of(two[0].names, "model"))
     shares = torch.tensor([[0.3, 0.7]])
     by_share, by_beta, loss = made.gradients(shares, 0.8, torch.arange(20))
     free, beta = shares[0].clone().requires_grad_(), torch.tensor(0.8, requires_grad=True)
@@ -140,7 +141,7 @@ def test_images_that_cover_some_of_the_classes_are_learned_from(
     )
     judge = Evaluator(tiny_spec, {"val": some}, templates=PROMPT)
     judge.load(two[0])
-    mixture = Mixture(judge, "val", two, groups_for(two[0].names, "model"))
+    mixture = Mixture(judge, "val", two, groups_of(two[0].names, "model"))
     shares = torch.tensor([[1.0, 0.0]])
     by_share, by_beta, loss = mixture.gradients(shares, 1.3, torch.arange(len(some)))
     logits = judge.logits(two[0], "val")[:, [2, 5, 7]]
@@ -173,7 +174,7 @@ def test_candidates_in_one_matrix_are_those_read_from_files(
     states = [{n: t.to(dtype) for n, t in w.state_dict().items()} for w in two]
     models = [from_state_dict(state, f"m{i}") for i, state in enumerate(states)]
     evaluator.load(models[0])
-    known, groups = evaluator.predictor.resident.module.state_dict(), groups_for(models[0].names, per)
+    known, groups = evaluator.predictor.resident.module.state_dict(), groups_of(models[0].names, per)
     streamed, kept = (Candidates(models, groups, known, torch.device("cpu")) for _ in range(2))
     kept.keep(if_it_fits=False)
     assert kept._matrix is not None
