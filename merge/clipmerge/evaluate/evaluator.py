@@ -129,7 +129,7 @@ class Evaluator:
 
         The mean of the members is computed exactly and held beside the model; each candidate is one lerp per tensor
         from there, so that rounding never adds up and a resumed search computes what an unbroken one does. Images
-        that were often wrong come first, so that a hopeless candidate is known early.
+        that were often wrong come first, so that a candidate that cannot win is known early.
 
         Args:
             incumbent: the score of the members' mean. strict: as in `is_better`.
@@ -246,7 +246,7 @@ class Evaluator:
         """
         weights = as_weights(weights)
         if self._loaded is not weights:
-            self._loaded = None
+            self._loaded, self._mean = None, ""
             self.predictor.load(weights)
             self._loaded = weights
 
@@ -288,7 +288,7 @@ class Evaluator:
 
 
 class _Difficulty:
-    """How often each image was wrong, and so the order in which a hopeless candidate is known soonest."""
+    """How often each image was wrong, and so the order in which a candidate that cannot win is known soonest."""
 
     def __init__(self, n: int) -> None:
         self._wrong = np.zeros(n)

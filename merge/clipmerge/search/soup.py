@@ -136,7 +136,7 @@ def choose(
     for number, turn in enumerate(turns[1:], 2):
         if on_progress:
             on_progress("trying", number - 1, len(turns))
-        candidate, own = weights[turn], alone[turn].value if turn in alone else None
+        candidate, by_itself = weights[turn], alone[turn].value if turn in alone else None
         outcome, p, accepted = score_with(members, candidate, best), None, False
         scored = outcome.images_scored
         if isinstance(outcome, Score):
@@ -144,7 +144,7 @@ def choose(
             if accepted:
                 members, best = [*members, candidate], outcome
         size = len(members)
-        steps.append(Step(number, repr(candidate), own, outcome, accepted, scored, size, best.value, p))
+        steps.append(Step(number, repr(candidate), by_itself, outcome, accepted, scored, size, best.value, p))
     if on_progress:
         on_progress("trying", len(turns), len(turns))
     return members, steps, best
