@@ -55,26 +55,33 @@ class Step:
     p: float | None
 
     @property
-    def stopped(self) -> bool:
-        return isinstance(self.outcome, Stopped)
+    def value(self) -> float | None:
+        """The score with the candidate, None where it was stopped."""
+        return self.outcome.value if isinstance(self.outcome, Score) else None
+
+    @property
+    def at_most(self) -> float | None:
+        """The best that a stopped candidate could still have reached."""
+        return self.outcome.at_most if isinstance(self.outcome, Stopped) else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % for `value`."""
+        return self.outcome.interval if isinstance(self.outcome, Score) else None
 
     def to_json(self) -> dict[str, Any]:
         """Return numbers and words, ready for `json.dumps`."""
-        names = ("number", "name", "alone", "accepted", "size", "best", "p", "stopped")
-        document = {name: getattr(self, name) for name in names} | {"seen": self.images_scored}
-        if isinstance(self.outcome, Stopped):
-            return document | {"value": None, "at_most": self.outcome.at_most, "interval": None}
-        return document | {"value": self.outcome.value, "at_most": None, "interval": [*self.outcome.interval]}
+        names = ("number", "name", "alone", "value", "at_most", "interval", "accepted", "size", "best", "p")
+        document = {name: getattr(self, name) for name in names}
+        return document | {"seen": self.images_scored, "stopped": self.value is None}
 
     def row(self) -> tuple[Cell, ...]:
         """Return the cells of a table's row."""
-        if isinstance(self.outcome, Stopped):
-            shown = f"≤ {_percent(self.outcome.at_most)}", "–"
-        else:
-            shown = _percent(self.outcome.value), _interval_text(self.outcome.interval)
+        shown = _percent(self.value) if self.at_most is None else f"≤ {_percent(self.at_most)}"
         verdict = "accepted" if self.accepted else "refused"
         alone, best = _percent(self.alone), _percent(self.best)
-        return (str(self.number), self.name, alone, *shown, _p_text(self.p), verdict, best)
+        p = _p_text(self.p)
+        return (str(self.number), self.name, alone, shown, _interval_text(self.interval), p, verdict, best)
 
 
 @dataclass(frozen=True)
