@@ -19,12 +19,11 @@ ONE_STEP = """
 import json, sys, torch, torch.distributed as dist
 import clipmerge as cm
 from clipmerge.device import resolve_device
-from clipmerge.finetuning.batches import Sampler
+from clipmerge.finetuning.batches import Sampler, tokenizer_of, training_prompts
 from clipmerge.finetuning.finetune import starting_model
 from clipmerge.finetuning.images import Images
 from clipmerge.finetuning.methods import apply_method
 from clipmerge.finetuning.parallel import full_state_dict, wrap
-from clipmerge.finetuning.prompts import tokenizer_of, training_prompts
 from clipmerge.finetuning.settings import Settings
 from clipmerge.finetuning.towers import Towers, trained_parameters
 
@@ -38,15 +37,16 @@ def gradients(wrapped):
     net, spec = starting_model(None, model, 0, device)
     tokenizer = tokenizer_of(spec)
     prompts = training_prompts(net, tokenizer, train, ["a photo of a {}."], device)
-    images = Images(train, None, spec.preprocess, device, None)
+    settings = Settings(augment="none", workers=0)
+    images = Images(train, None, spec.preprocess, device, settings)
     towers = Towers(net, spec.preprocess, precision=precision, channels_last=how == "ddp" and "resnet" in model)
-    objective = apply_method(towers, tokenizer, prompts, images, Settings.create(None, {}))
+    objective = apply_method(towers, tokenizer, prompts, images, settings)
     if wrapped:
         objective.module = wrap(towers, sharded=how == "fsdp", synced=how == "ddp", compiled=False)
     optimiser = torch.optim.SGD(trained_parameters(net).values(), lr=1e-2)
     for step in range(2):  # a parameter that takes no part is found out in the second one
         sampler = Sampler(train.labels, prompts.first, prompts.count, 0, 16)
-        (batch, pixels), = images.loader(0, 0)(sampler.batches(step, step + 1))
+        (batch, pixels), = images.loader()(sampler.batches(step, step + 1))
         loss = objective.backward(batch, pixels, lambda x: x)
         optimiser.step()
         optimiser.zero_grad()

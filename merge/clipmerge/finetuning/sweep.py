@@ -1,9 +1,10 @@
 """Hyperparameter sweep with Optuna. Workers may join or die; each finished trial leaves a checkpoint."""
 
+import fcntl
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,6 @@ from clipmerge.weights.weights import Weights, load
 
 if TYPE_CHECKING:
     import optuna
-    from optuna.storages import RDBStorage
     from optuna.trial import FrozenTrial
 
 __all__ = ["Trial", "finetune_sweep", "table"]
@@ -80,7 +80,6 @@ def finetune_sweep(
     method = str({"method": "flyp", **fixed, **space.fixed}["method"])
     if method in METHODS and METHODS[method].head is None:  # no labels to mix
         space = Space({name: r for name, r in space.ranges.items() if name != "mixup"}, space.fixed)
-    study, retry = _study(storage or f"sqlite:///{folder / 'sweep.db'}", sampler, seed, retries, heartbeat)
 
     def after(study: "optuna.Study", trial: "FrozenTrial") -> None:
         if trial.state.name == "FAIL":
@@ -90,11 +89,14 @@ def finetune_sweep(
             on_trial(next(t for t in finished if t.number == trial.user_attrs["slot"]), len(finished))
 
     with independent():
-        if method == "lp-ft" and fixed.get("head") is None:
-            fixed["head"] = _probe(base, train, val, folder / "probe.safetensors", fixed)
-        if sampler == "random":
-            for slot in range(trials):
-                study.enqueue_trial(draw(space, seed, slot), {"slot": slot}, skip_if_exists=True)
+        with _one_at_a_time(folder / "sweep.lock"):
+            url = storage or f"sqlite:///{folder / 'sweep.db'}"
+            study, retry = _study(url, sampler, seed, retries, heartbeat)
+            if method == "lp-ft" and fixed.get("head") is None:
+                fixed["head"] = _probe(base, train, val, folder / "probe.safetensors", fixed)
+            if sampler == "random":
+                for slot in range(trials):
+                    study.enqueue_trial(draw(space, seed, slot), {"slot": slot}, skip_if_exists=True)
         while _work_left(study, trials, sampler):
             study.optimize(
                 lambda trial: _run(trial, base, train, val, folder, space, fixed),
@@ -109,6 +111,18 @@ def finetune_sweep(
         "no trial could be finished" + (f"; the last one: {reasons[-1]}" if reasons else ""),
         hint="try one finetuning with clipmerge finetune first",
     )
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Hold a lock while tables, the probe and the queue are made.
+
+    Workers that start together would each make them, and replace a probe that the other's trials are reading.
+    """
+    with path.open("w") as file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 class _TrialDiedError(Exception):
@@ -176,27 +190,14 @@ def _study(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=retries)
-        storage = _shared(
-            lambda: optuna.storages.RDBStorage(
-                url, heartbeat_interval=heartbeat, heartbeat_stale_trial_callback=retry
-            )
+        storage = optuna.storages.RDBStorage(
+            url, heartbeat_interval=heartbeat, heartbeat_stale_trial_callback=retry
         )
     chosen = samplers[sampler](seed=seed)
     study = optuna.create_study(
         storage=storage, study_name="sweep", direction="maximize", load_if_exists=True, sampler=chosen
     )
     return study, retry
-
-
-def _shared(open_storage: "Callable[[], RDBStorage]") -> "RDBStorage":
-    """Open the storage; workers that start together all make its tables, which only one of them can."""
-    from sqlalchemy.exc import SQLAlchemyError
-
-    for _ in range(20):
-        with suppress(SQLAlchemyError):
-            return open_storage()
-        time.sleep(0.5)
-    return open_storage()
 
 
 def _work_left(study: "optuna.Study", trials: int, sampler: str) -> bool:
