@@ -23,11 +23,14 @@ from torchvision.transforms.v2 import functional as tv
 from clipmerge.errors import TrainingError
 from clipmerge.types import Pixels
 
-__all__ = ["Augmentation", "Crop", "DeviceCrops", "parse_augmentation", "to_device"]
+__all__ = ["Augmentation", "Crop", "DeviceCrops", "device_crops", "parse_augmentation", "to_device"]
 
 Step: TypeAlias = Callable[[Image, random.Random], Image]
 Augmentation: TypeAlias = Callable[[Image, str], Pixels]
 """(image, seed) → uint8 pixels (3, H, W), before ToTensor and Normalize."""
+
+DeviceCrops: TypeAlias = Callable[[Tensor, Sequence[str]], Tensor]
+"""(squares, a seed for each) → fp32 pixels (n, 3, H, W) in 0 … 255."""
 
 _HINT = "one of none, crop, crop:0.5, flip, jitter:0.4, gray:0.2, randaugment:2,9, joined by +; or open_clip's aug-cfg"
 
@@ -46,11 +49,10 @@ def parse_augmentation(
     Raises:
         TrainingError: no such augmentation.
     """
-    size = preprocess["size"]
-    height, width = (size, size) if isinstance(size, int) else size
     if augment == "none":
         return None
     crop, steps = _parse(augment)
+    height, width = _size(preprocess)
 
     def apply(image: Image, seed: str) -> Pixels:
         generator = random.Random(seed)
@@ -63,41 +65,39 @@ def parse_augmentation(
     return apply
 
 
-@dataclass(frozen=True)
-class DeviceCrops:
-    """Crop and flip whole batches on the device, from squares that were decoded once, a little larger than the model's.
+def device_crops(augment: str | Mapping[str, Any], preprocess: Mapping[str, Any]) -> DeviceCrops:
+    """Return what crops and flips batches on the device, from squares a little larger than the model's images.
 
-    The boxes are those of the same augmentation on the CPU; the pixels are not: they come from a square, and are read
-    by bilinear interpolation.
+    The boxes are those of the same augmentation on the CPU; the pixels are not: they come from a square that was
+    decoded once, and are read by bilinear interpolation.
 
-    Attributes:
-        height, width: of what comes out.
+    Raises:
+        TrainingError: the augmentation holds more than crops and flips.
     """
+    crop, steps = _parse(augment)
+    if any(step is not _flip for step in steps):
+        raise TrainingError("only crops and flips can be made on the device", hint="leave out --augment-on")
+    height, width = _size(preprocess)
 
-    augment: str | Mapping[str, Any]
-    height: int
-    width: int
-
-    def __post_init__(self) -> None:
-        if any(step is not _flip for step in _parse(self.augment)[1]):
-            raise TrainingError(
-                "only crops and flips can be made on the device", hint="leave out --augment-on device"
-            )
-
-    def __call__(self, pixels: Tensor, seeds: Sequence[str]) -> Tensor:
-        """Return one crop of each image, 0 … 255, fp32; each from its own seed."""
-        crop, flips = _parse(self.augment)
+    def apply(pixels: Tensor, seeds: Sequence[str]) -> Tensor:
         size = pixels.shape[-1]
         boxes = []
         for seed in seeds:
             generator = random.Random(seed)
             top, left, h, w = crop.draw(size, size, generator)
-            mirrored = bool(flips) and generator.random() < 0.5
-            # From output coordinates in -1 … 1 to input coordinates: x and y scaled, and moved to the box's centre.
-            boxes.append([[-w if mirrored else w, 0, 2 * left + w - size], [0, h, 2 * top + h - size]])
+            sign = -1 if steps and generator.random() < 0.5 else 1
+            # From output coordinates in -1 … 1 to input coordinates: scaled, and moved to the box's centre.
+            boxes.append([[sign * w, 0, 2 * left + w - size], [0, h, 2 * top + h - size]])
         matrices = to_device(np.array(boxes, dtype=np.float32) / size, pixels.device)
-        grid = F.affine_grid(matrices, [len(seeds), 3, self.height, self.width], align_corners=False)
+        grid = F.affine_grid(matrices, [len(seeds), 3, height, width], align_corners=False)
         return F.grid_sample(pixels.float(), grid, padding_mode="border", align_corners=False)
+
+    return apply
+
+
+def _size(preprocess: Mapping[str, Any]) -> tuple[int, int]:
+    size = preprocess["size"]
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def to_device(numbers: npt.NDArray[Any], device: torch.device) -> Tensor:

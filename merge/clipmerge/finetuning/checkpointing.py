@@ -43,16 +43,13 @@ class Files:
             OutputError: the checkpoint exists, or has another format. TrainingError: an unfinished run is there.
         """
         if self.out.suffix != ".safetensors":
-            raise OutputError(
-                f"{self.out} does not end in .safetensors", hint="checkpoints are written as safetensors"
-            )
+            hint = "checkpoints are written as safetensors"
+            raise OutputError(f"{self.out} does not end in .safetensors", hint=hint)
         if self.out.exists() and not force:
             raise OutputError(f"{self.out} exists", hint="choose another name, or replace it with --force")
         if self.state.exists() and not (force or resume):
-            raise TrainingError(
-                f"{self.state} is the state of an unfinished run",
-                hint="--resume goes on from it, --force starts over",
-            )
+            hint = "--resume goes on from it, --force starts over"
+            raise TrainingError(f"{self.state} is the state of an unfinished run", hint=hint)
         self.out.parent.mkdir(parents=True, exist_ok=True)
 
 
@@ -99,18 +96,15 @@ class Checkpoints:
         return every > 0 and step % every == 0 and step < self.steps
 
     def _save_every(self) -> int:
-        return (
-            max(self.steps_per_epoch, 100) if self.settings.save_every is None else self.settings.save_every
-        )
+        every = self.settings.save_every
+        return max(self.steps_per_epoch, 100) if every is None else every
 
     def after(self, step: int) -> None:
         """Score, keep the best, keep the trajectory; where each is due."""
         scores: dict[str, float] = {}
         with self._average():
             if self.score is not None and self._score_due(step):
-                scores = broadcast_object(
-                    dict(self.score())
-                )  # ranks must agree on which checkpoint is the best
+                scores = broadcast_object(dict(self.score()))  # or ranks might not agree on which is the best
                 self._remember(step, scores)
             if self._on_trajectory(step) and step != self.steps:
                 self.write(self.files.beside(f"step{step:06d}"), step, scores)
@@ -152,11 +146,7 @@ class Checkpoints:
         if is_first():
             path.parent.mkdir(exist_ok=True)
             model = write_record({"format": FORMAT, "total": 1, "model": self.spec.to_metadata()})
-            training = {
-                **self.record["training"],
-                "step": step,
-                **({"scores": dict(scores)} if scores else {}),
-            }
+            training = self.record["training"] | {"step": step} | ({"scores": dict(scores)} if scores else {})
             weights = from_state_dict(tensors, "trained", model)
             weights.save(path, metadata={**self.record, "training": training}, force=True)
         self.log("written", step, file=path.name)

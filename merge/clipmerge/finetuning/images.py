@@ -18,7 +18,13 @@ from clipmerge.data.pixels import pixels
 from clipmerge.data.split import Split
 from clipmerge.distributed import first_on_machine_first, share
 from clipmerge.errors import DataError, TrainingError
-from clipmerge.finetuning.augment import Augmentation, DeviceCrops, parse_augmentation, to_device
+from clipmerge.finetuning.augment import (
+    Augmentation,
+    DeviceCrops,
+    device_crops,
+    parse_augmentation,
+    to_device,
+)
 from clipmerge.finetuning.batches import Batch
 from clipmerge.finetuning.settings import Settings
 from clipmerge.finetuning.towers import Towers, image_features
@@ -69,13 +75,13 @@ class Images:
     def loader(self) -> "Loader":
         """Return what yields batches of training pixels."""
         settings, size = self.settings, self.preprocess["size"]
-        height, width = (size, size) if isinstance(size, int) else size
         loader = Loader(self.train, self.device, settings.seed, workers=settings.workers)
         if not self.random:
             loader.fixed = keep_on_device(self.plain(), self.device)
         elif settings.augment_on == "device":
-            loader.crops = DeviceCrops(settings.augment, height, width)
-            square = {**self.preprocess, "size": round(max(height, width) * 8 / 7), "resize_mode": "shortest"}
+            loader.crops = device_crops(settings.augment, self.preprocess)
+            side = round(np.max(size) * 8 / 7)
+            square = {**self.preprocess, "size": side, "resize_mode": "shortest"}
             loader.fixed = keep_on_device(self._decode(self.train, square), self.device)
         else:
             loader.augment = parse_augmentation(settings.augment, self.preprocess)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from clipmerge.errors import TrainingError
-from clipmerge.finetuning.augment import Crop, DeviceCrops, parse_augmentation
+from clipmerge.finetuning.augment import Crop, device_crops, parse_augmentation
 from clipmerge.finetuning.batches import Batch, Sampler, fit_batch
 from clipmerge.finetuning.images import Images
 from clipmerge.finetuning.settings import Settings
@@ -61,13 +61,13 @@ def test_crops_on_the_device_show_what_the_box_holds() -> None:
     image = Image.fromarray(smooth.astype(np.uint8))
     square = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
     seeds = [f"0/0/{i}" for i in range(12)]
-    on_device = DeviceCrops("crop:0.3+flip", 32, 32)(square.expand(12, 3, 64, 64), seeds)
+    on_device = device_crops("crop:0.3+flip", PREPROCESS)(square.expand(12, 3, 64, 64), seeds)
     make = parse_augmentation("crop:0.3+flip", PREPROCESS)
     assert make is not None
     expected = torch.from_numpy(np.stack([make(image, seed) for seed in seeds]).astype(np.float32))
     assert (on_device - expected).abs().max() < 3
     with pytest.raises(TrainingError, match="only crops and flips"):
-        DeviceCrops("crop+jitter:0.4", 32, 32)
+        device_crops("crop+jitter:0.4", PREPROCESS)
 
 
 def test_a_cfg_of_open_clip_is_the_same_crop() -> None:
