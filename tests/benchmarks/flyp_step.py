@@ -75,13 +75,13 @@ def tokens_of(setting: str, model: Any, spec: Any, device: torch.device) -> Any:
     from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 
     from clipmerge.data.split import Split
-    from clipmerge.data.stored import ArrayImages
+    from clipmerge.data.stored import LoadedImages
     from clipmerge.finetuning.batches import tokenizer_of, training_prompts
 
     classes, templates = SETTINGS[setting]
     labels = np.arange(classes * 100) % classes
     names = tuple(map(str, range(len(labels))))
-    none = ArrayImages(np.zeros((len(labels), 1, 1), np.uint8))
+    none = LoadedImages(np.zeros((len(labels), 1, 1), np.uint8))
     split = Split(setting, tuple(IMAGENET_CLASSNAMES[:classes]), labels, names, none, np.arange(len(labels)))
     texts = [template("{}") for template in OPENAI_IMAGENET_TEMPLATES[:templates]]
     return split, training_prompts(model, tokenizer_of(spec), split, texts, device)
@@ -359,7 +359,7 @@ def waiting(model: str, device: str, precision: str, cuda: bool) -> list[dict[st
     from PIL import Image
 
     from clipmerge.data.split import Split
-    from clipmerge.data.stored import ArrayImages
+    from clipmerge.data.stored import LoadedImages
     from clipmerge.finetuning.finetune import finetune
 
     count, side, size = (8192, 320, 512) if cuda else (64, 320, 16)
@@ -371,8 +371,8 @@ def waiting(model: str, device: str, precision: str, cuda: bool) -> list[dict[st
         Image.fromarray(coarse).resize((side, side)).save(buffer, "JPEG", quality=90)
         jpegs.append(buffer.getvalue())
     names = tuple(f"{i}.jpg" for i in range(count))
-    blob = ArrayImages(np.frombuffer(b"".join(jpegs), np.uint8), np.cumsum([0, *map(len, jpegs)]))
-    split = Split("jpegs", ("cat", "dog"), np.arange(count) % 2, names, blob, np.arange(count) % 64)
+    stored = LoadedImages(jpegs)
+    split = Split("jpegs", ("cat", "dog"), np.arange(count) % 2, names, stored, np.arange(count) % 64)
     found = []
     print(f"\nwaiting for data: {count} JPEGs of {side} x {side}, batch {size}, {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory() as folder:

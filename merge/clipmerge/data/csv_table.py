@@ -9,7 +9,6 @@ import numpy as np
 
 from clipmerge.data.raw_split import Pick, RawSplit
 from clipmerge.data.stored import FileImages
-from clipmerge.data.survey import Unusable
 from clipmerge.errors import DataError
 from clipmerge.types import Ints
 
@@ -33,77 +32,68 @@ Row = dict[str, str]
 
 def table(place: str, pick: Pick) -> RawSplit:
     """Read a .csv or .tsv with a path (relative to its folder) and a label, a caption or both, per line."""
-    all_rows, columns = _rows(place)
-    if "path" not in columns or not columns & {"label", "class", "caption"}:
+    lines, columns = _lines(place)
+    label_columns = [name for name in ("label", "class") if name in columns]
+    needed = ("path", label_columns[0] if label_columns else "caption")
+    if not set(needed) <= columns:
         raise DataError(f"{place} has no column of paths with one of labels or captions", hint=_HINT)
-    label_columns = sorted(columns & {"label", "class"}, reverse=True)
-    needed = ["path", label_columns[0] if label_columns else "caption"]
-    unusable = [
-        Unusable(f"line {row['line']}", f"no {key}") for row in all_rows for key in needed if not row[key]
-    ]
-    all_rows = [row for row in all_rows if all(row[key] for key in needed)]
-    if "split" in columns:
-        part = pick(list(dict.fromkeys(row["split"] for row in all_rows)))
-        rows = [row for row in all_rows if row["split"] == part]
-    else:
-        pick([""])
-        rows = all_rows
+    unusable = [f"line {n}: no {key}" for n, row in lines.items() for key in needed if not row[key]]
+    rows = [row for row in lines.values() if all(row[key] for key in needed)]
     if not rows and not unusable:
         raise DataError(f"{place} lists no images", hint=_HINT)
-    group_names = _in_order({row["group"] for row in all_rows}) if "group" in columns else ()
-    labels, classes = _labels(rows, all_rows, label_columns)
+    group_names = _in_order({row["group"] for row in rows}) if "group" in columns else ()
+    labels, classes = _labels(rows, label_columns)
+    paths = [row["path"] for row in rows]
     return RawSplit(
-        FileImages([str(Path(place).parent / row["path"]) for row in rows]),
-        _names([row["path"] for row in rows], [row["path"] for row in all_rows]),
+        FileImages([str(Path(place).parent / path) for path in paths]),
+        _names(paths),
         labels,
         classes,
-        all_labels=[row[label_columns[0]] for row in all_rows] if label_columns else (),
-        unusable=tuple(unusable),
+        [row.get("split", "") for row in rows],
+        unusable,
         groups=[group_names.index(row["group"]) for row in rows] if group_names else None,
         group_names=group_names or None,
         captions=[row["caption"] for row in rows] if "caption" in columns else None,
     )
 
 
-def _rows(place: str) -> tuple[list[Row], set[str]]:
-    """Return the lines as dictionaries by our own names of columns, and which of those there are."""
+def _lines(place: str) -> tuple[dict[int, Row], set[str]]:
+    """Return number of line → its cells by our own names of columns, and which of those names there are."""
     try:
         with Path(place).open(encoding="utf-8-sig", newline="") as file:
             first = file.readline()
             file.seek(0)
             tabs = place.lower().endswith(".tsv") or ("\t" in first and "," not in first)
-            lines = list(csv.reader(file, delimiter="\t" if tabs else ","))
+            reader = csv.reader(file, delimiter="\t" if tabs else ",")
+            lines = dict[int, list[str]]()
+            for cells in reader:
+                lines[reader.line_num] = [cell.strip() for cell in cells]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{place} cannot be read as a table: {error}", hint=_HINT) from error
-    header = [cell.strip().lower() for cell in lines[0]] if lines else []
+    header = [cell.lower() for cell in next(iter(lines.values()), [])]
     ours = [next((name for name, theirs in _COLUMNS.items() if cell in theirs), "") for cell in header]
-    body, start = lines[1:], 2
     if "path" not in ours and len(header) in (2, 3) and Path(header[0]).suffix:
-        ours, body, start = ["path", "label", "group"][: len(header)], lines, 1
-    names = {name for name in ours if name}
-    rows = []
-    for number, cells in enumerate(body, start):
-        if any(cell.strip() for cell in cells):
-            row = dict.fromkeys(names, "") | {"line": str(number)}
-            row |= {name: cell.strip() for name, cell in zip(ours, cells, strict=False) if name}
-            rows.append(row)
+        ours = ["path", "label", "group"][: len(header)]
+    elif lines:
+        del lines[min(lines)]
+    names = set(ours) - {""}
+    empty = dict.fromkeys(names, "")
+    rows = {n: empty | dict(zip(ours, cells, strict=False)) for n, cells in lines.items() if any(cells)}
     return rows, names
 
 
 def _labels(
-    rows: Sequence[Row], all_rows: Sequence[Row], columns: Sequence[str]
+    rows: Sequence[Row], columns: Sequence[str]
 ) -> tuple[Sequence[str] | Ints | None, tuple[str, ...] | None]:
     """Return labels and classes: words; or numbers, with names where a column gives them."""
     if not columns:
         return None, None
-    key = columns[0]
-    if key == "label" and all(row["label"].lstrip("-").isdecimal() for row in all_rows):
-        numbers = np.array([int(row["label"]) for row in rows], np.int64)
-        if len(columns) == 1:
-            return numbers, None
-        names = {int(row["label"]): row["class"] for row in all_rows}
-        return numbers, tuple(names.get(i, str(i)) for i in range(max(names) + 1))
-    return [row[key] for row in rows], _in_order({row[key] for row in all_rows})
+    words = [row[columns[0]] for row in rows]
+    if columns[0] == "label" and all(word.lstrip("-").isdecimal() for word in words):
+        numbers = np.array(list(map(int, words)), np.int64)
+        names = {int(row["label"]): row["class"] for row in rows} if len(columns) == 2 else {}
+        return numbers, tuple(names.get(i, str(i)) for i in range(max(names) + 1)) if names else None
+    return words, _in_order(set(words))
 
 
 def _in_order(words: set[str]) -> tuple[str, ...]:
@@ -111,8 +101,8 @@ def _in_order(words: set[str]) -> tuple[str, ...]:
     return tuple(sorted(words, key=int if all(w.isdecimal() for w in words) else None))
 
 
-def _names(paths: Sequence[str], all_paths: Sequence[str]) -> list[str]:
+def _names(paths: Sequence[str]) -> list[str]:
     """Return paths as written; what absolute ones have in common is cut off, so that they are the same elsewhere."""
-    absolute = [Path(path).parent for path in all_paths if Path(path).is_absolute()]
+    absolute = [Path(path).parent for path in paths if Path(path).is_absolute()]
     common = Path(os.path.commonpath(absolute)) if absolute else Path()
     return [(p.relative_to(common) if p.is_absolute() else p).as_posix() for p in map(Path, paths)]

@@ -1,23 +1,24 @@
 """Read an .npz of labels and images, decoded or encoded."""
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from clipmerge.data.raw_split import Pick, RawSplit
-from clipmerge.data.stored import ArrayImages, Stored, file_stamp
+from clipmerge.data.stored import Stored, file_stamp
 from clipmerge.errors import DataError
-from clipmerge.types import Ints
 
 __all__ = ["npz"]
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 _NAMES = frozenset({"labels", "images", "blob", "offsets", "split", "classes", "groups", "group_names"})
+_PARTS: Mapping[object, str] = {0: "train", 1: "val", 2: "test"}
 _HINT = (
     "an .npz holds labels (n), split (n; 0 train, 1 val, 2 test), classes, and images (n, H, W) or "
     "(n, H, W, 3) in uint8, or blob (uint8) with offsets (n + 1) of encoded images"
@@ -29,39 +30,42 @@ class NpzImages:
     """The images of an .npz. A worker process reads the file again instead of getting a copy of the arrays."""
 
     path: str
-    images: ArrayImages
+    images: Sequence[Stored] | npt.NDArray[np.uint8]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _images, (self.path,)
+        return _read_again, (self.path,)
 
     def fetch(self, i: int) -> Stored:
-        return self.images.fetch(i)
+        return self.images[i]
 
     def stamp(self, i: int) -> str:
         return f"{file_stamp(self.path)}\0{i}"
 
 
+def _read_again(path: str) -> NpzImages:
+    return NpzImages(path, _images(_load(path)))
+
+
 def npz(place: str, pick: Pick) -> RawSplit:
     """Read an .npz: `labels`, and `images` or `blob` with `offsets`; maybe `split`, `classes`, `groups`."""
     arrays = _load(place)
-    images, labels = _images(place, arrays), arrays["labels"]
+    labels, classes = arrays["labels"], arrays.get("classes")
     wrong = [key for key in ("split", "groups") if key in arrays and arrays[key].shape != labels.shape]
     if wrong or not _fit(arrays):
         shapes = ", ".join(f"{key} {array.dtype} {array.shape}" for key, array in arrays.items())
         length = f"{', '.join(wrong)} of another length; " if wrong else ""
         raise DataError(f"{place}: its arrays do not fit together ({length}{shapes})", hint=_HINT)
-    index = _part(arrays.get("split"), len(labels), pick)
-    classes = arrays.get("classes")
-    if classes is None and labels.dtype.kind == "U":
+    are_words = labels.dtype.kind == "U"
+    if classes is None and are_words:
         classes = np.unique(labels)
+    numbers = arrays["split"].tolist() if "split" in arrays else [""] * len(labels)
     return RawSplit(
-        images,
-        [f"{i:06d}" for i in index],
-        labels[index].tolist() if labels.dtype.kind == "U" else labels[index].astype(np.int64),
+        NpzImages(place, _images(arrays)),
+        [f"{i:06d}" for i in range(len(labels))],
+        labels.tolist() if are_words else labels.astype(np.int64),
         None if classes is None else tuple(map(str, classes)),
-        index,
-        all_labels=np.unique(labels).tolist(),
-        groups=arrays["groups"].astype(np.int64)[index] if "groups" in arrays else None,
+        [_PARTS.get(number, str(number)) for number in numbers],
+        groups=arrays["groups"].astype(np.int64) if "groups" in arrays else None,
         group_names=tuple(map(str, arrays["group_names"])) if "group_names" in arrays else None,
     )
 
@@ -77,10 +81,10 @@ def _load(path: str) -> Arrays:
     return arrays
 
 
-def _images(path: str, arrays: Arrays | None = None) -> NpzImages:
-    arrays = arrays or _load(path)
-    offsets = None if "images" in arrays else arrays["offsets"].astype(np.int64)
-    return NpzImages(path, ArrayImages(arrays["blob"] if offsets is not None else arrays["images"], offsets))
+def _images(arrays: Arrays) -> Sequence[bytes] | npt.NDArray[np.uint8]:
+    if "images" in arrays:
+        return arrays["images"]
+    return [arrays["blob"][start:end].tobytes() for start, end in pairwise(arrays["offsets"].tolist())]
 
 
 def _fit(arrays: Arrays) -> bool:
@@ -93,14 +97,3 @@ def _fit(arrays: Arrays) -> bool:
     offsets = arrays["offsets"].astype(np.int64)
     rising = bool((np.diff(offsets, prepend=0, append=len(data)) >= 0).all())
     return len(offsets) == len(labels) + 1 and rising
-
-
-def _part(numbers: npt.NDArray[Any] | None, count: int, pick: Pick) -> Ints:
-    """Return which items are of the part: by name, or by number (0 train, 1 val, 2 test)."""
-    if numbers is None:
-        pick([""])
-        return np.arange(count)
-    values = np.unique(numbers)
-    known = {0: "train", 1: "val", 2: "test"}
-    names = [known.get(value, str(value)) for value in values.tolist()]
-    return np.flatnonzero(numbers == values[names.index(pick(names))])

@@ -8,12 +8,12 @@ from typing import Literal
 
 import numpy as np
 
-from clipmerge.data.classes import Names, resolve
+from clipmerge.data.classes import Names, settle_classes
 from clipmerge.data.readers import read
 from clipmerge.data.sampling import fraction_of, held_out, limited
 from clipmerge.data.shifts import Shift, parse_shift
 from clipmerge.data.split import Split
-from clipmerge.data.survey import Unusable, refuse, survey
+from clipmerge.data.survey import refuse, survey
 from clipmerge.errors import DataError
 from clipmerge.types import Progress
 
@@ -51,49 +51,47 @@ def open_split(
     """
     text = str(source)
     place, part, shifts = parse_source(text)
-    raw = read(place, part, role or ("train" if holdout is not None else "test"))
-    resolved = resolve(raw, classnames)
+    raw, index = read(place, part, role or ("train" if holdout is not None else "test"))
+    names = [raw.names[i] for i in index]
     split = Split(
         source=text,
-        classes=resolved.classes,
-        labels=resolved.labels,
-        names=_unique(raw.names),
+        classes=(),
+        labels=np.full(len(index), -1, np.int64),
+        names=_unique(names),
         images=raw.images,
-        index=np.arange(len(raw.names)) if raw.index is None else raw.index,
-        groups=None if raw.groups is None else np.asarray(raw.groups, np.int64),
+        index=index,
+        groups=None if raw.groups is None else np.asarray(raw.groups, np.int64)[index],
         group_names=raw.group_names,
-        captions=None if raw.captions is None else tuple(raw.captions),
-        class_subset=resolved.subset,
-        counts_as=resolved.counts_as,
+        captions=None if raw.captions is None else tuple(raw.captions[i] for i in index),
         templates=raw.templates,
     )
-    chosen = np.ones(len(split), bool) if holdout is None else held_out(raw.names, fraction_of(holdout))
-    if keep == "rest" and holdout is not None:
-        chosen = ~chosen
+    split, unusable = settle_classes(split, raw, classnames)
+    chosen = np.ones(len(split), bool)
+    if holdout is not None:
+        chosen = held_out(names, fraction_of(holdout)) == (keep == "holdout")
     if raw.labels is not None:
-        chosen &= resolved.labels >= 0
-    split = _usable(split.subset(np.flatnonzero(chosen)), resolved.unusable, limit, skip_bad, on_progress)
+        chosen &= split.labels >= 0
+    split = _usable(split.subset(np.flatnonzero(chosen)), unusable, limit, skip_bad, on_progress)
     return replace(split, shifts=tuple(shifts))
 
 
 def _usable(
-    split: Split, unusable: list[Unusable], limit: int | None, skip_bad: bool, on_progress: Progress | None
+    split: Split, unusable: list[str], limit: int | None, skip_bad: bool, on_progress: Progress | None
 ) -> Split:
     """Return the items that can be used, `limit` of them; refuse all that cannot, unless they are skipped."""
     if limit is not None and not skip_bad:
         split = limited(split, limit)
     in_files = len(split) > 0 and split.images.stamp(int(split.index[0])) is not None
     if skip_bad or in_files:
-        seen = survey(split.images, split.index, fully=skip_bad, on_progress=on_progress)
-        broken = sorted(seen.unreadable)
-        unusable = [*unusable, *(Unusable(split.names[i], seen.unreadable[i]) for i in broken)]
-        split = replace(split, stored_keys=seen.keys).subset(np.delete(np.arange(len(split)), broken))
+        keys, reasons = survey(split.images, split.index, fully=skip_bad, on_progress=on_progress)
+        unusable = unusable + [f"{split.names[i]}: {reason}" for i, reason in reasons.items()]
+        split = replace(split, stored_keys=keys).subset(np.delete(np.arange(len(split)), list(reasons)))
     if not skip_bad:
         refuse(split.source, unusable)
     if not len(split):
         hint = "ask for a larger part, or look at the data"
         raise DataError(f"{split.source}: no image is left to use", hint=hint)
-    split = replace(split, skipped=tuple(map(str, unusable)))
+    split = replace(split, skipped=tuple(unusable))
     return split if limit is None else limited(split, limit)
 
 

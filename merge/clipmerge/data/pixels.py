@@ -12,7 +12,7 @@ from blake3 import blake3
 from clipmerge.checkpoint.cache import cache_dir
 from clipmerge.checkpoint.output import whole_file
 from clipmerge.data.split import Split
-from clipmerge.data.survey import Unusable, in_threads, refuse, why_unreadable
+from clipmerge.data.survey import map_intact, read_each, refuse
 from clipmerge.errors import DataError, OutputError
 from clipmerge.types import Pixels, Progress
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["eval_transform_uint8", "mean_and_std", "normalise", "pixels"]
 
 _FIELDS = ("size", "interpolation", "resize_mode", "fill_color")  # all that uint8 pixels depend on
-_TAIL = 32  # bytes of the digest that ends a file
 
 
 def pixels(
@@ -52,15 +51,15 @@ def pixels(
     """
     shape = (len(split), 3, *_size(preprocess_cfg))
     path = (cache or cache_dir()) / "pixels" / f"{_key(split, preprocess_cfg)}.u8"
-    cached = _open(path, shape)
+    cached = map_intact(path)
     if cached is None:
         transform = eval_transform_uint8(preprocess_cfg)
         with whole_file(path, parents=True) as sibling:
             _decode(split, transform, sibling, shape, workers or os.cpu_count() or 1, on_progress)
-        cached = _open(path, shape)
+        cached = map_intact(path)
     if cached is None:
         raise OutputError(f"{path} does not hold what was written to it", hint="look at the cache's disk")
-    return cached
+    return cached.reshape(shape)
 
 
 def mean_and_std(
@@ -128,20 +127,6 @@ def _key(split: Split, preprocess_cfg: Mapping[str, Any]) -> str:
     return blake3(b"clipmerge pixels 1\0" + text.encode() + split.keys.tobytes()).hexdigest()
 
 
-def _open(path: Path, shape: tuple[int, ...]) -> Pixels | None:
-    """Map a file's pixels; None where it is absent, of another size, or not what its last bytes say."""
-    count = int(np.prod(shape))
-    try:
-        if path.stat().st_size != count + _TAIL:
-            return None
-        data = np.memmap(path, np.uint8, mode="c")
-    except (OSError, ValueError):
-        return None
-    if blake3(data[:count].data, max_threads=blake3.AUTO).digest() != data[count:].tobytes():
-        return None
-    return data[:count].reshape(shape)
-
-
 def _decode(
     split: Split,
     transform: Callable[["Image"], "Image"],
@@ -152,21 +137,18 @@ def _decode(
 ) -> None:
     """Fill `path` with transformed images and their digest."""
     size = int(np.prod(shape[1:]))
-    unreadable: dict[int, str] = {}
     with path.open("r+b") as file:
         if hasattr(os, "posix_fallocate"):  # a full disk is met before anything is decoded
-            os.posix_fallocate(file.fileno(), 0, size * len(split) + _TAIL)
+            os.posix_fallocate(file.fileno(), 0, size * len(split) + 32)
 
-        def write(i: int) -> None:
-            try:
-                row = np.asarray(transform(split.image(i, verify=True))).transpose(2, 0, 1).tobytes()
-            except Exception as error:  # Pillow's decoders raise anything from SyntaxError to struct.error
-                unreadable[i] = why_unreadable(error)
-            else:
-                os.pwrite(file.fileno(), row, i * size)
+        def read(i: int) -> bytes:
+            return np.asarray(transform(split.image(i, verify=True))).transpose(2, 0, 1).tobytes()
 
-        in_threads(write, len(split), workers, "decoding images", on_progress)
-        refuse(split.source, [Unusable(split.names[i], unreadable[i]) for i in sorted(unreadable)])
+        def write(i: int, row: bytes) -> None:
+            os.pwrite(file.fileno(), row, i * size)
+
+        reasons = read_each(read, write, len(split), workers, "decoding images", on_progress)
+        refuse(split.source, [f"{split.names[i]}: {reason}" for i, reason in reasons.items()])
         written = np.memmap(path, np.uint8, mode="r", shape=size * len(split))
         digest = blake3(written.data, max_threads=blake3.AUTO).digest()
         os.pwrite(file.fileno(), digest, size * len(split))

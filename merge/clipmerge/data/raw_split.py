@@ -1,16 +1,11 @@
 """What the reader of a source returns, and which part of the source is meant."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from clipmerge.data.stored import StoredImages
-from clipmerge.data.survey import Unusable
 from clipmerge.errors import DataError
 from clipmerge.text import did_you_mean
 from clipmerge.types import Ints
@@ -30,26 +25,23 @@ Pick = Callable[[Sequence[str]], str]
 
 @dataclass(frozen=True, slots=True)
 class RawSplit:
-    """One part of a source as it describes itself, before class names are settled and images are looked at.
+    """A source as it describes itself, before class names are settled and images are looked at.
 
     Attributes:
-        index: which of the stored images, in order; None means all.
         labels: indices (an array), words, or None where there are only captions.
         classes: names by index, or the words in their order; None where the source does not say.
-        all_labels: the labels of every part: a class that only another part has is not empty.
-        empty: classes that the source has a place for but no image.
-        unusable: items that the source names but does not describe well enough to use.
+        parts: for each item the part that it belongs to, "" where there are none; None where all of them are the
+            one that was asked for.
+        unusable: items that the source names but does not describe well enough to use, "item: reason" each.
     """
 
     images: StoredImages
     names: Sequence[str]
     labels: Ints | Sequence[str] | None
     classes: tuple[str, ...] | None = None
-    index: Ints | None = None
-    all_labels: Iterable[Any] = ()
-    empty: tuple[str, ...] = ()
-    unusable: tuple[Unusable, ...] = ()
-    groups: Sequence[int] | npt.NDArray[np.int64] | None = None
+    parts: Sequence[str] | None = None
+    unusable: Sequence[str] = ()
+    groups: Sequence[int] | Ints | None = None
     group_names: tuple[str, ...] | None = None
     captions: Sequence[str] | None = None
     templates: tuple[str, ...] | None = None
@@ -97,8 +89,8 @@ def part_files(root: Path, suffix: str, pick: Pick) -> list[Path]:
     files = sorted(p for pattern in ("*", "*/*") for p in root.glob(f"{pattern}.{suffix}") if p.is_file())
     parts: dict[str, list[Path]] = {}
     for path in files:
-        word = path.name.replace("_", "-").replace(".", "-").partition("-")[0]
         below = path.parent.name if path.parent != root else ""
-        name = below if is_part(below) else word if is_part(word) else ""
+        word = re.split("[-_.]", path.name)[0]
+        name = next((name for name in (below, word) if is_part(name)), "")
         parts.setdefault(name, []).append(path)
     return parts[pick(sorted(parts))]

@@ -13,7 +13,7 @@ from clipmerge.data.npz import npz
 from clipmerge.data.parquet import parquet
 from clipmerge.data.raw_split import Pick, RawSplit, is_part, pick_part
 from clipmerge.data.sampling import name_hash
-from clipmerge.data.stored import ArrayImages, DatasetImages, FileImages
+from clipmerge.data.stored import FileImages, LoadedImages
 from clipmerge.data.webdataset import webdataset
 from clipmerge.errors import DataError
 from clipmerge.text import did_you_mean
@@ -37,8 +37,11 @@ BY_SUFFIX: Mapping[str, Reader] = {
 }
 
 
-def read(place: str, part: str | None, role: str) -> RawSplit:
-    """Read what a source says of its part `part`, or of the one for the role; images themselves are not read.
+def read(place: str, part: str | None, role: str) -> tuple[RawSplit, Ints]:
+    """Read what a source says of its images, which themselves are not read.
+
+    Returns:
+        The source, and which of its items are of the part `part`, or of the one for the role where it is None.
 
     Raises:
         DataError: there is nothing that we know how to read.
@@ -47,7 +50,10 @@ def read(place: str, part: str | None, role: str) -> RawSplit:
     def pick(parts: Sequence[str]) -> str:
         return pick_part(place, parts, part, role)
 
-    return _reader_of(place)(place, pick)
+    raw = _reader_of(place)(place, pick)
+    if raw.parts is None:
+        return raw, np.arange(len(raw.names))
+    return raw, np.flatnonzero(np.array(raw.parts) == pick(sorted(set(raw.parts)) or [""]))
 
 
 def _reader_of(place: str) -> Reader:
@@ -89,10 +95,9 @@ def digits(place: str, pick: Pick) -> RawSplit:
         members = sorted(np.flatnonzero(labels == label), key=lambda i: name_hash(str(i), "digits"))
         train, val = round(0.6 * len(members)), round(0.2 * len(members))
         parts[members] = np.repeat(["train", "val", "test"], [train, val, len(members) - train - val])
-    index = np.flatnonzero(parts == pick(["train", "val", "test"]))
     pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
-    names = [f"digits/{i:04d}" for i in index]
-    return RawSplit(ArrayImages(pixels), names, labels[index], tuple("0123456789"), index)
+    names = [f"digits/{i:04d}" for i in range(len(labels))]
+    return RawSplit(LoadedImages(pixels), names, labels, tuple("0123456789"), parts.tolist())
 
 
 def folder(place: str, pick: Pick) -> RawSplit:
@@ -100,7 +105,7 @@ def folder(place: str, pick: Pick) -> RawSplit:
     root = Path(place)
     parts = [name for name in _subfolders(root) if is_part(name) and _subfolders(root / name)]
     root = root / pick(parts or [""])
-    classes = _subfolders(root)
+    classes = tuple(_subfolders(root))
     names = [
         path.relative_to(root).as_posix()
         for name in classes
@@ -112,10 +117,7 @@ def folder(place: str, pick: Pick) -> RawSplit:
             f"{root} holds no images in class folders", hint=f"put them where {root}/CLASS/image.jpg would be"
         )
     labels = [name.partition("/")[0] for name in names]
-    empty = tuple(sorted(set(classes) - set(labels)))
-    return RawSplit(
-        FileImages([str(root / name) for name in names]), names, labels, tuple(classes), empty=empty
-    )
+    return RawSplit(FileImages([str(root / name) for name in names]), names, labels, classes)
 
 
 def _subfolders(root: Path) -> list[str]:
@@ -144,7 +146,7 @@ def torchvision(place: str, pick: Pick) -> RawSplit:
         ) from error
     classes = getattr(data, "classes", None) or getattr(data, "categories", None)
     return RawSplit(
-        DatasetImages(data),
+        LoadedImages(data),
         [f"{i:06d}" for i in range(len(labels))],
         labels,
         None if classes is None else tuple(n if isinstance(n, str) else str(n[0]) for n in classes),

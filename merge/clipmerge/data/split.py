@@ -11,7 +11,7 @@ from blake3 import blake3
 
 from clipmerge.data.shifts import Shift
 from clipmerge.data.stored import StoredImages, content_key, decode
-from clipmerge.data.survey import Unusable, refuse, survey
+from clipmerge.data.survey import refuse, survey
 from clipmerge.types import Bytes, Ints
 
 if TYPE_CHECKING:
@@ -125,17 +125,12 @@ class Split:
         """A digest of each image's content."""
         stored = self.stored_keys
         if stored is None:
-            seen = survey(self.images, self.index)
-            refuse(
-                self.source, [Unusable(self.names[i], seen.unreadable[i]) for i in sorted(seen.unreadable)]
-            )
-            stored = seen.keys
-        if not self.shifts:
-            return stored
-        shifted = [key.tobytes() for key in stored]
+            stored, reasons = survey(self.images, self.index)
+            refuse(self.source, [f"{self.names[i]}: {reason}" for i, reason in reasons.items()])
+        keys = [key.tobytes() for key in stored]
         for shift in self.shifts:
-            shifted = [shift.key(key, name) for key, name in zip(shifted, self.names, strict=True)]
-        return np.frombuffer(b"".join(shifted), np.uint8).reshape(-1, 32)
+            keys = [shift.key(key, name) for key, name in zip(keys, self.names, strict=True)]
+        return np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 32)
 
     @cached_property
     def digest(self) -> str:

@@ -1,28 +1,17 @@
 """Stored images: the ways in which they lie on disk or in memory, what they decode to, and digests of their content."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
 from blake3 import blake3
 from PIL import Image
 
 from clipmerge.types import Bytes
 
-__all__ = [
-    "ArrayImages",
-    "DatasetImages",
-    "FileImages",
-    "Stored",
-    "StoredImages",
-    "content_key",
-    "decode",
-    "file_stamp",
-]
+__all__ = ["FileImages", "LoadedImages", "Stored", "StoredImages", "content_key", "decode", "file_stamp"]
 
 Stored = bytes | Bytes | Image.Image
 """Encoded bytes (JPEG, PNG …); a decoded array, (height, width) grey or (height, width, 3); or Pillow's image."""
@@ -72,50 +61,36 @@ def file_stamp(path: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class FileImages:
-    """Encoded images that are files, or runs of bytes (offset, size) in files: members of tar archives."""
+    """Encoded images that are files, or lie in files that are opened for each of them: archives, tables.
+
+    Attributes:
+        paths: for each image its file.
+        read, where: how to read an image out of a file (a function of a module, so that it pickles), and for each
+            image where in its file it is.
+    """
 
     paths: Sequence[str]
-    runs: Sequence[tuple[int, int]] | None = None
+    read: Callable[[str, Any], bytes] | None = None
+    where: Sequence[Any] = ()
 
     def fetch(self, i: int) -> bytes:
-        if self.runs is None:
+        if self.read is None:
             return Path(self.paths[i]).read_bytes()
-        offset, size = self.runs[i]
-        with Path(self.paths[i]).open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
+        return self.read(self.paths[i], self.where[i])
 
     def stamp(self, i: int) -> str:
-        where = "" if self.runs is None else self.runs[i]
-        return f"{file_stamp(self.paths[i])}\0{where}"
+        return f"{file_stamp(self.paths[i])}\0{self.where[i] if self.where else ''}"
 
 
 @dataclass(frozen=True, slots=True)
-class ArrayImages:
-    """Images in one array: decoded, (n, height, width[, 3]); or encoded ones end to end, cut at `offsets` (n + 1)."""
+class LoadedImages:
+    """Images in memory: an array of them, a list, or a data set of (image, label) pairs as torchvision has them."""
 
-    data: Bytes
-    offsets: npt.NDArray[np.int64] | None = None
+    images: Any
 
     def fetch(self, i: int) -> Stored:
-        if self.offsets is None:
-            pixels: Bytes = self.data[i]
-            return pixels
-        return self.data[int(self.offsets[i]) : int(self.offsets[i + 1])].tobytes()
-
-    def stamp(self, i: int) -> None:
-        return None
-
-
-@dataclass(frozen=True, slots=True)
-class DatasetImages:
-    """A map-style data set of (image, label) pairs, as torchvision has them."""
-
-    pairs: Any
-
-    def fetch(self, i: int) -> Image.Image:
-        image: Image.Image = self.pairs[i][0]
-        return image
+        stored: Any = self.images[i]
+        return stored[0] if isinstance(stored, tuple) else stored  # type: ignore[no-any-return]
 
     def stamp(self, i: int) -> None:
         return None

@@ -8,12 +8,11 @@ import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from blake3 import blake3
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from clipmerge.checkpoint.cache import cache_dir
 from clipmerge.checkpoint.output import whole_file
@@ -24,99 +23,92 @@ from clipmerge.types import Bytes, Ints, Progress
 
 _CHUNK, _REPORT = 8, 64
 
-__all__ = ["Survey", "Unusable", "in_threads", "refuse", "survey", "why_unreadable"]
+__all__ = ["map_intact", "read_each", "refuse", "survey"]
 
 
-@dataclass(frozen=True, slots=True)
-class Unusable:
-    """An item, or a class, that cannot be used, and why."""
-
-    item: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.item}: {self.reason}"
-
-
-@dataclass(frozen=True, slots=True)
-class Survey:
-    """What was seen of n images.
-
-    Attributes:
-        keys: (n, 32) digests of what is stored; zeros for images that cannot be read.
-        unreadable: by position, why an image cannot be opened.
-    """
-
-    keys: Bytes
-    unreadable: dict[int, str]
-
-
-def refuse(source: str, unusable: Sequence[Unusable]) -> None:
-    """Raise one DataError that counts the items and names the first ten; do nothing where there are none."""
+def refuse(source: str, unusable: Sequence[str]) -> None:
+    """Raise one DataError that counts the items ("item: reason") and names the first ten; not where there are none."""
     if unusable:
         count = "1 item" if len(unusable) == 1 else f"{len(unusable)} items"
-        lines = and_more(list(map(str, unusable)), 10, "\n  ")
         raise DataError(
-            f"{source}: {count} cannot be used\n  {lines}",
+            f"{source}: {count} cannot be used\n  {and_more(unusable, 10, chr(10) + '  ')}",
             hint="put them right, or leave them out with --skip-bad (skip_bad=True)",
         )
 
 
 def survey(
     images: StoredImages, index: Ints, *, fully: bool = False, on_progress: Progress | None = None
-) -> Survey:
-    """Read the images at `index` once: check their headers, or `fully` decode them, and digest their content."""
-    path = _cache_path(images, index, fully)
-    known = None if path is None else _read_cache(path, len(index))
-    if known is not None:
-        return known
-    keys, unreadable = np.zeros((len(index), 32), np.uint8), dict[int, str]()
+) -> tuple[Bytes, dict[int, str]]:
+    """Read the images at `index` once: check their headers, or `fully` decode them, and digest their content.
 
-    def look(position: int) -> None:
-        try:
-            stored = images.fetch(int(index[position]))
-            if fully:
-                decode(stored)
-            elif isinstance(stored, bytes):
-                Image.open(io.BytesIO(stored)).close()
-            keys[position] = np.frombuffer(content_key(stored), np.uint8)
-        except Exception as error:  # Pillow's decoders raise anything from SyntaxError to struct.error
-            unreadable[position] = why_unreadable(error)
+    Returns:
+        (n, 32) digests of what is stored, zeros for images that cannot be read; and by position why those cannot.
+    """
+    path, size = _cache_path(images, index, fully), 32 * len(index)
+    cached = None if path is None else map_intact(path)
+    if cached is not None:
+        reasons = {int(i): reason for i, reason in json.loads(cached[size:].tobytes()).items()}
+        return np.array(cached[:size]).reshape(-1, 32), reasons
+    keys = np.zeros((len(index), 32), np.uint8)
 
-    in_threads(look, len(index), 8, "checking images", on_progress)
+    def look(position: int) -> bytes:
+        stored = images.fetch(int(index[position]))
+        if fully:
+            decode(stored)
+        elif isinstance(stored, bytes):
+            Image.open(io.BytesIO(stored)).close()
+        return content_key(stored)
+
+    def note(position: int, key: bytes) -> None:
+        keys[position] = np.frombuffer(key, np.uint8)
+
+    reasons = read_each(look, note, len(index), 8, "checking images", on_progress)
     if path is not None:
-        content = keys.tobytes() + json.dumps(unreadable).encode()
+        content = keys.tobytes() + json.dumps(reasons).encode()
         with suppress(OutputError), whole_file(path, parents=True) as sibling:  # a full disk only costs time
             sibling.write_bytes(content + blake3(content).digest())
-    return Survey(keys, unreadable)
+    return keys, reasons
 
 
-def in_threads(
-    work: Callable[[int], None], count: int, threads: int, what: str, on_progress: Progress | None
-) -> None:
-    """Call `work` for 0 … count - 1 in threads, a few at a time, and report progress now and then."""
+def read_each(
+    read: Callable[[int], bytes],
+    write: Callable[[int, bytes], object],
+    count: int,
+    threads: int,
+    what: str,
+    on_progress: Progress | None,
+) -> dict[int, str]:
+    """Read images 0 … count - 1 in threads, and write what was read of each. Returns why some cannot be read, in order.
+
+    What `write` raises (a full disk) is no fault of the image's and is raised.
+    """
+    reasons: dict[int, str] = {}
 
     def chunk(start: int) -> int:
         end = min(start + _CHUNK, count)
         for i in range(start, end):
-            work(i)
+            try:
+                row = read(i)
+            except Exception as error:  # Pillow's decoders raise anything from SyntaxError to struct.error
+                reasons[i] = _reason(error)
+            else:
+                write(i, row)
         return end
 
     with ThreadPoolExecutor(threads) as pool:
         for done in pool.map(chunk, range(0, count, _CHUNK)):
             if on_progress is not None and (done % _REPORT == 0 or done == count):
                 on_progress(what, done, count)
+    return dict(sorted(reasons.items()))
 
 
-def why_unreadable(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     """Return a few words without a path: paths are the item's own name."""
     if isinstance(error, FileNotFoundError):
         return "no such file"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
-    if type(error).__name__ == "UnidentifiedImageError":
-        return "not an image"
-    return str(error) or type(error).__name__
+    return "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
 
 
 def _cache_path(images: StoredImages, index: Ints, fully: bool) -> Path | None:
@@ -130,13 +122,12 @@ def _cache_path(images: StoredImages, index: Ints, fully: bool) -> Path | None:
     return cache_dir() / "images" / f"{hasher.hexdigest()}.survey"
 
 
-def _read_cache(path: Path, count: int) -> Survey | None:
-    """Return a survey from its file: keys, reasons as JSON, and a digest of both."""
-    with suppress(OSError, ValueError):
-        raw = path.read_bytes()
-        content = raw[:-32]
-        if blake3(content).digest() == raw[-32:]:
-            reasons = json.loads(content[32 * count :])
-            keys = np.frombuffer(content[: 32 * count], np.uint8).reshape(-1, 32)
-            return Survey(keys, {int(i): reason for i, reason in reasons.items()})
-    return None
+def map_intact(path: Path) -> Bytes | None:
+    """Map a cached file, copy-on-write; None where it is absent or its last 32 bytes are not a digest of the others."""
+    try:
+        data = np.memmap(path, np.uint8, mode="c")
+    except (OSError, ValueError):
+        return None
+    content = data[:-32]
+    intact = blake3(content.data, max_threads=blake3.AUTO).digest() == data[-32:].tobytes()
+    return content if intact else None

@@ -91,7 +91,7 @@ def test_an_unknown_part_lists_those_there_are() -> None:
     with pytest.raises(DataError) as caught:
         open_split("digits#tests")
     assert caught.value.message == "digits has no split 'tests'"
-    assert caught.value.hint == "its splits: #train, #val, #test; did you mean #test?"
+    assert caught.value.hint == "its splits: #test, #train, #val; did you mean #test?"
 
 
 def test_a_part_of_a_source_without_parts_is_refused(folder: MakeFolder) -> None:
