@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
-from clipmerge.finetuning.settings import Settings
-from clipmerge.finetuning.table import MethodName
+from clipmerge.finetuning.settings import MethodName, Settings
 from clipmerge_cli import show
 from clipmerge_cli.groups import opt, setting
 from clipmerge_cli.options import FORCE, INPUT, PLOT, SEARCH, Images, Talk, output_option
@@ -130,8 +129,7 @@ def sweep(
     Start it as often as you like, on one machine or with a shared --storage on many: each worker takes trials until
     none is left. Killed workers' trials are taken over; called again, a sweep goes on.
     """
-    from clipmerge.finetuning.space import load_space
-    from clipmerge.finetuning.sweep import finetune_sweep, table
+    from clipmerge.finetuning.sweep import finetune_sweep, load_space, table
     from clipmerge.weights.weights import load
 
     trial_space = load_space(space)

@@ -122,8 +122,7 @@ def our_step(
 ) -> Step:
     from clipmerge.finetuning.objective import Contrastive
     from clipmerge.finetuning.optimiser import adamw
-    from clipmerge.finetuning.parallel import wrap
-    from clipmerge.finetuning.towers import Towers, trained_parameters
+    from clipmerge.finetuning.towers import Towers, trained_parameters, wrap
 
     towers = Towers(model, spec.preprocess, precision=precision)
     module = wrap(towers, sharded=False, synced=False, compiled=compiled)

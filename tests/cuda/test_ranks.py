@@ -22,8 +22,8 @@ from clipmerge.device import resolve_device
 from clipmerge.finetuning.batches import Sampler, tokenizer_of, training_prompts
 from clipmerge.finetuning.finetune import starting_model
 from clipmerge.finetuning.images import Images
-from clipmerge.finetuning.methods import apply_method
-from clipmerge.finetuning.parallel import full_state_dict, wrap
+from clipmerge.finetuning.finetune import apply_method
+from clipmerge.finetuning.towers import full_state_dict, wrap
 from clipmerge.finetuning.settings import Settings
 from clipmerge.finetuning.towers import Towers, trained_parameters
 

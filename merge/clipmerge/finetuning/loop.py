@@ -19,10 +19,9 @@ from clipmerge.finetuning.images import Loader
 from clipmerge.finetuning.log import StepLog
 from clipmerge.finetuning.objective import Objective
 from clipmerge.finetuning.optimiser import LOG_SCALE_LIMIT, clip_gradients, learning_rate, set_learning_rate
-from clipmerge.finetuning.parallel import unsynced
 from clipmerge.finetuning.settings import Settings
 from clipmerge.finetuning.state import TrainingState
-from clipmerge.finetuning.towers import is_outside
+from clipmerge.finetuning.towers import is_outside, unsynced
 from clipmerge.types import Progress
 
 __all__ = ["StoppedBySignalError", "train_steps"]

@@ -4,7 +4,7 @@ Every rank knows the whole batch, encodes its share of the images and of the dis
 ranks' features; so every rank computes the same loss over the same rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, TypeAlias, cast
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from clipmerge.distributed import gather, rank, share, world
 from clipmerge.evaluate.heads import class_logits
-from clipmerge.finetuning import gradient_cache, losses
+from clipmerge.finetuning import losses
 from clipmerge.finetuning.augment import to_device
 from clipmerge.finetuning.batches import Batch, Prompts, unique_prompts
+from clipmerge.finetuning.state import generators, restore_generators
 from clipmerge.finetuning.towers import Towers
 
-__all__ = ["BaseContexts", "Classification", "Contrastive", "Objective"]
+__all__ = ["BaseContexts", "Classification", "Contrastive", "Objective", "cached_backward"]
 
 Scale: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -115,13 +116,11 @@ class Contrastive:
         images = [partial(self._encode, 0, piece) for piece in torch.split(pixels, self.chunk)]
         texts = [partial(self._encode, 1, None, piece, length) for piece in torch.split(tokens, self.chunk)]
         if self.trains_image and self.trains_text:
-            return gradient_cache.backward(
-                [images, texts], lambda f: loss(f[0], f[1]), pixels.device, scale=scale
-            )
+            return cached_backward([images, texts], lambda f: loss(f[0], f[1]), pixels.device, scale=scale)
         if self.trains_image:
-            return gradient_cache.backward([images], lambda f: loss(f[0], None), pixels.device, scale=scale)
+            return cached_backward([images], lambda f: loss(f[0], None), pixels.device, scale=scale)
         frozen = self._frozen_images(batch, pixels)
-        return gradient_cache.backward([texts], lambda f: loss(frozen, f[0]), pixels.device, scale=scale)
+        return cached_backward([texts], lambda f: loss(frozen, f[0]), pixels.device, scale=scale)
 
     def _encode(self, side: int, *inputs: Tensor | int | None) -> Tensor:
         return cast("Tensor", self.module(*inputs)[side])
@@ -187,3 +186,46 @@ class Classification:
         partner = to_device(generator.permutation(len(pixels)), pixels.device)
         scaled = pixels.float()
         return weight * scaled + (1 - weight) * scaled[partner], (labels[partner], weight)
+
+
+Encode: TypeAlias = Callable[[], Tensor]
+
+
+def cached_backward(
+    towers: Sequence[Sequence[Encode]],
+    loss: Callable[[list[Tensor]], Tensor],
+    device: torch.device,
+    *,
+    scale: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Tensor:
+    """Return the loss; its gradients are added to the parameters: for batches larger than memory, piece by piece.
+
+    First pass: every piece is encoded without a graph, and its features are kept. The loss over all features gives the
+    gradient of each feature. Second pass: every piece is encoded again, with its graph and with the random numbers of
+    the first pass (dropout must repeat), and its features' gradient is sent back through it.
+    Source: Gao et al. 2021, arXiv 2101.06983.
+
+    Args:
+        towers: for each tower its pieces; a piece's call encodes it.
+        loss: takes one tensor of features for each tower, pieces joined.
+        scale: what is done to the loss before its backward pass (a gradient scaler's multiplication).
+    """
+    features, first_pass = [], []
+    for pieces in towers:
+        states, encoded = [], []
+        for encode in pieces:
+            states.append(generators(device))
+            with torch.no_grad():
+                encoded.append(encode())
+        features.append(torch.cat(encoded).requires_grad_())
+        first_pass.append((pieces, states, [len(rows) for rows in encoded]))
+    value = loss(features)
+    scale(value).backward()  # type: ignore[no-untyped-call]  # reaches logit_scale, and stops at the features
+    after = generators(device)
+    for feature, (pieces, states, sizes) in zip(features, first_pass, strict=True):
+        assert feature.grad is not None
+        for encode, state, gradient in zip(pieces, states, torch.split(feature.grad, sizes), strict=True):
+            restore_generators(state)
+            torch.autograd.backward(encode(), gradient)
+    restore_generators(after)
+    return value.detach()

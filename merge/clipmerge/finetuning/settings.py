@@ -1,4 +1,4 @@
-"""The hyperparameters of `finetune`, each spelled once: default, type, meaning, limits, and whether it is recorded.
+"""The methods of finetuning, and its hyperparameters, each spelled once: default, type, meaning, limits.
 
 The keywords of `finetune`, the options of the command, the record inside a checkpoint and the comparison with a saved
 state all follow from these fields. Nothing heavy is imported: the command reads this file to show its help.
@@ -8,13 +8,42 @@ state all follow from these fields. Nothing heavy is imported: the command reads
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, TypeAlias, get_args, get_type_hints
 
 from clipmerge.errors import TrainingError
-from clipmerge.finetuning.table import METHODS, Method, MethodName
 from clipmerge.text import did_you_mean
 
-__all__ = ["RECORDED", "Settings"]
+__all__ = ["METHODS", "RECORDED", "Method", "MethodName", "Settings"]
+
+MethodName: TypeAlias = Literal["flyp", "ce", "car-ft", "lp-ft", "linear-probe"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method trains, and from where.
+
+    Attributes:
+        head: what the trained head starts from; None trains no head, but both towers against each other.
+        steps: whether anything is trained after that start.
+        contexts: whether CAR-FT's term keeps the base's context distribution.
+    """
+
+    summary: str
+    head: Literal["zero-shot", "probe"] | None
+    steps: bool = True
+    contexts: bool = False
+
+
+METHODS: Mapping[str, Method] = {
+    "flyp": Method("finetune like you pretrain: the contrastive loss against class prompts", None),
+    "ce": Method("cross-entropy, the head starts from the zero-shot head", "zero-shot"),
+    "car-ft": Method(
+        "cross-entropy, and the base's context distribution is kept", "zero-shot", contexts=True
+    ),
+    "lp-ft": Method("a linear probe first, then full finetuning from its head", "probe"),
+    "linear-probe": Method("a linear probe on frozen features, nothing else", "probe", steps=False),
+}
+"""Sources: FLYP 2212.00638, WiSE-FT's CE 2109.01903, CAR-FT 2211.16175, LP-FT 2202.10054."""
 
 
 def _field(

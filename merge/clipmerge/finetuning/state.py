@@ -16,7 +16,7 @@ from clipmerge.checkpoint.output import whole_file
 from clipmerge.distributed import gather_object, rank
 from clipmerge.errors import TrainingError
 from clipmerge.finetuning.optimiser import MovingAverage
-from clipmerge.finetuning.parallel import full_state_dict, load_full_state_dict, local_shard
+from clipmerge.finetuning.towers import full_state_dict, load_full_state_dict, local_shard
 
 __all__ = ["Generators", "TrainingState", "generators", "read_state", "restore_generators", "write_state"]
 

@@ -16,8 +16,7 @@ import torch
 
 from clipmerge.errors import DeviceError, TrainingError
 from clipmerge.finetuning.finetune import starting_model
-from clipmerge.finetuning.head import attach_head, held_out_scores
-from clipmerge.finetuning.probe import linear_probe
+from clipmerge.finetuning.head import attach_head, held_out_scores, linear_probe
 from clipmerge.finetuning.state import generators, restore_generators
 from clipmerge.finetuning.towers import HEAD, Towers, freeze, set_modes
 
@@ -261,7 +260,7 @@ def test_ranks_of_torchrun_are_workers_of_a_sweep(arguments: list[str], tmp_path
     """Each trains trials of its own: the files are those of one process, and nobody joins anybody."""
     pytest.importorskip("optuna")
     body = """
-        from clipmerge.finetuning.space import Range, Space
+        from clipmerge.finetuning.sweep import Range, Space
         from clipmerge.finetuning.sweep import finetune_sweep
         from clipmerge.distributed import world
         space = Space({"lr": Range(1e-4, 1e-2, log=True)}, {"method": "lp-ft", "steps": 2})

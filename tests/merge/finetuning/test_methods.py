@@ -10,11 +10,10 @@ import torch
 
 from clipmerge.errors import DataError, TrainingError
 from clipmerge.finetuning.batches import tokenizer_of, training_prompts
-from clipmerge.finetuning.finetune import starting_model
+from clipmerge.finetuning.finetune import base_contexts, starting_model
+from clipmerge.finetuning.head import linear_probe
 from clipmerge.finetuning.images import Images
-from clipmerge.finetuning.methods import base_contexts
 from clipmerge.finetuning.optimiser import adamw, learning_rate
-from clipmerge.finetuning.probe import linear_probe
 from clipmerge.finetuning.settings import Settings
 from clipmerge.finetuning.towers import Towers, image_features
 from clipmerge.weights.weights import load

@@ -21,7 +21,7 @@ from clipmerge.finetuning.batches import Sampler, tokenizer_of, training_prompts
 from clipmerge.distributed import average_gradients, rank, world
 from clipmerge.finetuning.finetune import finetune, starting_model
 from clipmerge.finetuning.images import Images
-from clipmerge.finetuning.methods import apply_method
+from clipmerge.finetuning.finetune import apply_method
 from clipmerge.finetuning.settings import Settings
 from clipmerge.finetuning.towers import Towers, is_outside, trained_parameters
 from clipmerge.model import resolve_model

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from clipmerge.finetuning import gradient_cache, losses
+from clipmerge.finetuning import losses
 from clipmerge.finetuning.batches import Batch, tokenizer_of, training_prompts, unique_prompts
-from clipmerge.finetuning.objective import Contrastive
+from clipmerge.finetuning.objective import Contrastive, cached_backward
 from clipmerge.finetuning.towers import Towers, freeze
 
 
@@ -98,8 +98,8 @@ def test_distinct_prompts_point_back() -> None:
 def test_features_of_a_frozen_tower_are_looked_up(
     towers: Towers, prompts: Any, train: Any, trains: Any, tiny_spec: Any
 ) -> None:
+    from clipmerge.finetuning.finetune import contrastive
     from clipmerge.finetuning.images import Images
-    from clipmerge.finetuning.methods import contrastive
     from clipmerge.finetuning.settings import Settings
 
     images = Images(train, None, tiny_spec.preprocess, torch.device("cpu"), Settings(augment="none"))
@@ -125,6 +125,6 @@ def test_gradient_caching_repeats_dropout() -> None:
         return seen[-1]
 
     pieces = [lambda p=p: encode(p) for p in x.split(2)]
-    gradient_cache.backward([pieces], lambda f: f[0].square().sum(), x.device)
+    cached_backward([pieces], lambda f: f[0].square().sum(), x.device)
     for first, second in zip(seen[:3], seen[3:], strict=True):
         torch.testing.assert_close(first, second, rtol=0, atol=0)

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from clipmerge.errors import TrainingError
-from clipmerge.finetuning.space import SOUPS, Range, Space, draw, load_space, options
-from clipmerge.finetuning.sweep import finetune_sweep
+from clipmerge.finetuning.sweep import SOUPS, Range, Space, draw, finetune_sweep, load_space, options
 
 SMALL = Space(
     {"lr": Range(1e-4, 1e-2, log=True), "seed": Range(0, 3, whole=True)}, {"method": "flyp", "steps": 2}
