@@ -122,11 +122,13 @@ def our_step(
 ) -> Step:
     from clipmerge.finetuning.objective import Contrastive
     from clipmerge.finetuning.optimiser import adamw
+    from clipmerge.finetuning.settings import Settings
     from clipmerge.finetuning.towers import Towers, trained_parameters, wrap
 
     towers = Towers(model, spec.preprocess, precision=precision)
     module = wrap(towers, sharded=False, synced=False, compiled=compiled)
-    objective = Contrastive(towers, module, prompts, multiple=64 if compiled else 1)
+    objective = Contrastive(towers, prompts, Settings(compile=compiled))
+    objective.module = module
     optimiser = adamw(trained_parameters(model), lr=1e-6, wd=0.1)
 
     def step() -> torch.Tensor:

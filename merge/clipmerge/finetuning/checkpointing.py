@@ -60,7 +60,7 @@ class Checkpoints:
     Attributes:
         steps: of the whole run.
         identity: what a state must agree on to be resumed.
-        record: metadata of every checkpoint, besides the model's.
+        training: the hyperparameters, recorded in every checkpoint; `metadata` is the caller's own.
         score: returns held-out scores of the model as it is; None where there is no held-out split.
         best: the best held-out scores so far and their step; `last` those of the last scored step.
     """
@@ -72,7 +72,8 @@ class Checkpoints:
     steps: int
     steps_per_epoch: int
     identity: Mapping[str, Any]
-    record: Mapping[str, Any]
+    training: Mapping[str, Any]
+    metadata: Mapping[str, Any]
     spec: ModelSpec
     score: Callable[[], Mapping[str, float]] | None
     best: dict[str, float] = field(default_factory=dict)
@@ -146,9 +147,9 @@ class Checkpoints:
         if is_first():
             path.parent.mkdir(exist_ok=True)
             model = write_record({"format": FORMAT, "total": 1, "model": self.spec.to_metadata()})
-            training = self.record["training"] | {"step": step} | ({"scores": dict(scores)} if scores else {})
+            training = {**self.training, "step": step} | ({"scores": dict(scores)} if scores else {})
             weights = from_state_dict(tensors, "trained", model)
-            weights.save(path, metadata={**self.record, "training": training}, force=True)
+            weights.save(path, metadata={**self.metadata, "training": training}, force=True)
         self.log("written", step, file=path.name)
 
     def save(self, step: int) -> Path | None:

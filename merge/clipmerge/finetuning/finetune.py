@@ -1,6 +1,6 @@
 """Finetune a model: what each method starts from, what it trains, and its loss; everything else is the one loop."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,6 @@ from clipmerge.data.prompts import CONTEXTS, context_templates
 from clipmerge.data.sampling import few_shot
 from clipmerge.data.split import Split
 from clipmerge.device import float32_matmul, out_of_memory_hint, resolve_device, resolve_precision
-from clipmerge.distributed import world
 from clipmerge.errors import DeviceError, TrainingError
 from clipmerge.finetuning.batches import (
     Prompts,
@@ -32,16 +31,15 @@ from clipmerge.finetuning.images import Images, check_images, keep_on_device
 from clipmerge.finetuning.log import Event, Log
 from clipmerge.finetuning.loop import train_steps
 from clipmerge.finetuning.objective import BaseContexts, Classification, Contrastive, Objective
-from clipmerge.finetuning.optimiser import MovingAverage, adamw
 from clipmerge.finetuning.settings import Settings
 from clipmerge.finetuning.state import TrainingState
-from clipmerge.finetuning.towers import HEAD, Towers, freeze, set_modes, trained_parameters, wrap
+from clipmerge.finetuning.towers import HEAD, Towers, freeze, set_modes, wrap
 from clipmerge.model import ModelSpec, build_model, load_weights, resolve_model
 from clipmerge.types import Progress
 from clipmerge.weights.digest import content_digest
 from clipmerge.weights.weights import Weights, load
 
-__all__ = ["apply_method", "base_contexts", "classification", "contrastive", "finetune", "starting_model"]
+__all__ = ["apply_method", "base_contexts", "finetune", "starting_model"]
 
 
 def finetune(
@@ -89,9 +87,7 @@ def finetune(
     precision = resolve_precision(settings.precision, device)
     distributed.start(device)
     if settings.fsdp and distributed.world() == 1:
-        raise DeviceError(
-            "--fsdp needs several processes", hint="start it with torchrun --nproc-per-node N -m clipmerge"
-        )
+        raise DeviceError("--fsdp needs several processes", hint="start it with torchrun -m clipmerge")
     own_seed = torch.random.fork_rng([device.index] if device.type == "cuda" else [])
     less = out_of_memory_hint("use a smaller --batch-size, --chunk N or --checkpointing")
     with float32_matmul(precision), own_seed, less, distributed.explain_lost_peer():
@@ -111,8 +107,7 @@ def finetune(
         # What trains, in what order, for how long.
         recorded = {**settings.recorded(), "precision": precision}
         identity = {**recorded, "processes": distributed.world(), "start": _fingerprint(net, train)}
-        layout = _channels_last(net, settings, device)
-        towers = Towers(net, spec.preprocess, precision=precision, channels_last=layout)
+        towers = Towers(net, spec.preprocess, precision, settings.channels_last)
         objective = apply_method(towers, tokenizer, prompts, images, settings, head)
         batch = fit_batch(settings.batch_size, distributed.world(), settings.accumulate, len(train))
         sampler = Sampler(
@@ -122,7 +117,7 @@ def finetune(
         steps = settings.steps or max(1, round(sampler.steps_per_epoch * epochs))
 
         # What changes, and what is kept of it.
-        state = _training_state(towers, settings, device)
+        state = TrainingState.begin(towers, settings)
         log = Log(files.log if distributed.is_first() else None, tensorboard=tensorboard, on_event=on_event)
         checkpoints = Checkpoints(
             files,
@@ -132,10 +127,8 @@ def finetune(
             steps=steps if settings.row.steps else 0,
             steps_per_epoch=sampler.steps_per_epoch,
             identity=identity,
-            record={
-                "training": {**recorded, "base": _parents(base), "images": len(train)},
-                **(metadata or {}),
-            },
+            training={**recorded, "base": _parents(base), "images": len(train)},
+            metadata=metadata or {},
             spec=spec,
             score=_scorer(towers, tokenizer, images, settings),
         )
@@ -185,26 +178,6 @@ def _parents(base: Weights | None) -> list[dict[str, str | None]]:
     return [{"file": c.path.name if c.path else None, "digest": content_digest(c)} for c in checkpoints]
 
 
-def _channels_last(net: nn.Module, settings: Settings, device: torch.device) -> bool:
-    """Return whether pixels lie channels last: by default before convolutions beyond the patches, on a GPU."""
-    if settings.channels_last is not None:
-        return settings.channels_last
-    return device.type == "cuda" and sum(isinstance(module, nn.Conv2d) for module in net.modules()) > 1
-
-
-def _training_state(towers: Towers, settings: Settings, device: torch.device) -> TrainingState:
-    trained = trained_parameters(towers.model)
-    return TrainingState(
-        towers.model,
-        trained,
-        adamw(trained, lr=settings.lr, wd=settings.wd, decay=settings.decay),
-        device,
-        None if settings.ema is None else MovingAverage(trained.values(), settings.ema),
-        torch.amp.GradScaler(device.type) if towers.precision == "fp16" else None,
-        sharded=settings.fsdp,
-    )
-
-
 def _scorer(
     towers: Towers, tokenizer: Tokenizer, images: Images, settings: Settings
 ) -> Callable[[], dict[str, float]] | None:
@@ -229,74 +202,45 @@ def apply_method(
     Args:
         head: the checkpoint whose head is taken instead of the method's own start.
     """
-    row = settings.row
     objective: Contrastive | Classification
-    if row.head is None:
-        objective = contrastive(towers, prompts, images, settings)
+    head_from = settings.row.head
+    if head_from is None:
+        objective = Contrastive(towers, prompts, settings)
         image, text, scale = objective.trains_image, objective.trains_text, settings.logit_scale != "frozen"
+        if not text:
+            objective.text_table = towers.prompt_features(prompts.tokens)
+        if not image and not images.random:
+            objective.image_table = images.features(towers, images.plain())
     else:
-        objective = classification(towers, tokenizer, images, settings)
         image, text, scale = True, False, False
-    if head is not None:
-        attach_head(towers.model, *read_head(head, prompts.classes))
-    elif row.head is not None:
-        attach_head(towers.model, *initial_head(row.head, towers, prompts, images))
+        contexts = base_contexts(towers, tokenizer, images, settings) if settings.row.contexts else None
+        objective = Classification(towers, settings, contexts)
+        start = (
+            initial_head(head_from, towers, prompts, images)
+            if head is None
+            else read_head(head, prompts.classes)
+        )
+        attach_head(towers.model, *start)
     freeze(towers.model, image=image, text=text, scale=scale)
     set_modes(towers.model, image=image, text=text)
     if settings.checkpointing:
         towers.model.set_grad_checkpointing(True)  # type: ignore[operator]
-    objective.module = wrap(
-        towers,
-        sharded=settings.fsdp,
-        synced=world() > 1 and not settings.fsdp and settings.chunk is None,
-        compiled=settings.compile,
-    )
+    synced = distributed.world() > 1 and not settings.fsdp and settings.chunk is None
+    objective.module = wrap(towers, sharded=settings.fsdp, synced=synced, compiled=settings.compile)
     return objective
 
 
-def contrastive(towers: Towers, prompts: Prompts, images: Images, settings: Settings) -> Contrastive:
-    """Return the contrastive objective; features of a frozen tower are looked up where nothing in them is random."""
-    image, text = settings.towers != "text", settings.towers != "image"
-    fixed = not image and not images.random
-    return Contrastive(
-        towers,
-        towers,
-        prompts,
-        trains_image=image,
-        trains_text=text,
-        image_table=images.features(towers, images.plain()) if fixed else None,
-        text_table=None if text else towers.prompt_features(prompts.tokens),
-        label_smoothing=settings.label_smoothing,
-        multi_positive=settings.multi_positive,
-        chunk=settings.chunk,
-        multiple=64 if settings.compile else 1,
-    )
-
-
-def classification(
-    towers: Towers, tokenizer: Tokenizer, images: Images, settings: Settings
-) -> Classification:
-    """Return cross-entropy over a head, for CAR-FT with the term that keeps the base's contexts."""
-    base = None
-    if settings.row.contexts:
-        base = base_contexts(towers, tokenizer, images, settings.contexts, settings.car_weight)
-        if not images.random and not settings.mixup:
-            base.table = images.features(base.towers, images.plain())
-    return Classification(towers, towers, settings.seed, settings.label_smoothing, settings.mixup, base)
-
-
-def base_contexts(
-    towers: Towers, tokenizer: Tokenizer, images: Images, contexts: Sequence[str] | None, weight: float
-) -> BaseContexts:
+def base_contexts(towers: Towers, tokenizer: Tokenizer, images: Images, settings: Settings) -> BaseContexts:
     """Return CAR-FT's frozen side: the base's image tower, and a vector for each context.
 
     A context's vector is the mean over classes of its unit prompt features, made a unit vector again.
     Source: Mao et al. 2022, arXiv 2211.16175.
     """
-    templates = context_templates(contexts or CONTEXTS)
+    templates = context_templates(settings.contexts or CONTEXTS)
     prompts = training_prompts(towers.model, tokenizer, images.train, templates, images.device)
     features = towers.prompt_features(prompts.tokens)
-    by_class = features.view(prompts.classes, -1, features.shape[1])
+    vectors = F.normalize(features.view(prompts.classes, -1, features.shape[1]).mean(dim=0), dim=-1)
     frozen = deepcopy(towers).eval().requires_grad_(False)
-    scale = float(towers.exp_scale.detach())
-    return BaseContexts(F.normalize(by_class.mean(dim=0), dim=-1), scale, frozen, weight)
+    fixed = not images.random and not settings.mixup
+    table = images.features(frozen, images.plain()) if fixed else None
+    return BaseContexts(vectors, float(towers.exp_scale.detach()), frozen, table)

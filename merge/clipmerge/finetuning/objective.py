@@ -5,7 +5,7 @@ ranks' features; so every rank computes the same loss over the same rows.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol, TypeAlias, cast
 
@@ -19,6 +19,7 @@ from clipmerge.evaluate.heads import class_logits
 from clipmerge.finetuning import losses
 from clipmerge.finetuning.augment import to_device
 from clipmerge.finetuning.batches import Batch, Prompts, unique_prompts
+from clipmerge.finetuning.settings import Settings
 from clipmerge.finetuning.state import generators, restore_generators
 from clipmerge.finetuning.towers import Towers
 
@@ -43,34 +44,32 @@ class Contrastive:
     """Images against the prompts drawn for them: CLIP's pretraining, FLYP, LiT.
 
     Attributes:
-        towers, module: the towers, and the towers as this world wraps them.
         image_table: features by item, of an image tower that does not train and sees nothing random.
         text_table: features by prompt, of a text tower that does not train.
-        chunk: pieces of so many images or prompts, the exact loss over all of them; None encodes all at once.
-        multiple: distinct prompts are padded to a multiple of this (compiled kernels like few shapes).
+        module: the towers as this world wraps them.
     """
 
     towers: Towers
-    module: nn.Module
     prompts: Prompts
-    trains_image: bool = True
-    trains_text: bool = True
+    settings: Settings
     image_table: Tensor | None = None
     text_table: Tensor | None = None
-    label_smoothing: float = 0.0
-    multi_positive: bool = False
-    chunk: int | None = None
-    multiple: int = 1
+    module: nn.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.module = self.towers
+        self.trains_image, self.trains_text = self.settings.towers != "text", self.settings.towers != "image"
 
     def backward(self, batch: Batch, pixels: Tensor, scale: Scale) -> Tensor:
         device = pixels.device
         # Each distinct prompt is encoded once, a share of them on each rank, cut at the longest of all of them.
-        unique, positions = unique_prompts(batch.prompts, world(), self.multiple)
+        multiple = 64 if self.settings.compile else 1  # compiled kernels like few shapes
+        unique, positions = unique_prompts(batch.prompts, world(), multiple)
         tokens = self.prompts.tokens[to_device(unique[share(len(unique))], device)]
         length = int(self.prompts.lengths[unique].max())
         prompt_of_image = to_device(positions, device)
         groups = None
-        if self.multi_positive:
+        if self.settings.multi_positive:
             groups = to_device(batch.labels if self.prompts.classes else batch.prompts, device)
 
         def loss(image: Tensor, text: Tensor | None) -> Tensor:
@@ -85,10 +84,10 @@ class Contrastive:
                 text_of_image,
                 self.towers.exp_scale,
                 groups=groups,
-                label_smoothing=self.label_smoothing,
+                label_smoothing=self.settings.label_smoothing,
             )
 
-        if self.chunk is not None:
+        if self.settings.chunk is not None:
             return self._in_pieces(batch, pixels, tokens, length, loss, scale)
         image, text = self.module(
             pixels if self.trains_image else None, *((tokens, length) if self.trains_text else ())
@@ -112,9 +111,10 @@ class Contrastive:
         loss: Callable[[Tensor, Tensor | None], Tensor],
         scale: Scale,
     ) -> Tensor:
-        assert self.chunk is not None
-        images = [partial(self._encode, 0, piece) for piece in torch.split(pixels, self.chunk)]
-        texts = [partial(self._encode, 1, None, piece, length) for piece in torch.split(tokens, self.chunk)]
+        size = self.settings.chunk
+        assert size is not None
+        images = [partial(self._encode, 0, piece) for piece in torch.split(pixels, size)]
+        texts = [partial(self._encode, 1, None, piece, length) for piece in torch.split(tokens, size)]
         if self.trains_image and self.trains_text:
             return cached_backward([images, texts], lambda f: loss(f[0], f[1]), pixels.device, scale=scale)
         if self.trains_image:
@@ -134,40 +134,37 @@ class BaseContexts:
         vectors: one unit vector for each context.
         scale: the base's exp(logit_scale).
         towers: the base's, frozen; `table` its image features by item, where nothing is random.
-        weight: of the term in the loss.
     """
 
     vectors: Tensor
     scale: float
     towers: Towers
-    weight: float = 1.0
     table: Tensor | None = None
 
 
 @dataclass
 class Classification:
-    """A trained head over image features: CE, LP-FT's second stage, and CAR-FT with its term.
-
-    Attributes:
-        mixup: a of the Beta(a, a) distribution that mixes images; 0 mixes nothing.
-    """
+    """A trained head over image features: CE, LP-FT's second stage, and CAR-FT with its term."""
 
     towers: Towers
-    module: nn.Module
-    seed: int
-    label_smoothing: float = 0.0
-    mixup: float = 0.0
+    settings: Settings
     base: BaseContexts | None = None
+    module: nn.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.module = self.towers
 
     def backward(self, batch: Batch, pixels: Tensor, scale: Scale) -> Tensor:
         own = share(len(batch.items))
         labels = to_device(batch.labels[own], pixels.device)
         mixed = None
-        if self.mixup:
+        if self.settings.mixup:
             pixels, mixed = self._mix(batch, pixels, labels)
         image = cast("Tensor", self.module(pixels)[0])
         logits = class_logits(self.towers.model, image, None)
-        value = losses.cross_entropy(logits, labels, mixed=mixed, label_smoothing=self.label_smoothing)
+        value = losses.cross_entropy(
+            logits, labels, mixed=mixed, label_smoothing=self.settings.label_smoothing
+        )
         if self.base is not None:
             if self.base.table is not None:
                 before = self.base.table[to_device(batch.items[own], pixels.device)]
@@ -175,14 +172,14 @@ class Classification:
                 with torch.no_grad():
                     before = self.base.towers(pixels)[0]
             term = losses.context_divergence(image, before, self.base.vectors, self.base.scale)
-            value = value + self.base.weight * term
+            value = value + self.settings.car_weight * term
         scale(value).backward()  # type: ignore[no-untyped-call]
         return value.detach()
 
     def _mix(self, batch: Batch, pixels: Tensor, labels: Tensor) -> tuple[Tensor, tuple[Tensor, float]]:
         """Mix each image with a partner of this rank, all with one weight, drawn from the seed and the batch."""
-        generator = np.random.default_rng([self.seed, batch.step, int(batch.items[0]), rank()])
-        weight = float(generator.beta(self.mixup, self.mixup))
+        generator = np.random.default_rng([self.settings.seed, batch.step, int(batch.items[0]), rank()])
+        weight = float(generator.beta(self.settings.mixup, self.settings.mixup))
         partner = to_device(generator.permutation(len(pixels)), pixels.device)
         scaled = pixels.float()
         return weight * scaled + (1 - weight) * scaled[partner], (labels[partner], weight)

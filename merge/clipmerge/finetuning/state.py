@@ -15,8 +15,15 @@ from torch import Tensor, nn
 from clipmerge.checkpoint.output import whole_file
 from clipmerge.distributed import gather_object, rank
 from clipmerge.errors import TrainingError
-from clipmerge.finetuning.optimiser import MovingAverage
-from clipmerge.finetuning.towers import full_state_dict, load_full_state_dict, local_shard
+from clipmerge.finetuning.optimiser import MovingAverage, adamw
+from clipmerge.finetuning.settings import Settings
+from clipmerge.finetuning.towers import (
+    Towers,
+    full_state_dict,
+    load_full_state_dict,
+    local_shard,
+    trained_parameters,
+)
 
 __all__ = ["Generators", "TrainingState", "generators", "read_state", "restore_generators", "write_state"]
 
@@ -51,6 +58,15 @@ class TrainingState:
     average: MovingAverage | None = None
     scaler: torch.amp.GradScaler | None = None
     sharded: bool = False
+
+    @classmethod
+    def begin(cls, towers: Towers, settings: Settings) -> "TrainingState":
+        """Return the state before the first step."""
+        trained, device = trained_parameters(towers.model), towers.mean.device
+        optimiser = adamw(trained, lr=settings.lr, wd=settings.wd, decay=settings.decay)
+        average = None if settings.ema is None else MovingAverage(trained.values(), settings.ema)
+        scaler = torch.amp.GradScaler(device.type) if towers.precision == "fp16" else None
+        return cls(towers.model, trained, optimiser, device, average, scaler, settings.fsdp)
 
     def model_tensors(self) -> dict[str, Tensor]:
         """Return the model's tensors; of a sharded one on rank 0 only. All ranks call it."""

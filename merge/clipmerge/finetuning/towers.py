@@ -32,7 +32,7 @@ class Towers(nn.Module):
         model: an open_clip model, with a `classification_head` or without.
         preprocess: open_clip's preprocess_cfg, for mean and std.
         precision: what the towers compute in; features, heads and losses are fp32.
-        channels_last: memory layout of the pixels (convolutional towers on a GPU).
+        channels_last: memory layout of the pixels; by default for convolutions beyond the patches, on a GPU.
     """
 
     mean: "Float[Tensor, '3 1 1']"
@@ -42,15 +42,19 @@ class Towers(nn.Module):
         self,
         model: nn.Module,
         preprocess: Mapping[str, Any],
-        *,
         precision: Precision = "fp32",
-        channels_last: bool = False,
+        channels_last: bool | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.precision = precision
+        device = next(model.parameters()).device
+        if channels_last is None:
+            channels_last = (
+                device.type == "cuda" and sum(isinstance(m, nn.Conv2d) for m in model.modules()) > 1
+            )
         self.format = torch.channels_last if channels_last else torch.contiguous_format
-        mean, std = mean_and_std(preprocess, next(model.parameters()).device)
+        mean, std = mean_and_std(preprocess, device)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
 

@@ -101,7 +101,7 @@ def test_contexts_are_normalised_one_by_one(base: Any, train: Any, tiny_spec: An
     model, spec = starting_model(base, tiny_spec, 0, CPU)
     towers = Towers(model, spec.preprocess)
     images = Images(train, None, spec.preprocess, CPU, Settings())
-    contexts = base_contexts(towers, tokenizer_of(spec), images, ["photo", "sketch"], 1.0)
+    contexts = base_contexts(towers, tokenizer_of(spec), images, Settings(contexts=["photo", "sketch"]))
     for vector, template in zip(contexts.vectors, ["a photo of a {}.", "a sketch of a {}."], strict=True):
         prompts = training_prompts(model, tokenizer_of(spec), train, [template], CPU)
         mean = model.encode_text(prompts.tokens, normalize=True).mean(0)
@@ -122,7 +122,7 @@ def test_car_fts_term_keeps_the_bases_contexts(
             towers = Towers(model, spec.preprocess)
             if weights is base:
                 images = Images(train, None, spec.preprocess, CPU, Settings())
-                contexts = base_contexts(towers, tokenizer_of(spec), images, None, 1.0)
+                contexts = base_contexts(towers, tokenizer_of(spec), images, Settings())
             pixels = np.stack(
                 [np.asarray(train.image(i).resize((16, 16))).transpose(2, 0, 1) for i in range(40)]
             )

@@ -9,6 +9,7 @@ import torch
 from clipmerge.finetuning import losses
 from clipmerge.finetuning.batches import Batch, tokenizer_of, training_prompts, unique_prompts
 from clipmerge.finetuning.objective import Contrastive, cached_backward
+from clipmerge.finetuning.settings import Settings
 from clipmerge.finetuning.towers import Towers, freeze
 
 
@@ -66,7 +67,7 @@ def test_distinct_prompts_and_cut_context_change_no_gradient(
 ) -> None:
     batch, pixels = batch_of(prompts, train)
     loss, expected = plain(towers, prompts, batch, pixels)
-    ours = Contrastive(towers, towers, prompts).backward(batch, pixels, lambda x: x)
+    ours = Contrastive(towers, prompts, Settings()).backward(batch, pixels, lambda x: x)
     torch.testing.assert_close(ours, loss)
     same(gradients(towers), expected)
 
@@ -75,7 +76,7 @@ def test_distinct_prompts_and_cut_context_change_no_gradient(
 def test_gradient_caching_equals_the_big_batch(towers: Towers, prompts: Any, train: Any, chunk: int) -> None:
     batch, pixels = batch_of(prompts, train)
     loss, expected = plain(towers, prompts, batch, pixels)
-    ours = Contrastive(towers, towers, prompts, chunk=chunk).backward(batch, pixels, lambda x: x)
+    ours = Contrastive(towers, prompts, Settings(chunk=chunk)).backward(batch, pixels, lambda x: x)
     torch.testing.assert_close(ours, loss)
     same(gradients(towers), expected)
 
@@ -83,7 +84,7 @@ def test_gradient_caching_equals_the_big_batch(towers: Towers, prompts: Any, tra
 def test_padding_of_distinct_prompts_has_no_gradient(towers: Towers, prompts: Any, train: Any) -> None:
     batch, pixels = batch_of(prompts, train)
     _, expected = plain(towers, prompts, batch, pixels)
-    Contrastive(towers, towers, prompts, multiple=32).backward(batch, pixels, lambda x: x)
+    Contrastive(towers, prompts, Settings(compile=True)).backward(batch, pixels, lambda x: x)
     same(gradients(towers), expected)
 
 
@@ -98,16 +99,16 @@ def test_distinct_prompts_point_back() -> None:
 def test_features_of_a_frozen_tower_are_looked_up(
     towers: Towers, prompts: Any, train: Any, trains: Any, tiny_spec: Any
 ) -> None:
-    from clipmerge.finetuning.finetune import contrastive
+    from clipmerge.finetuning.finetune import apply_method
     from clipmerge.finetuning.images import Images
-    from clipmerge.finetuning.settings import Settings
 
     images = Images(train, None, tiny_spec.preprocess, torch.device("cpu"), Settings(augment="none"))
     batch, _ = batch_of(prompts, train)
     pixels = torch.from_numpy(images.plain()[batch.items])
     freeze(towers.model, image=trains == "image", text=trains == "text", scale=True)
     _, expected = plain(towers, prompts, batch, pixels)
-    objective = contrastive(towers, prompts, images, Settings(towers=trains))
+    settings = Settings(towers=trains, augment="none")
+    objective = apply_method(towers, tokenizer_of(tiny_spec), prompts, images, settings)
     table = objective.text_table if trains == "image" else objective.image_table
     assert table is not None
     objective.backward(batch, pixels, lambda x: x)
