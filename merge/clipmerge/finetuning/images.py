@@ -38,6 +38,9 @@ __all__ = ["Images", "Loader", "check_images", "keep_on_device"]
 RESIDENT = 0.25
 """Share of the GPU's free memory that cached pixels may take; beyond it they are copied batch by batch."""
 
+PIECE = 32
+"""Images that a worker makes at a time: few enough that little of the shared memory is taken by what waits."""
+
 
 @dataclass(frozen=True)
 class Images:
@@ -128,8 +131,8 @@ Key: TypeAlias = tuple[int, int]
 
 
 @dataclass
-class _Batches(Dataset[Tensor | Exception]):
-    """Makes whole batches of pixels, in a worker process or in this one."""
+class _Pieces(Dataset[Tensor | Exception]):
+    """Makes pixels of many images at a time, in a worker process or in this one."""
 
     split: Split
     seed: int
@@ -137,7 +140,7 @@ class _Batches(Dataset[Tensor | Exception]):
     fixed: Pixels | None
 
     def __getitems__(self, keys: list[Key]) -> Tensor | Exception:
-        """Return the batch, or what went wrong: raised in a worker, torch would bury it in a traceback's text."""
+        """Return the pixels, or what went wrong: raised in a worker, torch would bury it in a traceback's text."""
         try:
             if self.fixed is not None:
                 return torch.from_numpy(self.fixed[[item for _, item in keys]])
@@ -192,20 +195,25 @@ class Loader:
         """Yield pixels that workers make ahead.
 
         Workers are forked: that takes milliseconds, works in scripts without a `__main__` guard, and they never touch
-        the GPU. The DataLoader's own generator keeps it from drawing from the global one, which dropout uses. Pinned
-        batches are copied on a stream of their own, beside the kernels of the step before.
+        the GPU. The DataLoader's own generator keeps it from drawing from the global one, which dropout uses.
         """
         workers = _default_workers(self.device) if self.workers is None else self.workers
         forks = workers > 0 and "fork" in multiprocessing.get_all_start_methods()
         cuda = self.device.type == "cuda"
-        keys = ([(b.epoch, i) for i in b.items[share(len(b.items))].tolist()] for b in batches)
+
+        def split_up(batch: Batch) -> list[list[Key]]:
+            keys = [(batch.epoch, i) for i in batch.items[share(len(batch.items))].tolist()]
+            size = PIECE if workers else len(keys)
+            return [keys[start : start + size] for start in range(0, len(keys), size)]
+
+        batches, ahead = tee(batches)
         fixed = self.fixed if isinstance(self.fixed, np.ndarray) else None
         with warnings.catch_warnings():
             # More workers than cores are the user's choice; Python 3.12 warns of any fork beside threads.
             warnings.simplefilter("ignore")
             loader = DataLoader(
-                _Batches(self.split, self.seed, self.augment, fixed),
-                batch_sampler=keys,
+                _Pieces(self.split, self.seed, self.augment, fixed),
+                batch_sampler=(piece for batch in ahead for piece in split_up(batch)),
                 collate_fn=_same,
                 num_workers=workers,
                 pin_memory=cuda,
@@ -214,22 +222,27 @@ class Loader:
             )
             source = iter(loader)
         stream = torch.cuda.Stream(self.device) if cuda else None  # type: ignore[no-untyped-call]
-        for batch in source:
-            if isinstance(batch, Exception):
-                raise batch
-            if stream is None:
-                yield batch
-                continue
-            with torch.cuda.stream(stream):
-                copied = batch.to(self.device, non_blocking=True)
-            compute = torch.cuda.current_stream(self.device)
-            compute.wait_stream(stream)
-            copied.record_stream(compute)  # its memory is not given away before the step has read it
-            yield copied
+        for batch in batches:
+            pieces = [next(source) for _ in split_up(batch)]
+            for piece in pieces:
+                if isinstance(piece, Exception):
+                    raise piece
+            yield self._copy(pieces, stream)
+
+    def _copy(self, pieces: list[Tensor], stream: "torch.cuda.Stream | None") -> Tensor:
+        """Return the pieces as one batch; pinned ones are copied beside the kernels of the step before."""
+        if stream is None:
+            return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        with torch.cuda.stream(stream):
+            copied = torch.cat([piece.to(self.device, non_blocking=True) for piece in pieces])
+        compute = torch.cuda.current_stream(self.device)
+        compute.wait_stream(stream)
+        copied.record_stream(compute)  # its memory is not given away before the step has read it
+        return copied
 
 
-def _same(batch: Any) -> Any:
-    return batch
+def _same(piece: Any) -> Any:
+    return piece
 
 
 def _default_workers(device: torch.device) -> int:

@@ -55,9 +55,7 @@ def train_steps(
     if steps == 0:
         checkpoints.after(0)
     warmup = min(500, steps // 10) if settings.warmup is None else settings.warmup
-    wrapped = state.sharded or hasattr(
-        objective.module, "no_sync"
-    )  # FSDP and DDP average what is inside them
+    wrapped = state.sharded or hasattr(objective.module, "no_sync")  # these average what is inside
     unaveraged = [p for name, p in state.trained.items() if not wrapped or is_outside(name)]
     every = 10 if state.device.type == "cuda" else 1
     losses = StepLog(checkpoints.log, loader.split.names, every, steps, sampler.batch * sampler.micro)
