@@ -146,7 +146,7 @@ def test_worker_errors_are_raised_as_they_are(
 RANKS = """
 import open_clip, sklearn.datasets, torch, torchvision
 torch.set_num_threads(1)
-import os, sys
+import os, sys, time
 folder, base, model = sys.argv[1:]
 from pathlib import Path
 from clipmerge.data.open import open_split
@@ -160,7 +160,7 @@ def tune(name="ft", **more):
     try:
         return finetune(load(base), train, val=val, model=model, out=f"{folder}/{name}.safetensors", **settings)
     except ClipmergeError as error:
-        print("refused:", error.message)
+        print("refused:", error.message, round(time.time()))
         sys.exit(1)
 
 rank = int(os.environ["RANK"])
@@ -191,7 +191,7 @@ def run_ranks(body: str, arguments: list[str], tmp_path: Path) -> list[tuple[int
                 command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
             )
         )
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
     return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
 
@@ -239,21 +239,21 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_both_with_one_sentence(
 
 
 def test_an_error_on_one_rank_ends_the_other_within_seconds(arguments: list[str], tmp_path: Path) -> None:
-    began = time.perf_counter()
     done = run_ranks(
         """
         def broken(what, done, total):
             if rank == 1 and what == "steps" and done == 2:
-                raise ValueError("planted")
+                raise ValueError(f"planted {time.time():.0f}")
         tune(on_progress=broken)
         """,
         arguments,
         tmp_path,
     )
-    assert time.perf_counter() - began < 60
-    assert "ValueError: planted" in done[1][1]
-    assert done[0][0] == 1
-    assert done[0][1].endswith("refused: another process of this run stopped\n"), done[0][1]
+    assert [code for code, _ in done] == [1, 1], done
+    raised = int(done[1][1].rpartition("ValueError: planted ")[2])
+    message, _, ended = done[0][1].strip().rpartition(" ")
+    assert message.endswith("refused: another process of this run stopped")
+    assert int(ended) - raised < 30
 
 
 def test_ranks_of_torchrun_are_workers_of_a_sweep(arguments: list[str], tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_ranks_of_torchrun_are_workers_of_a_sweep(arguments: list[str], tmp_path
     assert all("trials [0, 1, 2] world 1" in output for _, output in done), done
     alone = [sys.executable, "-c", RANKS + 'name = "one"' + textwrap.dedent(body), *arguments]
     environment = {**os.environ, "RANK": "0", "OMP_NUM_THREADS": "1"}
-    subprocess.run(alone, env=environment, check=True, capture_output=True, timeout=120)
+    subprocess.run(alone, env=environment, check=True, capture_output=True, timeout=300)
     one, two = (
         sorted(p.name for p in (tmp_path / name).glob("trial-*.safetensors")) for name in ("one", "two")
     )
