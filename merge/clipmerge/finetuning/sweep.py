@@ -18,9 +18,8 @@ from clipmerge.errors import ClipmergeError, MissingExtraError, TrainingError
 from clipmerge.finetuning.finetune import finetune
 from clipmerge.finetuning.loop import StoppedBySignalError
 from clipmerge.finetuning.settings import METHODS, RECORDED
-from clipmerge.finetuning.towers import HEAD
 from clipmerge.text import did_you_mean
-from clipmerge.weights.weights import Weights, from_state_dict, load
+from clipmerge.weights.weights import Weights, load
 
 if TYPE_CHECKING:
     import optuna
@@ -302,13 +301,11 @@ def _run(
 
 def _probe(base: Weights | None, train: Split, val: Split, out: Path, fixed: Mapping[str, Any]) -> Weights:
     """Return the head that every trial starts from: probed once, a checkpoint of its own in the folder."""
+    if out.exists():
+        return load(out)
     names = ("model", "templates", "batch_size", "device", "precision", "workers")
     keywords = {name: fixed[name] for name in names if name in fixed}
-    if not out.exists():
-        finetune(base, train, val=val, out=out, method="linear-probe", force=True, **keywords)
-    # In memory: a worker that started at the same moment may yet replace the file by its equal.
-    head = {name: value for name, value in load(out).state_dict().items() if name.startswith(HEAD)}
-    return from_state_dict(head, out.name)
+    return finetune(base, train, val=val, out=out, method="linear-probe", force=True, **keywords)
 
 
 def _study(
