@@ -16,25 +16,18 @@ from clipmerge_cli.groups import flatten
 from clipmerge_cli.show import plain
 
 
-class Panel(NamedTuple):
-    """A box of `clipmerge --help`, and the module where its commands live."""
-
-    title: str
-    module: str
-
-
 class Command(NamedTuple):
     """What `clipmerge --help` says about a command, without importing it."""
 
-    panel: Panel
+    panel: str
     help: str
 
 
-START = Panel("Start here", "demo")
-CHOOSE = Panel("Choose on held-out images", "choosing")
-MERGE = Panel("Merge", "merging")
-MAKE = Panel("Make checkpoints", "training")
-LOOK = Panel("Look and check", "looking")
+START, CHOOSE, MERGE = "Start here", "Choose on held-out images", "Merge"
+MAKE, LOOK = "Make checkpoints", "Look and check"
+
+MODULES = {START: "demo", CHOOSE: "choosing", MERGE: "merging", MAKE: "training", LOOK: "looking"}
+"""Panel of the help → the module where its commands live."""
 
 COMMANDS = {
     "demo": Command(START, "All of it in two minutes on real images, offline."),
@@ -68,9 +61,9 @@ def application(wanted: str | None = None) -> typer.Typer:
     )
     tree.callback()(_root)
     for name, command in COMMANDS.items():
-        function = _function(name, command.panel.module) if name == wanted else lambda: None
+        function = _function(name, MODULES[command.panel]) if name == wanted else lambda: None
         text = _explanation(function) if name == wanted else command.help
-        tree.command(name, help=text, short_help=command.help, rich_help_panel=command.panel.title)(function)
+        tree.command(name, help=text, short_help=command.help, rich_help_panel=command.panel)(function)
     return tree
 
 

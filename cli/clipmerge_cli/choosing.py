@@ -76,34 +76,35 @@ def soup(
         raise typer.BadParameter("an ensemble is many models, not a file", param_hint="--output")
     out.check_usage(needed=kind == "uniform")
 
-    from clipmerge.search.soup import greedy_soup, uniform_soup
-    from clipmerge.weights.weights import load_all
+    from clipmerge.weights.weights import load_all, mean
 
     weights = load_all(checkpoints)
     refuse_mixture(weights)
     if out.dry_run or val is None:
-        uniform = uniform_soup(weights)
         remark = f"uniform soup: the mean of {len(weights)} checkpoints"
         if kind != "uniform":
             remark = f"a {kind} soup chooses among these; the plan shows the mean of all of them"
-        document = uniform.to_json() if out.json else None
-        out.merge(uniform.weights, model=choosing.model, document=document, remark=remark)
+        document = None
+        if out.json:
+            from clipmerge.search.soup import uniform_soup
+
+            document = uniform_soup(weights).to_json()
+        out.merge(mean(weights), model=choosing.model, document=document, remark=remark)
         return
 
     def search(evaluator: "Evaluator", on_progress: "Progress | None") -> "SoupResult":
         from clipmerge.search.ensemble import greedy_ensemble
         from clipmerge.search.learned import learned_soup
+        from clipmerge.search.soup import greedy_soup, uniform_soup
 
-        greedily: dict[str, Any] = {"order": order, "strict": strict, "seed": seed}
-        greedily |= {"on_progress": on_progress}
-        if kind == "ensemble":
-            return greedy_ensemble(weights, evaluator, **greedily)
+        if kind == "uniform":
+            return uniform_soup(weights, evaluator)
+        options: dict[str, Any] = {"seed": seed, "on_progress": on_progress}
         if kind == "learned":
-            descent: dict[str, Any] = {"epochs": epochs, "lr": lr, "batch_size": choosing.batch_size}
-            return learned_soup(weights, evaluator, per=per, seed=seed, on_progress=on_progress, **descent)
-        if kind == "greedy":
-            return greedy_soup(weights, evaluator, **greedily)
-        return uniform_soup(weights, evaluator)
+            options |= {"per": per, "epochs": epochs, "lr": lr, "batch_size": choosing.batch_size}
+            return learned_soup(weights, evaluator, **options)
+        choose_greedily = greedy_ensemble if kind == "ensemble" else greedy_soup
+        return choose_greedily(weights, evaluator, order=order, strict=strict, **options)
 
     run_search(search, {"val": val}, weights, choosing, out)
 
@@ -176,9 +177,7 @@ def patch(
     out: Output,
     choosing: Choosing,
     several: Several,
-    mode: Mode | None = opt(
-        None, "How several tasks are patched; default: by how many models and tasks there are.", SEARCH
-    ),
+    mode: Mode | None = opt(None, "How several tasks are patched; default: by their number.", SEARCH),
     alphas: str = opt("0:1:0.05", "Alphas to try, as START:STOP:STEP or a list.", SEARCH, metavar="GRID"),
     refine: bool = REFINE,
 ) -> None:
@@ -222,9 +221,7 @@ def add(
     scale: str = scale_option("0.4"),
     val: list[str] | None = opt(None, "With auto: each task's images, in order.", INPUT, metavar="DATA"),
     scales: str = SCALES,
-    per: Literal["all", "task", "tower", "block"] = opt(
-        "all", "With auto: one scale for all, or one per task, tower or block.", SEARCH
-    ),
+    per: Literal["all", "task", "tower", "block"] = opt("all", "With auto: what has its own scale.", SEARCH),
     refine: bool = REFINE,
 ) -> None:
     """Add what finetuned checkpoints learned to their base: base + scale * sum of (finetuned - base).
@@ -245,12 +242,9 @@ def add(
         message = f"--scale auto needs one --val for each task: {tasks}, not {len(val or [])}"
         raise typer.BadParameter(message, param_hint="--val")
     if refine and per != "all":
-        raise typer.BadParameter(
-            "--refine is for one scale; a search refines by itself", param_hint="--refine"
-        )
+        raise typer.BadParameter("--refine is for one scale", param_hint="--refine")
     start, *tuned = load_models(base, *finetuned)
     splits = named(val or [], "--val", [w.checkpoints[-1].name for w in tuned])
-
     vector = sum((w - start for w in tuned[1:]), tuned[0] - start)
 
     def search(evaluator: "Evaluator", on_progress: "Progress | None") -> "SweepResult":
@@ -259,12 +253,11 @@ def add(
         from clipmerge.search.sweep import reference_scores, sweep
 
         models = dict(zip(splits, tuned, strict=True))
-        options: dict[str, Any] = {"rule": normalised_mean(reference_scores(models, evaluator))}
-        options |= {"on_progress": on_progress}
+        rule = normalised_mean(reference_scores(models, evaluator))
+        options: dict[str, Any] = {"rule": rule, "on_progress": on_progress}
         if per == "all":
-            return sweep(
-                lambda scale: start + scale * vector, grid, evaluator, refine=refine, name="add", **options
-            )
+            options |= {"refine": refine, "name": "add"}
+            return sweep(lambda scale: start + scale * vector, grid, evaluator, **options)
         names, family = task_family(start, models, per)
         low, high = min(grid), max(grid)
         options |= {"low": low, "high": high, **vars(several)}
@@ -306,8 +299,6 @@ def negate(
     if value is None and not (target and control):
         raise typer.BadParameter("--scale auto needs --target and --control", param_hint="--target")
     start, tuned = load_models(base, finetuned)
-
-    splits, rule = {"target": target or "", "control": control or ""}, keep_control(keep)
-    choose(
-        "negate", [start, tuned], start - tuned, value, grid, splits, choosing, out, rule=rule, refine=refine
-    )
+    splits = {"target": target or "", "control": control or ""}
+    options: dict[str, Any] = {"rule": keep_control(keep), "refine": refine}
+    choose("negate", [start, tuned], start - tuned, value, grid, splits, choosing, out, **options)

@@ -49,17 +49,10 @@ def evaluate(
     if not talk.json:
         _scores_table(names, scores, scoring.metric)
         return
-    rows = [
-        {
-            "name": name,
-            "path": path,
-            "scores": {
-                split: {**score.to_json(), "p": score.p_value(scores[0][split])}
-                for split, score in row.items()
-            },
-        }
-        for name, path, row in zip(names, checkpoints, scores, strict=True)
-    ]
+    rows = []
+    for name, path, row in zip(names, checkpoints, scores, strict=True):
+        documents = {split: {**s.to_json(), "p": s.p_value(scores[0][split])} for split, s in row.items()}
+        rows.append({"name": name, "path": path, "scores": documents})
     facts = {"model": evaluator.model.name, "metric": scoring.metric, "data": sources}
     show.document({"kind": "evaluation", **facts, "checkpoints": rows})
 
@@ -130,17 +123,11 @@ def _show(summary: "Summary", model: Mapping[str, Any] | None) -> None:
     }
     print(show.plain("\n".join(f"{label:<11} {value}" for label, value in facts.items())), end="\n\n")
     Console(width=10_000, soft_wrap=True, highlight=False, markup=False).print(tree(summary))
-    rows = [
-        (
-            show.part(part.tower, part.block),
-            part.tensors,
-            f"{part.parameters:,}",
-            show.counts(part.dtypes),
-            show.size(part.nbytes),
-            part.nonfinite,
-        )
-        for part in summary.parts
-    ]
+    rows = []
+    for part in summary.parts:
+        size, numbers = show.size(part.nbytes), f"{part.parameters:,}"
+        name, dtypes = show.part(part.tower, part.block), show.counts(part.dtypes)
+        rows.append((name, part.tensors, numbers, dtypes, size, part.nonfinite))
     show.table(("part", "tensors", "parameters", "dtypes", "size", "not finite"), rows, title="Tensors")
 
 
@@ -209,10 +196,9 @@ def compare(
     from clipmerge.weights.look import compare as compare_weights
     from clipmerge.weights.weights import load
 
+    first, second, origin = load(a, "a"), load(b, "b"), load(base, "base") if base else None
     with talk.progress() as on_progress:
-        comparison = compare_weights(
-            load(a, "a"), load(b, "b"), load(base, "base") if base else None, on_progress=on_progress
-        )
+        comparison = compare_weights(first, second, origin, on_progress=on_progress)
     if talk.json:
         show.document({**comparison.to_json(), "a": a, "b": b, "base": base})
         return
@@ -233,9 +219,7 @@ def verify(
     *,
     file: str = arg("FILE", "A file that clipmerge wrote."),
     talk: Talk,
-    parents: list[str] | None = opt(
-        None, "Where to look for the parents, besides FILE's folder.", metavar="DIR"
-    ),
+    parents: list[str] | None = opt(None, "Look for the parents here too; repeat.", metavar="DIR"),
 ) -> None:
     """Recompute a merged file from its parents and compare every bit.
 
@@ -253,9 +237,7 @@ def verify(
         missing = [{"name": p.name, "file": p.file, "digest": p.digest} for p in verdict.missing]
         facts = {name: getattr(verdict, name) for name in ("status", "reason", "notation", "tensor")}
         show.document({"file": file, **facts, "parents": dict(verdict.parents), "missing": missing})
-        if verdict.status != "verified":
-            raise typer.Exit(1)
-        return
+        raise typer.Exit(int(verdict.status != "verified"))
     if verdict.status != "verified":
         raise CheckpointError(f"{file} is not verified: {verdict.reason}", hint=_hint(verdict))
     print(f"verified: {file}")
@@ -266,10 +248,10 @@ def verify(
 
 def _hint(verdict: "Verdict") -> str:
     if verdict.status == "missing":
-        missing = [
+        parents = (
             f"{p.name}: {p.file or 'was in memory'}, content digest {p.digest}" for p in verdict.missing
-        ]
-        return "\n  ".join(["name the folders that hold them with --parents:", *missing])
+        )
+        return "\n  ".join(["name the folders that hold them with --parents:", *parents])
     if verdict.status == "differs":
         return "the file or its record was changed after it was written; merge again"
     return "only files that clipmerge wrote, with digests, can be verified"

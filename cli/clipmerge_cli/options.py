@@ -128,9 +128,6 @@ def named(values: Sequence[str], option: str, unnamed: Sequence[str] | None = No
 
     Args:
         unnamed: a name for each value that is plain DATA; None: every value needs its own name.
-
-    Raises:
-        BadParameter: a value of another form, or a name that is given twice.
     """
     form = "NAME=FILE, such as a=a.pt" if option == "NAME=FILE" else "NAME=DATA, such as shift=images/"
     pairs: dict[str, str] = {}

@@ -208,7 +208,9 @@ def _remarks(result: "Result", coefficient: str | None) -> Iterator[str]:
     from clipmerge.search.results import SoupResult
 
     if isinstance(result, SoupResult):
-        yield f"kept {len(result.ingredients)} of {len(result.names)} checkpoints"
+        counts = f"{len(result.ingredients)} of {len(result.names)} checkpoints"
+        uniform = result.kind == "uniform_soup"
+        yield f"uniform soup (no --greedy): {counts}" if uniform else f"kept {counts}"
         if score := result.score:
             right = f"{score.correct} of {score.n} right" if score.metric == "top1" else f"{score.n} images"
             value, bounds = show.percent(score.value), show.interval(score.interval, 2)

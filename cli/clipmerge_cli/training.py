@@ -107,9 +107,7 @@ def sweep(
     talk: Talk,
     trials: int = opt(72, "How many in all.", SEARCH, min=1),
     space: str = opt("soups", "soups (the model-soups paper's), or a TOML file.", SEARCH),
-    storage: str | None = opt(
-        None, "Optuna's database for several workers; SQLite in DIR.", SEARCH, metavar="URL"
-    ),
+    storage: str | None = opt(None, "Optuna's database; default: a file in DIR.", SEARCH, metavar="URL"),
     sampler: Literal["random", "tpe"] = opt("random", "How trials are drawn.", SEARCH),
     retries: int = opt(2, "How often a trial that dies is tried again.", SEARCH, min=0),
     seed: int = opt(0, "Seed of the draws.", SEARCH),

@@ -78,11 +78,7 @@ class Output(Talk):
     def write(
         self, weights: "Weights", record: Mapping[str, Any], on_progress: "Progress | None" = None
     ) -> Path | None:
-        """Write the weights where an output was named; return the file or folder.
-
-        Args:
-            record: further keys of the file's record: "model", "selection" …
-        """
+        """Write the weights, with `record` ("model", "selection") in their metadata, where an output was named."""
         if self.output is None:
             return None
         shared = ("force", "dtype", "shard_size", "allow_nonfinite", "threads", "digests", "fsync")
@@ -173,11 +169,7 @@ def load_models(*files: str) -> "list[Weights]":
 
 
 def refuse_mixture(weights: "Sequence[Weights]") -> None:
-    """Refuse task vectors that stand among models.
-
-    Raises:
-        RecipeError: there is one.
-    """
+    """Refuse task vectors that stand among models."""
     from clipmerge.errors import RecipeError
 
     vectors = [w for w in weights if w.kind() == 0]

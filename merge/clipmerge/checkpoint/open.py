@@ -54,7 +54,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         from clipmerge.checkpoint import hub
 
         if not hub.is_reference(str(path)):
-            raise CheckpointError(f"{file} does not exist", hint="check the path")
+            glob = any(mark in file.name for mark in "*?[")
+            message = f"no file matches {file}" if glob else f"{file} does not exist"
+            raise CheckpointError(message, hint="check the path")
         fetched = hub.download(str(path))
         file, stem, extra = fetched.path, fetched.stem, {**fetched.extra, "reference": str(path)}
     place = file
@@ -107,7 +109,8 @@ def checkpoint_in(folder: Path) -> Path:
         raise CheckpointError(f"{folder} holds no checkpoint", hint="give the file, or a folder that has one")
     if len(files) > 1:
         raise CheckpointError(
-            f"{folder} holds {len(files)} checkpoints: {and_more(files)}", hint="give one of the files"
+            f"{folder} holds {len(files)} checkpoints: {and_more(files)}",
+            hint="give one of the files, or for a soup DIR/*.safetensors",
         )
     return folder / files[0]
 
