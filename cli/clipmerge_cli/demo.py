@@ -2,10 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from time import perf_counter
 
 from clipmerge.errors import OutputError
 from clipmerge_cli import show
@@ -39,33 +36,19 @@ def demo(
 
 def run(out: Path, talk: Talk, *, force: bool = False, pace: float = 1.0) -> Study:
     """Make the whole demo in `out`, with `pace` times the training steps."""
-    _claim(out, force)
-    talk.say(f"1,797 real images of digits, a CLIP of 2 million parameters; all of it goes to {out}/")
-
-    @contextmanager
-    def watched(step: str) -> Iterator[None]:
-        start = perf_counter()
-        with talk.progress(step):
-            yield
-        talk.say(f"  {step:<32} {perf_counter() - start:5.1f} s")
-
-    study = Study(out, watched, pace)
-    with _one_thread():
-        study.run()
-    return study
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Use one thread: a model this small gains nothing from a second, and one always gives the same bytes."""
     import torch
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    _claim(out, force)
+    talk.say(f"1,797 real images of digits, a CLIP of 2 million parameters; all of it goes to {out}/")
+    study, threads = Study(out, talk, pace), torch.get_num_threads()
+    torch.set_num_threads(
+        1
+    )  # a model this small gains nothing from a second; one always gives the same bytes
     try:
-        yield
+        study.run()
     finally:
         torch.set_num_threads(threads)
+    return study
 
 
 def _claim(out: Path, force: bool) -> None:

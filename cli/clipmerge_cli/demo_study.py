@@ -3,22 +3,22 @@
 import io
 import json
 import shlex
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, chdir, redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import chdir, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from clipmerge.errors import TrainingError
 from clipmerge.report.documents import write_json
 from clipmerge_cli import demo_steps as steps
+from clipmerge_cli.options import Talk
 
 RESULTS = "results.json"
 TASK_ROLES = ("task", "added", "negated", "patched")
 
-Watched = Callable[[str], AbstractContextManager[Any]]
-"""Name of a step → a context that shows that it runs."""
 Scores = dict[str, dict[str, Any]]
 
 
@@ -34,16 +34,14 @@ class Row:
 
 @dataclass
 class Study:
-    """Everything in one folder.
+    """The demo in one folder: rows scored so far, and what each search printed as JSON.
 
     Attributes:
         pace: a factor on the number of training steps; below 1 only in tests.
-        rows: what has been scored so far.
-        documents: what each search printed as JSON.
     """
 
     folder: Path
-    watched: Watched
+    talk: Talk
     pace: float = 1.0
     rows: list[Row] = field(default_factory=list)
     documents: dict[str, Any] = field(default_factory=dict)
@@ -55,21 +53,29 @@ class Study:
             if not (self.folder / file).exists():
                 self.train(file, words)
         self.compare()
-        with self.watched("figures"):
+        with self.step("figures"):
             self.report()
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Show that a step runs, and how long it took."""
+        start = perf_counter()
+        with self.talk.progress(name):
+            yield
+        self.talk.say(f"  {name:<32} {perf_counter() - start:5.1f} s")
 
     def prepare(self) -> None:
         """Write the model's configuration, and three sets of images made from the digits."""
         for name in ("data", "ft", "tasks"):
             (self.folder / name).mkdir(exist_ok=True, parents=True)
         write_json(steps.MODEL, self.folder / steps.MODEL_FILE)
-        with self.watched("images"):
+        with self.step("images"):
             write_images(self.folder / "data")
 
     def train(self, file: str, words: Sequence[str]) -> None:
         """Train one model; go on from a saved state where there is one."""
         state = (self.folder / file).with_suffix(".state")
-        with self.watched(file):
+        with self.step(file):
             try:
                 self.command(*words, *(["--resume"] if state.exists() else []))
             except TrainingError as error:
@@ -78,7 +84,7 @@ class Study:
 
     def compare(self) -> None:
         """Merge in every way, and score every model on the splits of its table."""
-        with self.watched("scores of single models"):
+        with self.step("scores of single models"):
             self.score("base.safetensors", "base", "base", *steps.COMPARED, *steps.TASKWISE)
             for file, words in steps.commands("finetune").items():
                 lr, augment = (words[words.index(option) + 1] for option in ("--lr", "--augment"))
@@ -95,7 +101,7 @@ class Study:
     def merge(self, file: str, words: Sequence[str]) -> None:
         """Merge by one command, and score the file that was written."""
         key, role, name = steps.MERGED[Path(file).stem]
-        with self.watched(key.replace("_", " ").replace("wise ft", "WiSE-FT")):
+        with self.step(key.replace("_", " ").replace("wise ft", "WiSE-FT")):
             document = self.documents[key] = self.command(*words, "--force", "--fresh")
             numbers = [document.get("coefficient", document.get("alpha"))]
             if role == "greedy":

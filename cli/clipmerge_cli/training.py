@@ -24,12 +24,12 @@ _KEEP, _TRIAL = "What is kept", "Every trial"
 def finetune(
     *,
     train: str = opt(..., "Training images.", INPUT, metavar="DATA"),
+    base: str = opt("none", "Where training starts; 'none' trains from scratch.", INPUT, metavar="CKPT"),
+    val: str | None = opt(None, "Held-out images, scored on the way.", INPUT, metavar="DATA"),
     output: Path = output_option(...),
     images: Images,
     settings: Settings,
     talk: Talk,
-    base: str = opt("none", "Where training starts; 'none' trains from scratch.", INPUT, metavar="CKPT"),
-    val: str | None = opt(None, "Held-out images, scored on the way.", INPUT, metavar="DATA"),
     head: str | None = opt(None, "Take classification_head from this checkpoint.", "Method", metavar="CKPT"),
     augment: str = setting(Settings, "augment"),
     device: str = setting(Settings, "device", "auto"),
@@ -63,8 +63,8 @@ def finetune(
     with training(quiet=talk.silent) as (on_progress, on_event):
         weights = run_finetuning(
             None if base == "none" else base,
-            images.open(train, "train", talk, limit=images.limit),
-            val=None if val is None else images.open(val, "val", talk),
+            images.open(train, "train", talk),
+            val=None if val is None else images.open(val, "val", talk, limit=None),
             head=head,
             out=output,
             model=images.model,
@@ -142,8 +142,8 @@ def sweep(
     options |= {"model": images.model, "templates": images.templates, "batch_size": batch_size}
     finished = finetune_sweep(
         None if base == "none" else load(base),
-        images.open(train, "train", talk, limit=images.limit),
-        images.open(val, "val", talk),
+        images.open(train, "train", talk),
+        images.open(val, "val", talk, limit=None),
         output,
         trials=trials,
         space=trial_space,

@@ -6,7 +6,6 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from clipmerge_cli import demo
 from clipmerge_cli.app import main
 from clipmerge_cli.demo_steps import MODEL, MODEL_FILE, commands
 from clipmerge_cli.demo_study import Row, Study
+from clipmerge_cli.options import Talk
 
 TRAININGS = commands("finetune")
 
@@ -74,7 +74,7 @@ def test_the_table_compares_what_was_asked(results: Any) -> None:
 def test_the_tables_say_every_model_and_where_the_rest_is(
     folder: Path, results: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study = Study(folder, lambda step: nullcontext(None))
+    study = Study(folder, Talk(quiet=True))
     study.rows = [Row(m["name"], m["role"], m["file"], m["scores"]) for m in results["models"]]
     monkeypatch.setattr(demo, "run", lambda *_, **__: study)
     assert main(["demo", "--out", str(folder)]) == 0
@@ -164,7 +164,7 @@ def test_an_interrupted_demo_goes_on_with_what_is_missing(
     monkeypatch.setattr(Study, "train", lambda self, file, words: trained.append(file))
     for step in ("compare", "report"):
         monkeypatch.setattr(Study, step, lambda self: None)
-    study = Study(tmp_path, lambda step: nullcontext(None))
+    study = Study(tmp_path, Talk(quiet=True))
     (tmp_path / "ft").mkdir()
     (tmp_path / "base.safetensors").touch()
     (tmp_path / "ft/ft2.safetensors").touch()
@@ -183,7 +183,7 @@ def test_a_training_that_was_stopped_goes_on_from_its_state(
         raise TrainingError("stopped by SIGINT after step 4 of 70", hint="the same command with --resume")
 
     monkeypatch.setattr("clipmerge.finetuning.finetune.finetune", stopped)
-    study = Study(tmp_path, lambda step: nullcontext(None))
+    study = Study(tmp_path, Talk(quiet=True))
     study.prepare()
     for _ in range(2):
         with pytest.raises(TrainingError) as caught:

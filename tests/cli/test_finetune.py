@@ -74,3 +74,24 @@ def test_sweep_leaves_checkpoints_and_a_table(
     rows = json.loads(capsys.readouterr().out)
     assert len(rows) == 2
     assert {"file", "held_out", "lr"} <= rows[0].keys()
+
+
+def test_the_limit_is_for_training_images(
+    tiny_checkpoints: Any, tiny_model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["finetune", "--base", str(tiny_checkpoints["base"]), "--model", str(tiny_model_file), "--json"]
+    data = [
+        "--train",
+        "digits#train",
+        "--val",
+        "digits#val",
+        "--steps",
+        "1",
+        "-o",
+        str(tmp_path / "ft.safetensors"),
+    ]
+    assert main([*given, *data, *SMALL]) == 0
+    training = json.loads(capsys.readouterr().out)["training"]
+    assert training["images"] == 60
+    correct = 359 * training["scores"]["top1"]  # of the 359 held-out images, not of 60
+    assert correct == pytest.approx(round(correct), abs=1e-6)
