@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -38,13 +39,15 @@ class Resident:
         self._flat: Tensor | None = None
         self._mean: dict[str, Tensor] = {}
         self._digest: str | None = None
+        self._mean_digest = ""
         self._lone: Weights | None = None
+        self._digests: WeakKeyDictionary[Checkpoint, str] = WeakKeyDictionary()
 
     def load(self, weights: Weights) -> None:
         """Copy the weights' exact values into the model; one checkpoint goes to a GPU from its mapped pages."""
-        quick = self.device.type == "cuda" and weights.total == 1 and _lone_checkpoint(weights) is not None
-        load_weights(self.module, weights, self._fill if quick else None)
-        self._names, self._digest, self._lone = weights.names, None, weights if quick else None
+        lone = weights.total == 1 and _lone_checkpoint(weights) is not None
+        load_weights(self.module, weights, self._fill if lone and self.device.type == "cuda" else None)
+        self._names, self._digest, self._lone = weights.names, None, weights if lone else None
 
     def _fill(self, weights: Weights, module: nn.Module) -> None:
         weights.check_fit(module)
@@ -66,6 +69,7 @@ class Resident:
             }
         for name, tensor in floats.items():
             self._mean[name].copy_(tensor)
+        self._mean_digest = self.text_digest()
 
     def lerp(self, candidate: Weights, t: float) -> None:
         """Make the model mean + t · (candidate - mean); integers and step counters stay the mean's."""
@@ -75,7 +79,10 @@ class Resident:
                 f"{candidate!r} cannot join the mean: {len(differing)} names differ, first {differing[0]!r}",
                 hint="every candidate needs the same tensors",
             )
-        self._digest = self._lone = None
+        # Where the candidate has the mean's text tower, so has every point between: a + t·(a - a) = a.
+        source = _lone_checkpoint(candidate)
+        shared = source is not None and self._digests.get(source) == self._mean_digest
+        self._digest, self._lone = self._mean_digest if shared else None, None
         targets = self._floats()
         with torch.no_grad(), tensors_of(candidate) as tensors:
             for name, tensor in tensors:
@@ -93,7 +100,10 @@ class Resident:
         """Digest the text tower that the model now holds; from its file where that has the same bytes."""
         if self._digest is None:
             held = {n: t for n, t in self.module.state_dict().items() if tower_of(n) == "text"}
-            self._digest = text_digest(held) if self._lone is None else _digest_of_file(self._lone, held)
+            lone, on_gpu = self._lone, self.device.type == "cuda"
+            self._digest = _digest_of_file(lone, held) if lone is not None and on_gpu else text_digest(held)
+            if lone is not None and (checkpoint := _lone_checkpoint(lone)) is not None:
+                self._digests[checkpoint] = self._digest
         return self._digest
 
     def _floats(self) -> dict[str, Tensor]:

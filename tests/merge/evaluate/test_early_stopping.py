@@ -195,3 +195,26 @@ def test_a_candidate_with_other_tensors_is_refused(evaluator, weights):
     wide = {**weights["ft1"].state_dict(), "ln_final.bias": torch.zeros(9)}
     with pytest.raises(MismatchError, match=r"'ln_final.bias' is \[9\]"):
         resident.lerp(from_state_dict(wide), 0.5)
+
+
+def test_a_shared_text_tower_is_digested_once(tiny_spec, digits, tiny_checkpoints, tmp_path, monkeypatch):
+    """Between two checkpoints with one text tower, every point has it: nothing is hashed again."""
+    from safetensors.torch import load_file
+
+    from clipmerge.evaluate import resident as resident_module
+    from clipmerge.weights.weights import load
+
+    base, other = load_file(tiny_checkpoints["base"]), load_file(tiny_checkpoints["ft0"])
+    for i in range(3):
+        tensors = {k: base[k].lerp(other[k], i / 2) if k.startswith("visual.") else base[k] for k in base}
+        from_state_dict(tensors).save(tmp_path / f"m{i}.safetensors")
+    evaluator = Evaluator(tiny_spec, digits)
+    models = [load(tmp_path / f"m{i}.safetensors") for i in range(3)]
+    scores = [evaluator.score(model) for model in models]
+    digests, real = [], resident_module.text_digest
+    monkeypatch.setattr(resident_module, "text_digest", lambda tensors: digests.append(1) or real(tensors))
+    for model in models[1:]:
+        evaluator.score_with(models[:1], model, incumbent=scores[0], early_stop=False)
+        state = evaluator.predictor.resident.module.state_dict()
+        assert evaluator.predictor.resident.text_digest() == real(state)
+    assert len(digests) == 1, "the mean's own"
