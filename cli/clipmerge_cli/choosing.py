@@ -4,23 +4,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
+from clipmerge_cli import options as shared
 from clipmerge_cli.groups import arg, opt
-from clipmerge_cli.options import (
-    BASE,
-    CHECKPOINTS,
-    FINETUNED,
-    INPUT,
-    REFINE,
-    SCALES,
-    SEARCH,
-    SEED,
-    Several,
-    named,
-    numbered,
-    numbers,
-    scale_of,
-    scale_option,
-)
+from clipmerge_cli.options import INPUT, SEARCH, Several
 from clipmerge_cli.scoring import Choosing, choose, run_search
 from clipmerge_cli.writing import Output, load_models, refuse_mixture
 
@@ -37,7 +23,7 @@ _KIND = "Kind of soup"
 
 def soup(
     *,
-    checkpoints: list[str] = CHECKPOINTS,
+    checkpoints: list[str] = shared.CHECKPOINTS,
     greedy: bool = opt(False, "Keep what helps on held-out images.", _KIND),
     learned: bool = opt(False, "Learn coefficients on held-out images.", _KIND),
     ensemble: bool = opt(False, "The greedy ensemble of logits, as a yardstick.", _KIND),
@@ -51,7 +37,7 @@ def soup(
     ),
     epochs: int = opt(5, "Learned: passes over the images.", SEARCH, min=1),
     lr: float = opt(0.05, "Learned: AdamW's learning rate.", SEARCH),
-    seed: int = SEED,
+    seed: int = shared.SEED,
 ) -> None:
     """Average checkpoints into one: all of them (uniform), or those that help on held-out images.
 
@@ -111,8 +97,8 @@ def soup(
 
 def interpolate(
     *,
-    base: str = BASE,
-    finetuned: str = FINETUNED,
+    base: str = shared.BASE,
+    finetuned: str = shared.FINETUNED,
     out: Output,
     choosing: Choosing,
     alpha: float | None = opt(None, "0 is BASE, 1 is FINETUNED; default 0.5 without --eval."),
@@ -120,15 +106,12 @@ def interpolate(
         None, "Alphas to try, as START:STOP:STEP or a list; default 0:1:0.1.", SEARCH, metavar="GRID"
     ),
     eval: list[str] | None = opt(
-        None,
-        "Images to score on; `id` (or the first) is in-distribution, the others are shifts.",
-        INPUT,
-        metavar="NAME=DATA",
+        None, "Images: `id` (or the first) is in-distribution, others are shifts.", INPUT, metavar="NAME=DATA"
     ),
     rule: RuleName | None = opt(
         None, "What chooses: the best mean of id and shifts, or the best id.", SEARCH
     ),
-    refine: bool = REFINE,
+    refine: bool = shared.REFINE,
 ) -> None:
     """Interpolate between a base and a finetuned checkpoint (WiSE-FT): (1 - alpha) base + alpha finetuned.
 
@@ -146,10 +129,10 @@ def interpolate(
         raise typer.BadParameter("give --alpha, or --alphas with --eval", param_hint="--alpha")
     if alphas and not eval:
         raise typer.BadParameter("a choice needs images: --eval NAME=DATA", param_hint="--eval")
-    splits = named(eval or [], "--eval", ["id", *numbered("shift", len(eval or []))])
+    splits = shared.named(eval or [], "--eval", ["id", *shared.numbered("shift", len(eval or []))])
     chosen_by = _rule(rule, list(splits)) if eval else None
     value = None if eval else 0.5 if alpha is None else alpha
-    grid = numbers(alphas or "0:1:0.1", "--alphas")
+    grid = shared.numbers(alphas or "0:1:0.1", "--alphas")
     start, end = load_models(base, finetuned)
 
     beyond = alpha is not None and not 0 <= alpha <= 1
@@ -170,7 +153,7 @@ def _rule(name: RuleName | None, splits: list[str]) -> "Rule":
 
 def patch(
     *,
-    base: str = BASE,
+    base: str = shared.BASE,
     finetuned: list[str] = arg("FINETUNED...", "Finetuned on the patching task, or one per task."),
     patching: list[str] = opt(..., "A task to learn; repeat.", INPUT, "--patch", metavar="DATA"),
     supported: list[str] = opt(..., "A task to keep; repeat.", INPUT, metavar="DATA"),
@@ -179,7 +162,7 @@ def patch(
     several: Several,
     mode: Mode | None = opt(None, "How several tasks are patched; default: by their number.", SEARCH),
     alphas: str = opt("0:1:0.05", "Alphas to try, as START:STOP:STEP or a list.", SEARCH, metavar="GRID"),
-    refine: bool = REFINE,
+    refine: bool = shared.REFINE,
 ) -> None:
     """Learn a new task and keep the old ones (PAINT): interpolate towards the finetuned model.
 
@@ -195,9 +178,9 @@ def patch(
         --supported images/val -o out.safetensors
     """
     usual: Mode = "sequential" if len(finetuned) > 1 else "joint" if len(patching) > 1 else "single"
-    grid = numbers(alphas, "--alphas")
-    roles = [*numbered("supported", len(supported)), *numbered("patch", len(patching))]
-    splits = named([*supported, *patching], "--patch", roles)
+    grid = shared.numbers(alphas, "--alphas")
+    roles = [*shared.numbered("supported", len(supported)), *shared.numbered("patch", len(patching))]
+    splits = shared.named([*supported, *patching], "--patch", roles)
     start, *tuned = load_models(base, *finetuned)
 
     def search(evaluator: "Evaluator", on_progress: "Progress | None") -> "SweepResult":
@@ -213,16 +196,16 @@ def patch(
 
 def add(
     *,
-    base: str = BASE,
+    base: str = shared.BASE,
     finetuned: list[str] = arg("FINETUNED...", "One checkpoint, or task-vector file, per task."),
     out: Output,
     choosing: Choosing,
     several: Several,
-    scale: str = scale_option("0.4"),
+    scale: str = shared.scale_option("0.4"),
     val: list[str] | None = opt(None, "With auto: each task's images, in order.", INPUT, metavar="DATA"),
-    scales: str = SCALES,
+    scales: str = shared.SCALES,
     per: Literal["all", "task", "tower", "block"] = opt("all", "With auto: what has its own scale.", SEARCH),
-    refine: bool = REFINE,
+    refine: bool = shared.REFINE,
 ) -> None:
     """Add what finetuned checkpoints learned to their base: base + scale * sum of (finetuned - base).
 
@@ -235,7 +218,7 @@ def add(
     clipmerge add base.safetensors cars.safetensors dtd.safetensors --scale auto \\
         --val cars/val --val dtd/val -o both.safetensors
     """
-    value, grid, tasks = scale_of(scale), numbers(scales, "--scales"), len(finetuned)
+    value, grid, tasks = shared.scale_of(scale), shared.numbers(scales, "--scales"), len(finetuned)
     if value is not None and val:
         raise typer.BadParameter("--val is for --scale auto", param_hint="--val")
     if value is None and len(val or []) != tasks:
@@ -244,7 +227,7 @@ def add(
     if refine and per != "all":
         raise typer.BadParameter("--refine is for one scale", param_hint="--refine")
     start, *tuned = load_models(base, *finetuned)
-    splits = named(val or [], "--val", [w.checkpoints[-1].name for w in tuned])
+    splits = shared.named(val or [], "--val", [w.checkpoints[-1].name for w in tuned])
     vector = sum((w - start for w in tuned[1:]), tuned[0] - start)
 
     def search(evaluator: "Evaluator", on_progress: "Progress | None") -> "SweepResult":
@@ -269,16 +252,16 @@ def add(
 
 def negate(
     *,
-    base: str = BASE,
+    base: str = shared.BASE,
     finetuned: str = arg("FINETUNED", "Finetuned on what to forget, or its task vector."),
     out: Output,
     choosing: Choosing,
-    scale: str = scale_option("0.5"),
+    scale: str = shared.scale_option("0.5"),
     target: str | None = opt(None, "With auto: what to forget.", INPUT, metavar="DATA"),
     control: str | None = opt(None, "With auto: what to keep.", INPUT, metavar="DATA"),
     keep: float = opt(0.95, "Share of the base's control score to keep.", SEARCH, min=0, max=1),
-    scales: str = SCALES,
-    refine: bool = REFINE,
+    scales: str = shared.SCALES,
+    refine: bool = shared.REFINE,
 ) -> None:
     """Make the base worse at a task and leave the rest alone: base - scale * (finetuned - base).
 
@@ -293,7 +276,7 @@ def negate(
     """
     from clipmerge.search.rules import keep_control
 
-    value, grid = scale_of(scale), numbers(scales, "--scales")
+    value, grid = shared.scale_of(scale), shared.numbers(scales, "--scales")
     if value is not None and (target or control):
         raise typer.BadParameter("--target and --control are for --scale auto", param_hint="--scale")
     if value is None and not (target and control):

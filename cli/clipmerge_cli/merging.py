@@ -6,40 +6,26 @@ from typing import Literal
 
 import typer
 
+from clipmerge_cli import options as shared
 from clipmerge_cli import show
 from clipmerge_cli.groups import arg, opt
-from clipmerge_cli.options import (
-    BASE,
-    FINETUNED,
-    FORCE,
-    HUB_FILE,
-    INPUT,
-    MODEL,
-    REFINE,
-    SCALES,
-    Talk,
-    named,
-    numbers,
-    output_option,
-    scale_of,
-    scale_option,
-)
+from clipmerge_cli.options import HUB_FILE, INPUT, Talk
 from clipmerge_cli.scoring import Choosing, choose
 from clipmerge_cli.writing import Output, load_models
 
 
 def analogy(
     *,
-    base: str = BASE,
+    base: str = shared.BASE,
     a: str = opt(..., "A of: A is to B as C is to the result.", metavar="A"),
     b: str = opt(..., "B of: A is to B as C is to the result.", metavar="B"),
     c: str = opt(..., "C of: A is to B as C is to the result.", metavar="C"),
     out: Output,
     choosing: Choosing,
-    scale: str = scale_option("1.0"),
+    scale: str = shared.scale_option("1.0"),
     val: str | None = opt(None, "With auto: held-out images.", INPUT, metavar="DATA"),
-    scales: str = SCALES,
-    refine: bool = REFINE,
+    scales: str = shared.SCALES,
+    refine: bool = shared.REFINE,
 ) -> None:
     """A is to B as C is to the result: base + scale * (C + B - A), all as task vectors.
 
@@ -52,7 +38,7 @@ def analogy(
     """
     from clipmerge.search.rules import mean_of
 
-    value, grid = scale_of(scale), numbers(scales, "--scales")
+    value, grid = shared.scale_of(scale), shared.numbers(scales, "--scales")
     if value is not None and val:
         raise typer.BadParameter("--val is for --scale auto", param_hint="--val")
     if value is None and not val:
@@ -70,7 +56,7 @@ def merge(
     expression: str = arg("EXPRESSION|RECIPE.toml", "What to compute, or a recipe that says it."),
     files: list[str] | None = arg("[NAME=FILE]...", "The checkpoint behind each name.", None),
     out: Output,
-    model: str | None = MODEL,
+    model: str | None = shared.MODEL,
 ) -> None:
     """Any expression over checkpoints, computed in one pass.
 
@@ -89,7 +75,7 @@ def merge(
     """
     from clipmerge.weights.recipe import Recipe, read_recipe
 
-    named_files = named(files or [], "NAME=FILE")
+    named_files = shared.named(files or [], "NAME=FILE")
     recipe = read_recipe(expression) if expression.endswith(".toml") else Recipe(expression, {})
     weights = replace(recipe, checkpoints={**recipe.checkpoints, **named_files}).weights()
     out = replace(
@@ -101,7 +87,7 @@ def merge(
     out.merge(weights, model=model)
 
 
-def task_vector(*, base: str = BASE, finetuned: str = FINETUNED, out: Output) -> None:
+def task_vector(*, base: str = shared.BASE, finetuned: str = shared.FINETUNED, out: Output) -> None:
     """Write finetuned minus base as a file of its own.
 
     The file knows that it is a task vector: expressions use it as one, and nothing takes it for a model.
@@ -120,11 +106,11 @@ def task_vector(*, base: str = BASE, finetuned: str = FINETUNED, out: Output) ->
 def convert(
     *,
     checkpoint: str = arg("CKPT", "File, folder, hf-hub:ORG/NAME or MODEL:TAG."),
-    output: Path = output_option(...),
+    output: Path = shared.output_option(...),
     talk: Talk,
     to: Literal["open_clip", "huggingface"] = opt("open_clip", "Whose names to write."),
-    model: str | None = MODEL,
-    force: bool = FORCE,
+    model: str | None = shared.MODEL,
+    force: bool = shared.FORCE,
 ) -> None:
     """Rewrite a checkpoint as safetensors under open_clip's or Hugging Face's names, bit for bit.
 

@@ -44,11 +44,7 @@ class Output(Talk):
     allow_nonfinite: bool = opt(False, "Let NaN and infinity through.", OUTPUT)
     threads: int | None = opt(None, "Threads of the merge.", OUTPUT, min=1)
     digests: bool = opt(
-        True,
-        "Do not hash the inputs; `verify` will not find them.",
-        OUTPUT,
-        " /--no-digests",
-        show_default=False,
+        True, "Do not hash the inputs, which `verify` needs.", OUTPUT, " /--no-digests", show_default=False
     )
     fsync: bool = opt(False, "Return when the output is on the disk, not in its cache.", OUTPUT)
     push_to_hub: str | None = opt(None, "Upload the folder written with -o DIR/.", OUTPUT, metavar="ORG/NAME")
