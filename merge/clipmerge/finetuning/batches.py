@@ -126,10 +126,8 @@ def training_prompts(
         texts, count = [text for row in rows for text in row], len(rows[0])
         first = split.labels * count
     elif split.captions is not None:
-        row = {
-            text: i for i, text in enumerate(dict.fromkeys(split.captions))
-        }  # equal captions are one prompt
-        texts, count = list(row), 1
+        texts, count = list(dict.fromkeys(split.captions)), 1  # equal captions are one prompt
+        row = {text: i for i, text in enumerate(texts)}
         first = np.array([row[text] for text in split.captions], dtype=np.int64)
     else:
         raise TrainingError(f"{split.source} has neither classes nor captions", hint="name its classes")
