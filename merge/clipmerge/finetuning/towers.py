@@ -67,12 +67,10 @@ class Towers(nn.Module):
         """Return features of pixels in 0…255 and of prompts cut at `length` tokens."""
         image = text = None
         with autocast(self.precision, self.mean.device):
-            # Text first: backward goes the other way, and launching the many small kernels of a few short prompts
-            # takes the host longer than the GPU takes to run them, so that they hide behind the images' long ones.
-            if tokens is not None:
-                text = encode_text(self.model, tokens, normalize=False, length=length)
             if pixels is not None:
                 image = self.model.encode_image(self.prepare(pixels))  # type: ignore[operator]
+            if tokens is not None:
+                text = encode_text(self.model, tokens, normalize=False, length=length)
         return _unit(image), _unit(text)
 
     def prepare(self, pixels: Tensor) -> Tensor:
