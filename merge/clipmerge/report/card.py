@@ -1,6 +1,5 @@
 """Write the model card of a merged file: what the Hub reads (YAML), and what people read."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,11 +12,19 @@ from clipmerge.weights.record import read_record
 
 TASK = "zero-shot-image-classification"
 
-_USE = (
-    "## Use\n\n```python\nimport open_clip\n\n"
-    'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:PATH/TO/THIS/FOLDER")\n'
-    "```\n\nFrom the Hub, the name is `hf-hub:ORG/NAME`.\n"
-)
+_USE = """## Use
+
+```python
+import open_clip
+
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:PATH/TO/THIS/FOLDER")
+```
+
+From the Hub, the name is `hf-hub:ORG/NAME`.
+"""
+
+Scores = Sequence[tuple[str, str, float, int | None]]
+"""(data, metric, value, images) each."""
 
 
 def model_card(name: str, weights: Path) -> str:
@@ -28,32 +35,36 @@ def model_card(name: str, weights: Path) -> str:
     """
     record = read_record(read_header(weights)[0])
     parents = () if is_original(record) else parents_of(record)
-    sections = [
-        _front_matter(name, record, parents),
-        f"# {name}\n",
-        _intro(record, parents),
-        _USE,
-        _scores(record),
-        _history(record, parents),
-    ]
-    return "\n".join(section for section in sections if section)
-
-
-def _front_matter(name: str, record: Mapping[str, Any], parents: Sequence[Parent]) -> str:
-    """Return the YAML; text is written as JSON strings, which YAML reads as they are."""
-    lines = ["---", "library_name: open_clip", f"pipeline_tag: {TASK}", "tags:"]
-    lines += [f"- {tag}" for tag in ("clip", "open_clip", "clipmerge", *(("merge",) if parents else ()))]
+    scores = _scores(record)
+    model = record.get("model")
+    kind = model.get("name") if isinstance(model, Mapping) else None
+    intro = f"A CLIP model ({kind}), written by clipmerge.\n"
     if parents:
-        lines += ["base_model:", *(f"- {_text(base)}" for base in _bases(parents))]
-        lines += ["base_model_relation: merge", f"merge_notation: {_text(str(record.get('notation', '')))}"]
-    scores = _listed_scores(record)
+        many = f"{len(parents)} checkpoints" if len(parents) > 1 else "one checkpoint"
+        intro = f"A CLIP model ({kind}), merged from {many} with clipmerge:\n\n```\n{record.get('notation')}\n```\n"
+    sections = [_front_matter(name, record, parents, scores), f"# {name}\n", intro, _USE]
     if scores:
-        lines += ["model-index:", f"- name: {_text(name)}", "  results:"]
-    for data, metric, value, _ in scores:
-        lines += ["  - task:", f"      type: {TASK}", "    dataset:", f"      name: {_text(data)}"]
-        lines += [f"      type: {_text(data)}", "    metrics:"]
-        lines += [f"    - type: {_text(metric)}", f"      value: {json.dumps(value)}"]
-    return "\n".join([*lines, "---", ""])
+        rows = [(data, metric, f"{value:.4f}", n) for data, metric, value, n in scores]
+        sections.append("## Scores\n\n" + markdown(("data", "metric", "value", "images"), rows))
+    if parents:
+        sections.append(_history(record, parents))
+    return "\n".join(sections)
+
+
+def _front_matter(name: str, record: Mapping[str, Any], parents: Sequence[Parent], scores: Scores) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    fields: dict[str, Any] = {"tags": ["clip", "open_clip", "clipmerge"]}
+    if parents:
+        fields["tags"].append("merge")
+        fields |= {"base_model": _bases(parents), "base_model_relation": "merge"}
+        fields["merge_notation"] = str(record.get("notation", ""))
+    if scores:
+        fields["model_name"] = name
+        fields["eval_results"] = [
+            EvalResult(TASK, data, data, metric, value) for data, metric, value, _ in scores
+        ]
+    return f"---\n{ModelCardData(library_name='open_clip', pipeline_tag=TASK, **fields)}\n---\n"
 
 
 def _bases(parents: Sequence[Parent]) -> list[str]:
@@ -67,26 +78,8 @@ def _bases(parents: Sequence[Parent]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _intro(record: Mapping[str, Any], parents: Sequence[Parent]) -> str:
-    model = record.get("model")
-    kind = model.get("name") if isinstance(model, Mapping) else None
-    if not parents:
-        return f"A CLIP model ({kind}), written by clipmerge.\n"
-    many = f"{len(parents)} checkpoints" if len(parents) > 1 else "one checkpoint"
-    return (
-        f"A CLIP model ({kind}), merged from {many} with clipmerge:\n\n```\n{record.get('notation')}\n```\n"
-    )
-
-
-def _scores(record: Mapping[str, Any]) -> str:
-    rows = [(data, metric, f"{value:.4f}", n) for data, metric, value, n in _listed_scores(record)]
-    if not rows:
-        return ""
-    return "## Scores\n\n" + markdown(("data", "metric", "value", "images"), rows)
-
-
-def _listed_scores(record: Mapping[str, Any]) -> list[tuple[str, str, float, int | None]]:
-    """Return (data, metric, value, images): what the merge was selected by, then what else was recorded."""
+def _scores(record: Mapping[str, Any]) -> Scores:
+    """Return what the merge was selected by, then what else was recorded; records of others may hold anything."""
     scores = record.get("scores")
     entries: list[tuple[str, Any]] = [("held-out (selection)", record.get("selection"))]
     entries += sorted(scores.items()) if isinstance(scores, Mapping) else []
@@ -95,29 +88,19 @@ def _listed_scores(record: Mapping[str, Any]) -> list[tuple[str, str, float, int
         score = entry if isinstance(entry, Mapping) else {"value": entry}
         value, n = score.get("value"), score.get("n")
         if isinstance(value, int | float):
-            rows.append(
-                (str(data), str(score.get("metric", "top1")), float(value), n if isinstance(n, int) else None)
-            )
+            images = n if isinstance(n, int) else None
+            rows.append((str(data), str(score.get("metric", "top1")), float(value), images))
     return rows
 
 
 def _history(record: Mapping[str, Any], parents: Sequence[Parent]) -> str:
-    if not parents:
-        return ""
     rows = [(f"`{p.name}`", p.file, f"`{p.digest[:16]}…`" if p.digest else None) for p in parents]
-    selection = record.get("selection")
-    how = ""
+    selection, how = record.get("selection"), ""
     if isinstance(selection, Mapping):
-        plain = {key: value for key, value in selection.items() if isinstance(value, str | int | float)}
-        how = f"\nSelected by: {', '.join(f'{key} {value}' for key, value in plain.items())}.\n"
+        plain = [f"{key} {value}" for key, value in selection.items() if isinstance(value, str | int | float)]
+        how = f"\nSelected by: {', '.join(plain)}.\n"
     return (
-        "## How it was made\n\n"
-        + markdown(("name", "file", "content digest"), rows)
-        + how
-        + f"\nclipmerge {record.get('version')} wrote it, dtype policy `{record.get('dtype')}`. With the parents at\n"
+        f"## How it was made\n\n{markdown(('name', 'file', 'content digest'), rows)}{how}\n"
+        f"clipmerge {record.get('version')} wrote it, dtype policy `{record.get('dtype')}`. With the parents at\n"
         f"hand, `clipmerge verify open_clip_model.safetensors --parents DIR` computes it again, bit for bit.\n"
     )
-
-
-def _text(value: str) -> str:
-    return json.dumps(value, ensure_ascii=False)

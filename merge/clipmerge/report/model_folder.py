@@ -4,15 +4,13 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from clipmerge.checkpoint.output import check_folder, whole_folder
 from clipmerge.errors import ModelError, OutputError, RecipeError
+from clipmerge.model import ModelSpec, build_model, resolve_model
 from clipmerge.report.card import model_card
 from clipmerge.weights.weights import Weights
-
-if TYPE_CHECKING:
-    from clipmerge.model import ModelSpec
 
 WEIGHTS, CONFIG, CARD = "open_clip_model.safetensors", "open_clip_config.json", "README.md"
 
@@ -21,7 +19,7 @@ def save_folder(
     weights: Weights,
     folder: str | Path,
     *,
-    model: "str | Path | ModelSpec | None" = None,
+    model: str | Path | ModelSpec | None = None,
     metadata: Mapping[str, Any] | None = None,
     force: bool = False,
     **options: Any,
@@ -41,9 +39,10 @@ def save_folder(
         OutputError: the files exist, one of them is an input, or the folder cannot be written.
     """
     folder = Path(os.path.realpath(folder))
-    spec = check_save(
-        weights, folder, model=model, metadata=metadata, force=force, shard_size=options.get("shard_size")
-    )
+    recorded = (metadata or {}).get("model")
+    if model is None and recorded is not None:
+        model = ModelSpec.from_metadata(recorded)
+    spec = check_save(weights, folder, model=model, force=force, shard_size=options.get("shard_size"))
     record = {**(metadata or {}), "model": spec.to_metadata()}
     with whole_folder(folder, (CONFIG, CARD, WEIGHTS)) as stage:
         written = weights.save(stage / WEIGHTS, metadata=record, **options)
@@ -57,14 +56,11 @@ def check_save(
     weights: Weights,
     folder: Path,
     *,
-    model: "str | Path | ModelSpec | None" = None,
-    metadata: Mapping[str, Any] | None = None,
+    model: str | Path | ModelSpec | None = None,
     force: bool = False,
     shard_size: int | None = None,
-) -> "ModelSpec":
+) -> ModelSpec:
     """Refuse what `save_folder` would refuse, from headers alone. Returns the model that the folder would name."""
-    from clipmerge.model import ModelSpec, build_model, resolve_model
-
     if weights.kind() != 1:
         raise RecipeError(
             "a task vector is not a model to publish", hint="write it to a file: -o NAME.safetensors"
@@ -73,9 +69,6 @@ def check_save(
         raise OutputError("open_clip loads one file from a folder, not shards", hint="leave --shard-size out")
     inputs = [file for checkpoint in weights.checkpoints for file in checkpoint.files()]
     check_folder(folder, (WEIGHTS, CONFIG, CARD), force=force, inputs=inputs)
-    recorded = (metadata or {}).get("model")
-    if model is None and recorded is not None:
-        model = ModelSpec.from_metadata(recorded)
     spec = resolve_model(model, weights)
     if any(name.startswith("classification_head.") for name in weights.names):
         raise ModelError(
@@ -96,15 +89,11 @@ def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
     """
     from huggingface_hub import HfApi
 
-    api = HfApi()
+    api, files = HfApi(), [WEIGHTS, CONFIG, CARD]
     try:
         address = api.create_repo(repo, private=private, exist_ok=True)
-        api.upload_folder(
-            repo_id=repo,
-            folder_path=str(folder),
-            allow_patterns=[WEIGHTS, CONFIG, CARD],
-            commit_message="Upload merged weights",
-        )
+        message = "Upload merged weights"
+        api.upload_folder(repo_id=repo, folder_path=str(folder), allow_patterns=files, commit_message=message)
     except Exception as error:  # which HTTP library huggingface_hub speaks through is its own affair
         raise OutputError(
             f"{repo} could not be uploaded: {error}",

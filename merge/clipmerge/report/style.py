@@ -1,6 +1,6 @@
 """Give every figure one look, and write it: same numbers and same matplotlib, same bytes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,6 @@ BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE, GREY = (
 )  # fmt: skip
 LINES = ((BLUE, "o", "-"), (VERMILION, "s", "--"), (GREEN, "^", "-."), (PURPLE, "D", ":"), (ORANGE, "v", "-"))
 """Colour, marker and dash of the first, second … line: three ways to tell each from the others."""
-
-FORMATS = (".png", ".svg")
 
 _RC: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # ships with matplotlib
@@ -49,33 +47,28 @@ def figure(path: str | Path, *, width: float = 6.4, height: float = 4.4) -> Iter
         matplotlib.rcParams.update(_RC)
         drawn = Figure(figsize=(width, height), layout="constrained")
         yield drawn
+        for axes in drawn.axes:
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(loc="best")
         for target in targets(path):
-            metadata = {"Date": None, "Creator": None} if target.suffix == ".svg" else {"Software": None}
+            kind = target.suffix[1:]
+            metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
             with whole_file(target) as sibling:
-                drawn.savefig(
-                    sibling, format=target.suffix[1:], dpi=150, facecolor="white", metadata=metadata
-                )
+                drawn.savefig(sibling, format=kind, dpi=150, facecolor="white", metadata=metadata)
 
 
 def targets(path: str | Path) -> list[Path]:
     """Return the two files of a figure: `curve.png` (or `curve.svg`, or `curve`) → `curve.png` and `curve.svg`."""
     whole = Path(path)
-    stem = whole.with_suffix("") if whole.suffix.lower() in FORMATS else whole
-    return [stem.with_name(stem.name + suffix) for suffix in FORMATS]
+    stem = whole.stem if whole.suffix.lower() in (".png", ".svg") else whole.name
+    return [whole.with_name(stem + suffix) for suffix in (".png", ".svg")]
 
 
-def percent(axes: "Axes", which: str) -> None:
-    """Show fractions on the axes `which` ("x", "y" or "xy") as percentages."""
+def percent(axes: "Axes", *, x: str | None = None, y: str) -> None:
+    """Label an axis whose fractions are shown as percentages."""
     from matplotlib.ticker import PercentFormatter
 
-    for letter in which:
-        axis = axes.xaxis if letter == "x" else axes.yaxis
-        axis.set_major_formatter(PercentFormatter(1.0, symbol=None))
-
-
-def metric_title(document: Mapping[str, Any]) -> str:
-    """Return the metric of a result, as tables call it."""
-    from clipmerge.evaluate.metrics import METRICS
-
-    name = str(document.get("metric", "top1"))
-    return METRICS[name].title if name in METRICS else name
+    for axis, label in ((axes.xaxis, x), (axes.yaxis, y)):
+        if label is not None:
+            axis.set_major_formatter(PercentFormatter(1.0, symbol=None))
+            axis.set_label_text(f"{label} %")
