@@ -377,11 +377,16 @@ def waiting(model: str, device: str, precision: str, cuda: bool) -> list[dict[st
     found = []
     print(f"\nwaiting for data: {count} JPEGs of {side} x {side}, batch {size}, {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory() as folder:
-        for augment, said in (("crop", "decoded and cropped"), ("none", "cached pixels")):
+        sources: dict[str, dict[str, Any]] = {
+            "decoded and cropped": {"augment": "crop"},
+            "kept, cropped on the device": {"augment": "crop", "augment_on": "device"},
+            "cached pixels": {"augment": "none"},
+        }
+        for i, (said, how) in enumerate(sources.items()):
             events: list[Any] = []
-            finetune(None, split, model=model, out=Path(folder) / f"{augment}.safetensors", batch_size=size,
-                     steps=60 if cuda else 3, augment=augment, device=device, precision=precision, lr=1e-6,
-                     save_every=0, on_event=events.append)  # fmt: skip
+            finetune(None, split, model=model, out=Path(folder) / f"{i}.safetensors", batch_size=size,
+                     steps=60 if cuda else 3, device=device, precision=precision, lr=1e-6, save_every=0,
+                     on_event=events.append, **how)  # fmt: skip
             lines = [event for event in events if event["event"] == "step"]
             lines = lines[len(lines) // 2 :]
             share = statistics.mean(line["waiting"] for line in lines)

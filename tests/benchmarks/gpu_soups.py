@@ -23,8 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 
-SIGMA = 0.005
-"""Noise of a candidate's image tower, as a share of each tensor's own spread: it changes a tenth of predictions."""
+DRIFT, NOISE = 0.03, 0.002
+"""How far a candidate's image tower is from the base, as a share of each tensor's own spread: up to DRIFT in a
+direction that all share, so that a mean with the worse ones is worse and a soup has few ingredients, as real ones do;
+and NOISE of its own. 0.003 changes a tenth of the base's predictions."""
 
 QUICK = {
     "embed_dim": 16,
@@ -104,6 +106,10 @@ def make(options: argparse.Namespace) -> None:
     import clipmerge as cm
     from clipmerge.data.pixels import pixels
 
+    recipe = f"{options.models} × {options.model}, {options.dtype}, {options.images} images"
+    done = options.folder / "made"
+    if done.exists() and done.read_text(encoding="utf-8") == recipe:
+        return
     began = time.perf_counter()
     base = {name: value.clone() for name, value in centred(options).state_dict().items()}
     generator = torch.Generator(options.device).manual_seed(0)
@@ -112,12 +118,15 @@ def make(options: argparse.Namespace) -> None:
     spread = torch.zeros_like(whole)
     for (name, value), end in zip(base.items(), ends, strict=True):
         if name.startswith("visual.") and value.numel() > 1:
-            spread[end - value.numel() : end] = SIGMA * value.std()
+            spread[end - value.numel() : end] = value.std()
+    drift = spread * torch.randn(whole.shape, device=options.device, generator=generator)
+    places = np.random.default_rng(2).permutation(options.models) / options.models
     with ThreadPoolExecutor(8) as pool:
         written = []
         for i in range(options.models):
             noise = torch.randn(whole.shape, device=options.device, generator=generator)
-            flat = (whole + spread * noise).to(getattr(torch, options.dtype)).cpu()
+            flat = whole + NOISE * spread * noise + DRIFT * places[i] * drift
+            flat = flat.to(getattr(torch, options.dtype)).cpu()
             written.append(pool.submit(write, options.folder / f"ft{i:03}.safetensors", header, flat))
             if len(written) > 16:
                 written[-16].result()  # not all in memory at once
@@ -133,8 +142,8 @@ def make(options: argparse.Namespace) -> None:
     wrong = dice.random(len(labels)) < 0.25
     labels[wrong] = dice.integers(0, options.classes, int(wrong.sum()))
     split(options, labels)
-    row("candidates made", f"{options.models} × {options.model}, {options.dtype}, {seconds:.0f} s; "
-        f"{len(np.unique(labels[~wrong]))} classes predicted")  # fmt: skip
+    done.write_text(recipe, encoding="utf-8")
+    row("candidates made", f"{recipe}, {seconds:.0f} s; {len(np.unique(labels[~wrong]))} classes predicted")
 
 
 def centred(options: argparse.Namespace) -> Any:
@@ -265,13 +274,14 @@ def published(options: argparse.Namespace) -> None:
 
     files, trials, builds = [], [], []
     passes: dict[str, list[float]] = {"fp32": [], "bf16": []}
-    running = load_file(paths[0])
+    running = {key: value.float() for key, value in load_file(paths[0]).items()}
     for i, path in enumerate(paths[: 2 if options.quick else 4]):
         began = time.perf_counter()
         new = load_file(path)
+        files.append(time.perf_counter() - began)
+        new = {key: value.float() for key, value in new.items()}
         loaded = time.perf_counter()
         running = {k: running[k].clone() * (i / (i + 1)) + new[k].clone() * (1 / (i + 1)) for k in running}
-        files.append(loaded - began)
         trials.append(time.perf_counter() - loaded)
         for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
             build, seconds = score(running, kind)

@@ -3,10 +3,11 @@
 #
 #   tests/benchmarks/on_a_gpu.sh            # on one GPU (CUDA_VISIBLE_DEVICES says which)
 #   tests/benchmarks/on_a_gpu.sh --quick    # tiny sizes, also on a CPU: does every line run?
-#   tests/benchmarks/on_a_gpu.sh soups      # some of: flyp data soups learned
+#   tests/benchmarks/on_a_gpu.sh soups      # some of: flyp data candidates soups learned
 #
 # Parts have time limits of their own, and one that fails does not end the others. Environment: FOLDER, where 22 GB of
-# candidates and 4 GB of pixels lie meanwhile (a new folder in TMPDIR); MODELS (72), IMAGES (26000), DTYPE (float16).
+# candidates and 4 GB of pixels lie (kept; by default a new folder in TMPDIR that goes away); MODELS (72), IMAGES (26000),
+# DTYPE (float16).
 # What this is to show: a FLYP step at least 1.6 times as fast as open_clip's own at batch 512, and the greedy soup of
 # 72 ViT-B/32 over 26,000 images in at most 120 s on one H100.
 
@@ -57,11 +58,11 @@ if [ ${#quick[@]} = 1 ]; then
 fi
 {
     wanted flyp && part "a FLYP step, ours against open_clip's" 100 "$here/flyp_step.py" --device $device --no-loader "${steps[@]}"
-    wanted data && part "training from JPEGs" 100 "$here/flyp_step.py" --device $device --only-loader "${jpegs[@]}"
-    if wanted soups || wanted learned; then soups "candidates" 150 make; fi
+    if wanted candidates || wanted soups || wanted learned; then soups "candidates" 150 make; fi
     wanted soups && soups "greedy soup" 200 greedy
     wanted learned && soups "learned soup" 100 learned
     wanted soups && soups "greedy soup as published" 60 published
+    wanted data && part "training from JPEGs" 100 "$here/flyp_step.py" --device $device --only-loader "${jpegs[@]}"
 } | tee "$folder/report"
 echo
 echo "# Summary: $(cat "$folder/card")"
