@@ -14,6 +14,7 @@ from clipmerge.checkpoint.output import whole_file
 from clipmerge.data.split import Split
 from clipmerge.data.survey import map_intact, read_each, refuse
 from clipmerge.errors import DataError, OutputError
+from clipmerge.model import ModelSpec, eval_transform
 from clipmerge.types import Pixels, Progress
 
 if TYPE_CHECKING:
@@ -97,11 +98,10 @@ def normalise(
 
 def eval_transform_uint8(preprocess_cfg: Mapping[str, Any]) -> Callable[["Image"], "Image"]:
     """Return open_clip's eval transform without its last two steps."""
-    from open_clip.transform import MaybeToTensor, PreprocessCfg, image_transform_v2
+    from open_clip.transform import MaybeToTensor
     from torchvision.transforms import Compose, Normalize
 
-    known = {key: value for key, value in preprocess_cfg.items() if key in (*_FIELDS, "mean", "std", "mode")}
-    steps = image_transform_v2(PreprocessCfg(**known), is_train=False).transforms
+    steps: Any = eval_transform(ModelSpec("", {}, preprocess_cfg)).transforms  # type: ignore[attr-defined]
     if not (isinstance(steps[-2], MaybeToTensor) and isinstance(steps[-1], Normalize)):
         raise DataError(
             "this open_clip's eval transform does not end in ToTensor and Normalize",

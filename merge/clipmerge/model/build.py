@@ -41,10 +41,8 @@ def build_model(
                 torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed every GPU as well
                 model = _construct(spec)
     except (TypeError, KeyError, ValueError, AssertionError) as error:
-        raise ModelError(
-            f"open_clip cannot build {spec.name}: {error}",
-            hint="compare the config with one of open_clip's own",
-        ) from error
+        hint = "compare the config with one of open_clip's own"
+        raise ModelError(f"open_clip cannot build {spec.name}: {error}", hint=hint) from error
     if torch.device(device).type == "cuda":
         from clipmerge.model.patches import embed_patches_by_matmul  # imports torch
 
@@ -106,10 +104,8 @@ def get_tokenizer(spec: ModelSpec) -> "Tokenizer":
     kwargs = dict(text.get("tokenizer_kwargs") or {})
     name = spec.name.lower()
     if text.get("hf_tokenizer_name"):
-        mode = text.get("tokenizer_mode")
-        tokenizer = HFTokenizer(
-            text["hf_tokenizer_name"], context_length=length, tokenizer_mode=mode, **kwargs
-        )
+        kwargs["tokenizer_mode"] = text.get("tokenizer_mode")
+        tokenizer = HFTokenizer(text["hf_tokenizer_name"], context_length=length, **kwargs)
     elif "siglip" in name and spec.name in open_clip.list_models():
         variant = "gemma" if "siglip2" in name else "mc4" if "i18n" in name else "c4-en"
         tokenizer = SigLipTokenizer(variant, context_length=length)
@@ -122,4 +118,5 @@ def eval_transform(spec: ModelSpec) -> "Transform":
     """Return open_clip's own transform for scoring: PIL image → float tensor (3, H, W)."""
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    return cast("Transform", image_transform_v2(PreprocessCfg(**spec.preprocess), is_train=False))
+    known = {key: value for key, value in spec.preprocess.items() if key in PreprocessCfg.__annotations__}
+    return cast("Transform", image_transform_v2(PreprocessCfg(**known), is_train=False))

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipmerge.errors import ModelError
-from clipmerge.model.guess import guess_model
 from clipmerge.text import did_you_mean
 from clipmerge.weights.record import needs_quick_gelu
 
@@ -15,8 +14,6 @@ if TYPE_CHECKING:
     from clipmerge.weights.weights import Weights
 
 __all__ = ["ModelSpec", "resolve_model"]
-
-_SECTIONS = ("embed_dim", "vision_cfg", "text_cfg")
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,9 +32,8 @@ class ModelSpec:
 
     def to_metadata(self) -> dict[str, Any]:
         """Return the "model" record that files written by clipmerge carry."""
-        return json.loads(  # type: ignore[no-any-return]
-            json.dumps({"name": self.name, "config": dict(self.config), "preprocess": dict(self.preprocess)})
-        )
+        record = {"name": self.name, "config": dict(self.config), "preprocess": dict(self.preprocess)}
+        return json.loads(json.dumps(record))  # type: ignore[no-any-return]
 
     @classmethod
     def from_metadata(cls, record: Mapping[str, Any]) -> "ModelSpec":
@@ -74,14 +70,9 @@ def resolve_model(model: "str | Path | ModelSpec | None", *weights: "Weights") -
 def _recorded(weights: Sequence["Weights"]) -> ModelSpec:
     specs = [ModelSpec.from_metadata(record) for record in (w.model for w in weights) if record]
     if not specs:
-        names = (
-            guess_model({n: t.shape for n, t in weights[0].checkpoints[0].tensors.items()}) if weights else []
-        )
         raise ModelError(
             "no model is named, and the checkpoints do not record theirs",
-            hint=f"their sizes are those of {' or '.join(names)}: name the right one (--model)"
-            if names
-            else "name it (--model): an open_clip name such as ViT-B-32, or an open_clip JSON config",
+            hint="name it (--model): an open_clip name such as ViT-B-32, or an open_clip JSON config",
         )
     for other in specs[1:]:
         if other.config != specs[0].config:
@@ -96,15 +87,12 @@ def _from_file(path: Path) -> ModelSpec:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        problem = (
-            f"cannot be read: {error.strerror}" if isinstance(error, OSError) else f"is not JSON: {error}"
-        )
-        raise ModelError(
-            f"{path} {problem}", hint="check the path: --model takes an open_clip JSON config"
-        ) from error
-    document = document if isinstance(document, dict) else {}
-    config = document.get("model_cfg", document)
-    missing = [key for key in _SECTIONS if not isinstance(config, dict) or key not in config]
+        problem = error.strerror if isinstance(error, OSError) else f"it is not JSON: {error}"
+        hint = "check the path: --model takes an open_clip JSON config"
+        raise ModelError(f"{path} cannot be read: {problem}", hint=hint) from error
+    config = document.get("model_cfg", document) if isinstance(document, dict) else None
+    config = config if isinstance(config, dict) else {}
+    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
     if missing:
         raise ModelError(
             f"{path} is no open_clip model config: {', '.join(missing)} missing",
@@ -125,10 +113,10 @@ def _named(name: str) -> ModelSpec:
     known = name.replace("/", "-")
     config = open_clip.get_model_config(known)
     if config is None:
-        otherwise = "an open_clip name such as ViT-B-32, or a JSON config"
-        raise ModelError(
-            f"there is no model {name!r}", hint=did_you_mean(name, open_clip.list_models(), otherwise)
+        hint = did_you_mean(
+            name, open_clip.list_models(), "an open_clip name such as ViT-B-32, or a JSON config"
         )
+        raise ModelError(f"there is no model {name!r}", hint=hint)
     return _spec(known, config, _common_preprocess(known))
 
 
@@ -136,9 +124,8 @@ def _common_preprocess(name: str) -> dict[str, Any] | None:
     """Return what all pretrained weights of this name agree on (SigLIP's mean and std, say), else None."""
     import open_clip
 
-    configs = [
-        open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)
-    ]
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    configs = [open_clip.get_pretrained_cfg(name, tag) for tag in tags]
     keys = ("mean", "std", "interpolation", "resize_mode")
     chosen = [{key: c[key] for key in keys if c.get(key) is not None} for c in configs]
     return chosen[0] if chosen and all(other == chosen[0] for other in chosen) else None

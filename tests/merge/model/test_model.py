@@ -109,7 +109,7 @@ def test_an_unknown_model(text, message, hint):
 def test_a_file_that_is_no_config(tmp_path):
     path = tmp_path / "x.json"
     path.write_text("{")
-    with pytest.raises(ModelError, match="is not JSON"):
+    with pytest.raises(ModelError, match="it is not JSON"):
         resolve_model(path)
     path.write_text('{"embed_dim": 4, "text_cfg": {}}')
     with pytest.raises(ModelError, match="is no open_clip model config: vision_cfg missing"):
