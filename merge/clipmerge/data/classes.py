@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from clipmerge.data.prompts import read_list
 from clipmerge.data.raw_split import RawSplit
 from clipmerge.data.split import Split
-from clipmerge.data.text_lists import read_list
 from clipmerge.errors import DataError
 from clipmerge.text import did_you_mean
 
@@ -35,18 +35,17 @@ def settle_classes(split: Split, raw: RawSplit, classnames: Names | None) -> tup
     if raw.labels is None:
         return split, list(raw.unusable)
     user_names = None if classnames is None else names_from(classnames)
-    numbered = isinstance(raw.labels, np.ndarray)
-    every_label = list(map(str, raw.labels.tolist() if isinstance(raw.labels, np.ndarray) else raw.labels))
-    labels, known = [every_label[i] for i in split.index.tolist()], set(every_label)
-    words = () if numbered else raw.classes or tuple(sorted(set(labels)))
-    empty = [word for word in words if word not in known]
+    labels, known = [str(raw.labels[i]) for i in split.index.tolist()], set(map(str, raw.labels))
+    numbered = all(label.removeprefix("-").isdecimal() for label in known)
+    words = () if numbered else raw.classes or tuple(sorted({*known, *raw.empty}))
+    empty = list(raw.empty)
     problems, counts_as = list(raw.unusable), dict[int, int]()
     names: tuple[str, ...]
     if isinstance(user_names, Mapping):
         words = tuple(dict.fromkeys([*words, *sorted(set(labels))]))
         names, index, counts_as = _by_table(user_names, known)
-    elif numbered or all(word.isdecimal() for word in words):
-        words, declared = (), raw.classes if numbered and user_names is None else None
+    elif numbered:
+        declared = raw.classes if user_names is None else None
         names = user_names or declared or tuple(map(str, range(max(map(int, labels), default=-1) + 1)))
         index = {label: int(label) for label in known if 0 <= int(label) < len(names)}
         problems += [
@@ -55,7 +54,7 @@ def settle_classes(split: Split, raw: RawSplit, classnames: Names | None) -> tup
             if label not in index
         ]
         if declared is not None:
-            empty = [name for i, name in enumerate(names) if str(i) not in known]
+            empty += [name for i, name in enumerate(names) if str(i) not in known]
     elif user_names is not None:
         names, index = user_names, _by_name(words, user_names)
     elif all(_WORDNET.fullmatch(word) for word in words):

@@ -13,7 +13,7 @@ from clipmerge.data.readers import read
 from clipmerge.data.sampling import fraction_of, held_out, limited
 from clipmerge.data.shifts import Shift, parse_shift
 from clipmerge.data.split import Split
-from clipmerge.data.survey import refuse, survey
+from clipmerge.data.stored import refuse, survey
 from clipmerge.errors import DataError
 from clipmerge.types import Progress
 

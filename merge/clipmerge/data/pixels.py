@@ -12,7 +12,7 @@ from blake3 import blake3
 from clipmerge.checkpoint.cache import cache_dir
 from clipmerge.checkpoint.output import whole_file
 from clipmerge.data.split import Split
-from clipmerge.data.survey import map_intact, read_each, refuse
+from clipmerge.data.stored import map_intact, read_each, refuse
 from clipmerge.errors import DataError, OutputError
 from clipmerge.model import ModelSpec, eval_transform
 from clipmerge.types import Pixels, Progress

@@ -1,19 +1,17 @@
-"""Fill prompt templates with class names."""
+"""Read prompt templates, and fill them with class names."""
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from clipmerge.data.split import Split
-from clipmerge.data.text_lists import read_list
 from clipmerge.errors import DataError
 
-__all__ = ["CONTEXTS", "check_templates", "context_templates", "prompts", "templates"]
+__all__ = ["CONTEXTS", "check_templates", "context_templates", "prompts", "read_list", "templates"]
 
 DEFAULT = ("a photo of a {}.",)
-
-DEFAULTS: Mapping[str, tuple[str, ...]] = {"digits": ('a photo of the number: "{}".',)}
-"""Source → templates. Source: CLIP's own prompts for MNIST, arXiv 2103.00020."""
 
 CONTEXTS = (
     "photo", "painting", "sketch", "drawing", "cartoon", "sculpture", "toy", "blurry photo", "dark photo",
@@ -29,31 +27,23 @@ def templates(
 
     Args:
         choice: "openai" (ImageNet's 80), "simple" (7), a file (one a line, or a JSON list), a text with
-            `{}`, or several texts. None: the split's own, else a default for its source, else "a photo of
-            a {}.".
+            `{}`, or several texts. None: the split's own, else "a photo of a {}.".
 
     Raises:
         DataError: no such file, or a template without `{}`.
     """
     if choice is None:
-        if split is None:
-            return DEFAULT
-        return split.templates or DEFAULTS.get(re.split("[@#]", split.source)[0], DEFAULT)
+        return (split and split.templates) or DEFAULT
     if choice in ("openai", "simple"):
         import open_clip
 
-        filled = (
-            open_clip.OPENAI_IMAGENET_TEMPLATES if choice == "openai" else open_clip.SIMPLE_IMAGENET_TEMPLATES
-        )
-        return tuple(template("{}") for template in filled)
-    if isinstance(choice, str | Path):
-        texts = (
-            (str(choice),)
-            if "{" in str(choice)
-            else tuple(map(str, read_list(Path(choice), "templates", _HINT)))
-        )
-        return check_templates(texts, str(choice))
-    return check_templates(tuple(choice), "templates")
+        openai, simple = open_clip.OPENAI_IMAGENET_TEMPLATES, open_clip.SIMPLE_IMAGENET_TEMPLATES
+        return tuple(template("{}") for template in (openai if choice == "openai" else simple))
+    if not isinstance(choice, str | Path):
+        return check_templates(choice, "templates")
+    if "{" in str(choice):
+        return check_templates((str(choice),), str(choice))
+    return check_templates(read_list(Path(choice), "templates", _HINT), str(choice))
 
 
 def check_templates(texts: Sequence[str], source: str) -> tuple[str, ...]:
@@ -62,11 +52,12 @@ def check_templates(texts: Sequence[str], source: str) -> tuple[str, ...]:
     Raises:
         DataError: there are none, or one has no place for the class name.
     """
-    out = tuple(text.replace("{c}", "{}") for text in texts)
+    out = tuple(str(text).replace("{c}", "{}") for text in texts)
     wrong = [text for text in out if "{}" not in text or "{" in text.replace("{}", "")]
-    if wrong or not out:
-        problem = f"has no {{}} for the class name: {wrong[0]!r}" if wrong else "is empty"
-        raise DataError(f"a template in {source} {problem}" if wrong else f"{source} {problem}", hint=_HINT)
+    if wrong:
+        raise DataError(f"a template in {source} has no {{}} for the class name: {wrong[0]!r}", hint=_HINT)
+    if not out:
+        raise DataError(f"{source} is empty", hint=_HINT)
     return out
 
 
@@ -83,8 +74,25 @@ def context_templates(contexts: Sequence[str] = CONTEXTS) -> tuple[str, ...]:
 
     Source: Mao et al. 2022, arXiv 2211.16175, "a [CONTEXT] of [CLASS]".
     """
-    article = {True: "an", False: "a"}
-    return check_templates(
-        [c if "{" in c else f"{article[c[:1].lower() in tuple('aeiou')]} {c} of a {{}}." for c in contexts],
-        "contexts",
-    )
+    articles = ["an" if context[:1].lower() in tuple("aeiou") else "a" for context in contexts]
+    filled = (c if "{" in c else f"{a} {c} of a {{}}." for a, c in zip(articles, contexts, strict=True))
+    return check_templates(tuple(filled), "contexts")
+
+
+def read_list(path: Path, what: str, hint: str) -> Any:
+    """Return the lines of a text file, or what a JSON file holds.
+
+    Raises:
+        DataError: it cannot be read, or begins like JSON and is none.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise DataError(f"{what} cannot be read from {path}: {reason}", hint=hint) from error
+    if re.match(r'\s*(\[|\{\s*")', text):  # a template may begin with "{}"
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path} is not JSON: {error}", hint=hint) from error
+    return tuple(line.strip() for line in text.splitlines() if line.strip())

@@ -28,8 +28,9 @@ class RawSplit:
     """A source as it describes itself, before class names are settled and images are looked at.
 
     Attributes:
-        labels: indices (an array), words, or None where there are only captions.
+        labels: numbers (indices, as text too) or words, or None where there are only captions.
         classes: names by index, or the words in their order; None where the source does not say.
+        empty: classes that the source has a place for but no image.
         parts: for each item the part that it belongs to, "" where there are none; None where all of them are the
             one that was asked for.
         unusable: items that the source names but does not describe well enough to use, "item: reason" each.
@@ -37,10 +38,11 @@ class RawSplit:
 
     images: StoredImages
     names: Sequence[str]
-    labels: Ints | Sequence[str] | None
+    labels: Sequence[int] | Sequence[str] | None
     classes: tuple[str, ...] | None = None
     parts: Sequence[str] | None = None
     unusable: Sequence[str] = ()
+    empty: Sequence[str] = ()
     groups: Sequence[int] | Ints | None = None
     group_names: tuple[str, ...] | None = None
     captions: Sequence[str] | None = None

@@ -8,12 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from clipmerge.data.csv_table import table
-from clipmerge.data.npz import npz
-from clipmerge.data.parquet import parquet
 from clipmerge.data.raw_split import Pick, RawSplit, is_part, pick_part
 from clipmerge.data.sampling import name_hash
 from clipmerge.data.stored import FileImages, LoadedImages
+from clipmerge.data.tables import npz, parquet, table
 from clipmerge.data.webdataset import webdataset
 from clipmerge.errors import DataError
 from clipmerge.text import did_you_mean
@@ -89,7 +87,7 @@ def digits(place: str, pick: Pick) -> RawSplit:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    labels = np.asarray(bunch.target, np.int64)
+    labels = bunch.target
     parts = np.empty(len(labels), dtype="<U5")
     for label in range(10):
         members = sorted(np.flatnonzero(labels == label), key=lambda i: name_hash(str(i), "digits"))
@@ -97,7 +95,9 @@ def digits(place: str, pick: Pick) -> RawSplit:
         parts[members] = np.repeat(["train", "val", "test"], [train, val, len(members) - train - val])
     pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
     names = [f"digits/{i:04d}" for i in range(len(labels))]
-    return RawSplit(LoadedImages(pixels), names, labels, tuple("0123456789"), parts.tolist())
+    prompts = ('a photo of the number: "{}".',)  # CLIP's own for MNIST, arXiv 2103.00020
+    classes = tuple("0123456789")
+    return RawSplit(LoadedImages(pixels), names, labels.tolist(), classes, parts.tolist(), templates=prompts)
 
 
 def folder(place: str, pick: Pick) -> RawSplit:
@@ -105,7 +105,7 @@ def folder(place: str, pick: Pick) -> RawSplit:
     root = Path(place)
     parts = [name for name in _subfolders(root) if is_part(name) and _subfolders(root / name)]
     root = root / pick(parts or [""])
-    classes = tuple(_subfolders(root))
+    classes = _subfolders(root)
     names = [
         path.relative_to(root).as_posix()
         for name in classes
@@ -117,7 +117,8 @@ def folder(place: str, pick: Pick) -> RawSplit:
             f"{root} holds no images in class folders", hint=f"put them where {root}/CLASS/image.jpg would be"
         )
     labels = [name.partition("/")[0] for name in names]
-    return RawSplit(FileImages([str(root / name) for name in names]), names, labels, classes)
+    empty = sorted(set(classes) - set(labels))
+    return RawSplit(FileImages([str(root / name) for name in names]), names, labels, empty=empty)
 
 
 def _subfolders(root: Path) -> list[str]:
@@ -131,11 +132,9 @@ def torchvision(place: str, pick: Pick) -> RawSplit:
     name, _, root = place.removeprefix("torchvision:").partition(":")
     kind = getattr(known, name, None)
     if not isinstance(kind, type) or not root:
-        guess = None if isinstance(kind, type) else did_you_mean(name, known.__all__)
         usage = "write torchvision:CIFAR10:ROOT"
-        raise DataError(
-            f"{place} names no data set of torchvision's", hint=f"{usage}; {guess}" if guess else usage
-        )
+        hint = usage if isinstance(kind, type) else did_you_mean(name, known.__all__, usage)
+        raise DataError(f"{place} names no data set of torchvision's", hint=hint)
     try:
         data = kind(root, **_part_argument(kind, root, pick))
         labels = _labels(data)
@@ -169,9 +168,9 @@ def _part_argument(kind: type, root: str, pick: Pick) -> dict[str, Any]:
     return {"split": pick(parts)}
 
 
-def _labels(data: Any) -> Ints:
+def _labels(data: Any) -> list[int]:
     for attribute in ("targets", "labels", "_labels", "y"):
         if hasattr(data, attribute):
-            return np.asarray(getattr(data, attribute), np.int64)
+            return np.asarray(getattr(data, attribute), np.int64).tolist()  # type: ignore[no-any-return]
     pairs = getattr(data, "_samples", None) or [data[i] for i in range(len(data))]
-    return np.asarray([label for _, label in pairs], np.int64)
+    return [int(label) for _, label in pairs]

@@ -97,9 +97,8 @@ def parse_shift(text: str) -> Shift:
     """
     name, _, raw = text.partition(":")
     if name not in SHIFTS:
-        guess = did_you_mean(name, SHIFTS)
-        listed = f"shifts: {', '.join(SHIFTS)}"
-        raise DataError(f"there is no shift {name!r}", hint=f"{listed}; {guess}" if guess else listed)
+        hint = did_you_mean(name, SHIFTS, f"shifts: {', '.join(SHIFTS)}")
+        raise DataError(f"there is no shift {name!r}", hint=hint)
     kind = SHIFTS[name]
     try:
         value = float(raw) if raw else kind.default

@@ -10,8 +10,7 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from clipmerge.data.shifts import Shift
-from clipmerge.data.stored import StoredImages, content_key, decode
-from clipmerge.data.survey import refuse, survey
+from clipmerge.data.stored import StoredImages, content_key, decode, refuse, survey
 from clipmerge.types import Bytes, Ints
 
 if TYPE_CHECKING:

@@ -4,12 +4,9 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from clipmerge.data.prompts import check_templates
+from clipmerge.data.prompts import check_templates, read_list
 from clipmerge.data.raw_split import Pick, RawSplit, is_part, part_files
 from clipmerge.data.stored import FileImages
-from clipmerge.data.text_lists import read_list
 from clipmerge.errors import DataError
 
 __all__ = ["webdataset"]
@@ -48,7 +45,7 @@ def webdataset(place: str, pick: Pick) -> RawSplit:
     return RawSplit(
         FileImages(shards, _read_run, where),
         list(good),
-        np.array([int(item["cls"]) for item in good.values()], np.int64) if labelled else None,
+        [item["cls"] for item in good.values()] if labelled else None,
         _lines_beside(root, "classnames.txt"),
         unusable=unusable,
         captions=captions if any(captions) else None,

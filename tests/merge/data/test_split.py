@@ -171,7 +171,7 @@ def test_what_does_not_decode_is_remembered(folder: MakeFolder, monkeypatch: pyt
     whole = (root / "cat" / "1.jpg").read_bytes()
     (root / "cat" / "1.jpg").write_bytes(whole[: len(whole) * 9 // 10])
     names = open_split(root, skip_bad=True).names
-    monkeypatch.setattr("clipmerge.data.survey.decode", None)
+    monkeypatch.setattr("clipmerge.data.stored.decode", None)
     assert open_split(root, skip_bad=True).names == names
     assert "cat/1.jpg" not in names
     (root / "cat" / "1.jpg").write_bytes(whole)
