@@ -54,28 +54,16 @@ def from_huggingface_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     if config.get("model_type") != "clip" or not exact:
         return None
     try:
-        return _model_cfg(config, text, vision)
+        quick = {_ACTIVATIONS[part.get("hidden_act", "quick_gelu")] for part in (text, vision)}
+        image = {word: vision.get(theirs, default) for word, (theirs, default) in _VISION.items()}
+        words = {word: text.get(theirs, default) for word, (theirs, default) in _TEXT.items()}
+        image["head_width"] = image["width"] // vision.get("num_attention_heads", 12)
+        image["mlp_ratio"] = vision.get("intermediate_size", 3072) / image["width"]
+        words["mlp_ratio"] = text.get("intermediate_size", 2048) / words["width"]
     except (KeyError, TypeError, ZeroDivisionError):
         return None
-
-
-def _model_cfg(
-    config: Mapping[str, Any], text: dict[str, Any], vision: dict[str, Any]
-) -> dict[str, Any] | None:
-    quick = {_ACTIVATIONS[part.get("hidden_act", "quick_gelu")] for part in (text, vision)}
-    if len(quick) != 1:
-        return None
-    image = {word: vision.get(theirs, default) for word, (theirs, default) in _VISION.items()}
-    words = {word: text.get(theirs, default) for word, (theirs, default) in _TEXT.items()}
-    image["head_width"] = image["width"] // vision.get("num_attention_heads", 12)
-    image["mlp_ratio"] = vision.get("intermediate_size", 3072) / image["width"]
-    words["mlp_ratio"] = text.get("intermediate_size", 2048) / words["width"]
-    return {
-        "embed_dim": config.get("projection_dim", 512),
-        "quick_gelu": quick.pop(),
-        "vision_cfg": image,
-        "text_cfg": words,
-    }
+    sizes = {"embed_dim": config.get("projection_dim", 512), "vision_cfg": image, "text_cfg": words}
+    return {**sizes, "quick_gelu": quick.pop()} if len(quick) == 1 else None
 
 
 def to_huggingface_config(model: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -110,13 +98,11 @@ def to_huggingface_preprocessor(preprocess: Mapping[str, Any]) -> dict[str, Any]
     codes = {name: code for code, name in _INTERPOLATIONS.items()}
     size, resample = preprocess.get("size"), codes.get(preprocess.get("interpolation", "bicubic"))
     edge = size[0] if isinstance(size, list | tuple) and len(set(size)) == 1 else size
-    if (
-        not isinstance(edge, int)
-        or resample is None
-        or preprocess.get("resize_mode", "shortest") != "shortest"
-    ):
-        return None
-    if not preprocess.get("mean") or not preprocess.get("std"):
+    is_shortest = preprocess.get("resize_mode", "shortest") == "shortest"
+    is_complete = (
+        isinstance(edge, int) and resample is not None and preprocess.get("mean") and preprocess.get("std")
+    )
+    if not is_shortest or not is_complete:
         return None
     return {
         "image_processor_type": "CLIPImageProcessor",

@@ -36,11 +36,11 @@ def convert(
     real = check_target(path, force=force, inputs=checkpoint.files())
     head, offsets, size = header(tensors, {"format": "pt", **checkpoint.metadata})
     with Reader((checkpoint,)) as reader, new_files([(real, size)], force=force) as (descriptor,):
-        write_at(descriptor, head, 0, real)
+        write_at(descriptor, real, 0, head)
         done = len(head)
         for name, offset in offsets.items():
             for low, block in reader.blocks(tensors[name], BLOCK):
-                write_at(descriptor, block.view(np.uint8).data, offset + low * block.itemsize, real)
+                write_at(descriptor, real, offset + low * block.itemsize, block.view(np.uint8))
                 done += block.nbytes
                 if on_progress:
                     on_progress("converting", done, size)

@@ -5,7 +5,7 @@ needs no model library" lists.
 """
 
 import re
-from dataclasses import dataclass, field
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +22,16 @@ _CONFIGS = ("open_clip_config.json", "config.json", "preprocessor_config.json")
 _PREPROCESS = ("size", "mean", "std", "interpolation", "resize_mode")
 
 
-@dataclass(frozen=True, slots=True)
-class Download:
-    """A file on this machine, what to call it, and what open_clip knows about it."""
-
-    path: Path
-    stem: str
-    extra: dict[str, Any] = field(default_factory=dict)
-
-
 def is_reference(text: str) -> bool:
     """Return whether the text is `hf-hub:org/name` or `model:tag`."""
     return bool(_HUB.fullmatch(text) or _TAG.fullmatch(text))
 
 
-def download(reference: str) -> Download:
+def download(reference: str) -> tuple[Path, str, dict[str, Any]]:
     """Fetch what a reference names, or find it in open_clip's and Hugging Face's caches.
+
+    Returns:
+        The file on this machine, what to call it, and what open_clip knows about it.
 
     Raises:
         CheckpointError: no such model or tag, or it cannot be fetched.
@@ -45,7 +39,7 @@ def download(reference: str) -> Download:
     try:
         if match := _HUB.fullmatch(reference):
             path = _from_hub(reference, match["model"], match["revision"])
-            return Download(path, match["model"].rpartition("/")[2])
+            return path, match["model"].rpartition("/")[2], {}
         model, _, tag = reference.partition(":")
         return _from_open_clip(reference, model, tag)
     except CheckpointError:
@@ -58,56 +52,50 @@ def download(reference: str) -> Download:
         ) from error
 
 
-def _from_open_clip(reference: str, model: str, tag: str) -> Download:
+def _from_open_clip(reference: str, model: str, tag: str) -> tuple[Path, str, dict[str, Any]]:
     from open_clip import get_model_config
     from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained
 
     config = get_pretrained_cfg(model, tag)
     if not config:
-        raise CheckpointError(
-            f"open_clip has no pretrained weights {reference!r}",
-            hint=did_you_mean(
-                reference, list_pretrained(as_str=True), "open_clip.list_pretrained() lists them"
-            ),
-        )
+        known, otherwise = list_pretrained(as_str=True), "open_clip.list_pretrained() lists them"
+        hint = did_you_mean(reference, known, otherwise)
+        raise CheckpointError(f"open_clip has no pretrained weights {reference!r}", hint=hint)
     preprocess = {key: config[key] for key in _PREPROCESS if config.get(key) is not None}
     record = {"name": model, "config": get_model_config(model), "preprocess": preprocess}
     extra = {"model": record, **({"quick_gelu": True} if config.get("quick_gelu") else {})}
-    return Download(Path(download_pretrained(config)), f"{model}_{tag}", extra)
+    return Path(download_pretrained(config)), f"{model}_{tag}", extra
 
 
 def _from_hub(reference: str, model: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    path = None
-    for name in _WEIGHTS:
+    def fetch(name: str) -> str | None:
         try:
-            path = hf_hub_download(model, name, revision=revision)
-            break
-        except (
-            LocalEntryNotFoundError
-        ) as error:  # out of reach: each further name would cost half a minute of retries
-            cached = (try_to_load_from_cache(model, name, revision=revision) for name in _WEIGHTS)
-            cached_path = next((Path(path) for path in cached if isinstance(path, str)), None)
-            if cached_path is None:
-                raise CheckpointError(
-                    f"{reference} cannot be fetched: the Hub is out of reach, and the cache does not hold it",
-                    hint="check the network, or give a local file",
-                ) from error
-            return cached_path  # the configurations that the cache has lie beside it
+            return hf_hub_download(model, name, revision=revision)
+        except LocalEntryNotFoundError:  # out of reach: each further name would cost half a minute of retries
+            raise
         except EntryNotFoundError:
-            continue
+            return None
+
+    try:
+        path = next((path for name in _WEIGHTS if (path := fetch(name))), None)
+    except LocalEntryNotFoundError as error:
+        cached = (try_to_load_from_cache(model, name, revision=revision) for name in _WEIGHTS)
+        path = next((path for path in cached if isinstance(path, str)), None)
+        if path is None:
+            raise CheckpointError(
+                f"{reference} cannot be fetched: the Hub is out of reach, and the cache does not hold it",
+                hint="check the network, or give a local file",
+            ) from error
+        return Path(path)  # the configurations that the cache has lie beside it
     if path is None:
         raise CheckpointError(
             f"{reference} cannot be fetched: it holds none of {', '.join(_WEIGHTS)}",
             hint="download the file that you mean and give its path",
         )
-    for name in _CONFIGS:
-        try:
-            hf_hub_download(model, name, revision=revision)
-        except LocalEntryNotFoundError:
-            break
-        except EntryNotFoundError:  # a repository without a configuration still has weights
-            continue
+    with suppress(LocalEntryNotFoundError):
+        for name in _CONFIGS:
+            fetch(name)
     return Path(path)

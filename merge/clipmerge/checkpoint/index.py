@@ -1,5 +1,6 @@
 """Shards: a JSON index that says which file of the folder holds which tensor."""
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from clipmerge.errors import CheckpointError
 
 MAX_INDEX = 100_000_000
 SUFFIX = ".index.json"
+_HINT = "index and shards do not belong together; fetch the folder again"
+_FILE_NAME = re.compile(r"(?!\.{1,2}\Z)[^/\\:\x00-\x1f]+")
 
 ReadFile = Callable[[Path], tuple[Mapping[str, str], Mapping[str, Tensor]]]
 
@@ -23,23 +26,20 @@ def read_index(path: Path, read_file: ReadFile) -> tuple[dict[str, str], dict[st
     places = weight_map(path)
     metadata: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
-    shards = sorted(set(places.values()))
-    if missing := [shard for shard in shards if not (path.parent / shard).is_file()]:
-        raise CheckpointError(
-            f"{path} names {missing[0]!r}, which is not there", hint="fetch the missing shard"
-        )
-    for shard in shards:
+    for shard in sorted(set(places.values())):
+        if not (path.parent / shard).is_file():
+            raise CheckpointError(
+                f"{path} names {shard!r}, which is not there", hint="fetch the missing shard"
+            )
         shard_metadata, shard_tensors = read_file(path.parent / shard)
         metadata |= shard_metadata
         for name, tensor in shard_tensors.items():
             if places.get(name) != shard:
                 raise CheckpointError(f"{path} does not list tensor {name!r} of {shard!r}", hint=_HINT)
             tensors[name] = tensor
-    if absent := sorted(places.keys() - tensors.keys()):
-        name = absent[0]
-        raise CheckpointError(
-            f"{path} lists tensor {name!r} in {places[name]!r}, where it is not", hint=_HINT
-        )
+    for name in sorted(places.keys() - tensors.keys())[:1]:
+        what = f"lists tensor {name!r} in {places[name]!r}, where it is not"
+        raise CheckpointError(f"{path} {what}", hint=_HINT)
     return metadata, tensors
 
 
@@ -64,16 +64,9 @@ def weight_map(path: Path) -> dict[str, str]:
             hint="give the file with the weights, or the folder that holds it",
         )
     for name, shard in places.items():
-        if not isinstance(shard, str) or not _is_plain(shard):
+        if not isinstance(shard, str) or not _FILE_NAME.fullmatch(shard):
             raise CheckpointError(
                 f"{path} places tensor {name!r} in {shard!r}, which is not a file of its folder",
                 hint="an index may only name files beside it; this one was not written by a tool you want to trust",
             )
     return places
-
-
-def _is_plain(name: str) -> bool:
-    return name not in ("", ".", "..") and not any(c in "/\\:" or ord(c) < 32 for c in name)
-
-
-_HINT = "index and shards do not belong together; fetch the folder again"

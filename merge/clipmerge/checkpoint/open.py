@@ -57,8 +57,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             glob = any(mark in file.name for mark in "*?[")
             message = f"no file matches {file}" if glob else f"{file} does not exist"
             raise CheckpointError(message, hint="check the path")
-        fetched = hub.download(str(path))
-        file, stem, extra = fetched.path, fetched.stem, {**fetched.extra, "reference": str(path)}
+        file, stem, extra = hub.download(str(path))
+        extra["reference"] = str(path)
     place = file
     if file.is_dir():
         file, stem = checkpoint_in(file), file.resolve().name

@@ -1,8 +1,6 @@
 """Write files and folders that appear whole or not at all.
 
-Everything goes to a sibling first, `.NAME.01234567.clipmerge-tmp`, which takes its final name by a rename. The writer
-holds a lock (flock) on the sibling for as long as it lives: the next run can tell what a killed run left behind, which
-it removes, from what another run is writing, which it leaves alone.
+Everything goes to a sibling first, `.NAME.01234567.clipmerge-tmp`, which takes its final name by a rename.
 """
 
 import errno
@@ -10,7 +8,7 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
@@ -18,6 +16,7 @@ from secrets import token_hex
 from stat import S_ISDIR, S_ISREG
 
 from clipmerge.errors import OutputError
+from clipmerge.types import Bytes
 
 SUFFIX = ".clipmerge-tmp"
 
@@ -94,15 +93,12 @@ def new_files(
     path, size = targets[0][0], sum(size for _, size in targets)
     with ExitStack() as stack:
         with _explain(path, size):
-            siblings = [stack.enter_context(_new_sibling(target)) for target, _ in targets]
-            for (target, count), (_, descriptor) in zip(targets, siblings, strict=True):
+            siblings = stack.enter_context(_siblings([target for target, _ in targets]))
+            for (target, count), descriptor in zip(targets, siblings.values(), strict=True):
                 _allocate(target, descriptor, count)
-        yield [descriptor for _, descriptor in siblings]
+        yield list(siblings.values())
         with _explain(path, size):
-            pairs = [(sibling, target) for (sibling, _), (target, _) in zip(siblings, targets, strict=True)]
-            _publish(
-                pairs, force=force, superseded=superseded, sync=[d for _, d in siblings] if fsync else ()
-            )
+            _publish(siblings, [target for target, _ in targets], force, fsync, superseded)
 
 
 @contextmanager
@@ -124,9 +120,9 @@ def whole_file(
         if parents:
             path.parent.mkdir(parents=True, exist_ok=True)
         real = check_target(path, force=force)
-        with _new_sibling(real) as (sibling, descriptor):
-            yield sibling
-            _publish([(sibling, real)], force=force, sync=[descriptor] if fsync else ())
+        with _siblings([real]) as siblings:
+            yield next(iter(siblings))
+            _publish(siblings, [real], force, fsync)
 
 
 @contextmanager
@@ -139,7 +135,8 @@ def whole_folder(folder: Path, names: Sequence[str]) -> Iterator[Path]:
     Raises:
         OutputError: it cannot be written. Nothing is left behind.
     """
-    with _explain(folder), _new_sibling(folder, folder=True) as (sibling, _):
+    with _explain(folder), _siblings([folder], folders=True) as siblings:
+        (sibling,) = siblings
         try:
             yield sibling
         except OutputError as error:  # speak of the place that was asked for
@@ -151,13 +148,13 @@ def whole_folder(folder: Path, names: Sequence[str]) -> Iterator[Path]:
             (sibling / name).replace(folder / name)
 
 
-def write_at(descriptor: int, content: "bytes | memoryview", offset: int, path: Path) -> None:
+def write_at(descriptor: int, path: Path, offset: int, content: "bytes | Bytes") -> None:
     """Write all of `content` at `offset`.
 
     Raises:
         OutputError: the disk is full or fails.
     """
-    view = memoryview(content)
+    view = memoryview(content)  # type: ignore[arg-type]
     with _explain(path, len(view)):
         while view:
             count = os.pwrite(descriptor, view, offset)
@@ -165,28 +162,41 @@ def write_at(descriptor: int, content: "bytes | memoryview", offset: int, path: 
 
 
 @contextmanager
-def _new_sibling(target: Path, folder: bool = False) -> Iterator[tuple[Path, int]]:
-    """Make an empty, locked sibling of `target`; remove it on leaving unless it was renamed."""
-    name = target.name  # a long one is cut, and made distinct by its digest
-    if len(os.fsencode(name)) > 120:
-        name = f"{name[:20]}~{sha256(os.fsencode(name)).hexdigest()[:8]}"
-    _clear_leftovers(target.parent, name)
-    flags = os.O_RDONLY if folder else os.O_CREAT | os.O_EXCL | os.O_RDWR
-    while True:
-        sibling = target.with_name(f".{name}.{token_hex(4)}{SUFFIX}")
-        if folder:
-            sibling.mkdir()
-        descriptor = os.open(sibling, flags | os.O_CLOEXEC, 0o666)
-        try:
-            with suppress(OSError):  # a file system without locks: leftovers stay until removed by hand
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            # Before it was locked, another run may have taken it for a leftover. Then it is made again.
-            if sibling.exists() and os.path.samestat(os.fstat(descriptor), sibling.stat()):
-                yield sibling, descriptor
-                return
-        finally:
+def _siblings(targets: Sequence[Path], folders: bool = False) -> Iterator[dict[Path, int]]:
+    """Make an empty, locked sibling of each target, open by its descriptor; remove them on leaving unless renamed."""
+    flags = os.O_RDONLY if folders else os.O_CREAT | os.O_EXCL | os.O_RDWR
+    noted: list[Path] = []
+    siblings: dict[Path, int] = {}
+    try:
+        for target in targets:
+            name = target.name  # a long one is cut, and made distinct by its digest
+            if len(os.fsencode(name)) > 120:
+                name = f"{name[:20]}~{sha256(os.fsencode(name)).hexdigest()[:8]}"
+            _clear_leftovers(target.parent, name)
+            # The protocol: a writer holds a lock (flock) on its sibling for as long as it lives, also when it is
+            # killed. So whoever comes next can tell what a dead run left, whose lock is free, from what a live one
+            # is writing. Between its making and its locking a sibling looks dead, and another run may take it
+            # away: it is made again then.
+            while True:
+                sibling = target.with_name(f".{name}.{token_hex(4)}{SUFFIX}")
+                noted.append(
+                    sibling
+                )  # before it is made: Ctrl-C may arrive at any moment, also right after that
+                if folders:
+                    sibling.mkdir()
+                descriptor = os.open(sibling, flags | os.O_CLOEXEC, 0o666)
+                with suppress(OSError):  # a file system without locks: leftovers stay until removed by hand
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+                if sibling.exists() and os.path.samestat(os.fstat(descriptor), sibling.stat()):
+                    siblings[sibling] = descriptor
+                    break
+                os.close(descriptor)
+        yield siblings
+    finally:
+        for path in noted:
+            _remove(path)
+        for descriptor in siblings.values():
             os.close(descriptor)
-            _remove(sibling)
 
 
 def _clear_leftovers(folder: Path, name: str) -> None:
@@ -228,32 +238,31 @@ def _allocate(target: Path, descriptor: int, size: int) -> None:
 
 
 def _publish(
-    pairs: Sequence[tuple[Path, Path]],
-    *,
+    siblings: Mapping[Path, int],
+    targets: Sequence[Path],
     force: bool,
+    fsync: bool,
     superseded: Sequence[Path] = (),
-    sync: Sequence[int] = (),
 ) -> None:
     """Rename each sibling to its target, all of them or (without `force`) none."""
-    for descriptor in sync:
+    for descriptor in siblings.values() if fsync else ():
         os.fsync(descriptor)
-    last = pairs[-1][1]
-    folder = os.open(last.parent, os.O_RDONLY | os.O_CLOEXEC)
+    folder = os.open(targets[-1].parent, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        if len(pairs) > 1 or superseded:
+        if len(targets) > 1 or superseded:
             with suppress(OSError):  # one run at a time, or two would each place half of the files
                 fcntl.flock(folder, fcntl.LOCK_EX)
-        if force and len(pairs) > 1:
-            last.unlink(missing_ok=True)
+        if force and len(targets) > 1:
+            targets[-1].unlink(missing_ok=True)
         with ExitStack() as take_back:
-            for sibling, target in pairs:
+            for sibling, target in zip(siblings, targets, strict=True):
                 _rename(sibling, target, force)
                 if not force:
                     take_back.callback(target.unlink, missing_ok=True)
             take_back.pop_all()
         for old in superseded:
             old.unlink(missing_ok=True)
-        if sync:
+        if fsync:
             os.fsync(folder)
     finally:
         os.close(folder)

@@ -7,7 +7,6 @@ the process: nothing that goes through many files maps them.
 """
 
 import errno
-import mmap
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -170,10 +169,8 @@ class Mapped:
     def _map(self, path: Path) -> Bytes:
         if path not in self._maps:
             try:
-                with path.open("rb") as file:
-                    size = os.fstat(file.fileno()).st_size
-                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+                is_empty = path.stat().st_size == 0  # which no system maps
+                self._maps[path] = np.empty(0, np.uint8) if is_empty else np.memmap(path, np.uint8, "r")
             except OSError as error:
                 raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-            self._maps[path] = np.frombuffer(mapped, np.uint8)
         return self._maps[path]

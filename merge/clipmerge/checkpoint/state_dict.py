@@ -1,7 +1,7 @@
 """From what a pickle holds to one flat mapping of names: state dicts, training checkpoints, whole modules."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -12,51 +12,45 @@ from clipmerge.checkpoint.zip_file import Archive
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "params")
 """Keys under which training scripts keep the weights, in the order they are tried."""
 MAX_MODULES, MAX_TENSORS, MAX_DEPTH, MAX_NAME, MAX_CODE = 100_000, 100_000, 64, 1024, 8 << 20
+_CLASS = re.compile(r"^class (\w{1,200})\(Module\):$", re.MULTILINE)
+_STATE = re.compile(r"^  __(?:parameters|buffers)__ = \[([^\]\n]*)\]$", re.MULTILINE)
+
 AnyTensor = RawTensor | Unreadable
 
 
-class ScriptMembers:
-    """Which attributes of a scripted class are its state: the archive's code says so in two lists of names.
+def script_members(archive: Archive, folder: str) -> dict[str, frozenset[str]]:
+    """Read which attributes of scripted classes are their state: the archive's code says so in two lists of names.
 
     The code is text to us. Plain tensor attributes (an attention mask) stand beside parameters in the archive's
     pickle and are no part of a state dict.
+
+    Returns:
+        Names of the parameters and buffers by class, `__torch__.module.Class`.
     """
-
-    _class = re.compile(r"^class (\w{1,200})\(Module\):$", re.MULTILINE)
-    _list = re.compile(r"^  __(?:parameters|buffers)__ = \[([^\]\n]*)\]$", re.MULTILINE)
-
-    def __init__(self, archive: Archive, folder: str) -> None:
-        self._archive, self._folder = archive, folder
-        self._known: dict[str, frozenset[str]] = {}
-        self._read: set[str] = set()
-
-    def __call__(self, cls: str) -> frozenset[str] | None:
-        """Return the names of the parameters and buffers of `__torch__.module.Class`; None if its code is silent."""
-        module = cls.rpartition(".")[0]
-        entry = f"{self._folder}/code/{module.replace('.', '/')}.py"
-        if entry in self._archive.entries and entry not in self._read:
-            self._read.add(entry)
-            code = self._archive.read(entry, MAX_CODE).decode()
-            parts = self._class.split(code)
+    members = {}
+    for entry in archive.entries:
+        if entry.startswith(f"{folder}/code/") and entry.endswith(".py"):
+            module = entry.removeprefix(f"{folder}/code/").removesuffix(".py").replace("/", ".")
+            parts = _CLASS.split(archive.read(entry, MAX_CODE).decode())
             for name, body in zip(parts[1::2], parts[2::2], strict=True):
-                lists = " ".join(self._list.findall(body))
-                self._known[f"{module}.{name}"] = frozenset(re.findall(r'"([^"\n]{1,200})"', lists))
-        return self._known.get(cls)
+                lists = " ".join(_STATE.findall(body))
+                members[f"{module}.{name}"] = frozenset(re.findall(r'"([^"\n]{1,200})"', lists))
+    return members
 
 
 def find_state_dict(
-    root: Any, members: ScriptMembers | None = None
+    root: Any, members: Mapping[str, frozenset[str]] | None = None
 ) -> tuple[dict[str, AnyTensor], dict[str, Any]]:
     """Find the weights in an unpickled object.
 
     Args:
-        members: knows a TorchScript class's parameters and buffers.
+        members: of a TorchScript archive, see `script_members`.
 
     Returns:
         Tensors by name; and the "class" of a module, and what was "saved" beside the weights.
     """
     if isinstance(root, Stub):
-        walk = _script_tensors(root, members) if members else _module_tensors(root)
+        walk = _script_tensors(root, members) if members is not None else _module_tensors(root)
         tensors = dict(islice(walk, MAX_TENSORS + 1))
         if len(tensors) > MAX_TENSORS:
             raise Malformed(f"its modules hold more than {MAX_TENSORS} tensors")
@@ -85,10 +79,10 @@ def _module_tensors(root: Stub) -> Iterator[tuple[str, AnyTensor]]:
                 yield _name(prefix, name), value
 
 
-def _script_tensors(root: Stub, members: ScriptMembers) -> Iterator[tuple[str, AnyTensor]]:
+def _script_tensors(root: Stub, members: Mapping[str, frozenset[str]]) -> Iterator[tuple[str, AnyTensor]]:
     """A scripted module keeps all attributes in one dict; its class's code says which are its state."""
     for prefix, module in _modules(root, lambda stub: _entries(stub, None)):
-        known = members(module.path)
+        known = members.get(module.path)
         for name, value in _entries(module, None).items():
             if _is_tensor(value) and (known is None or name in known):
                 yield _name(prefix, name), value

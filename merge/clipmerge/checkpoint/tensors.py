@@ -1,6 +1,5 @@
 """What a checkpoint is before anything is read: names, shapes, dtypes, and where the bytes lie."""
 
-import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -112,18 +111,6 @@ class Checkpoint:
                 ) from error
         return stamps
 
-    def read(self, name: str) -> npt.NDArray[Any]:
-        """Read one tensor into an array of its own (BF16 and F8 as raw bits)."""
-        tensor = self.tensors[name]
-        parts = [
-            np.fromfile(e.source, np.uint8, e.nbytes, offset=e.offset)
-            if isinstance(e.source, Path)
-            else e.source[e.offset : e.offset + e.nbytes]
-            for e in tensor.extents
-        ]
-        raw = np.concatenate(parts) if parts else np.empty(0, np.uint8)
-        return np.array(tensor.view(raw), order="C", copy=True)
-
 
 def identifiers(stems: list[str]) -> list[str]:
     """Make a distinct identifier for each file stem, in order: letters, digits and `_`, `_2` … on a clash."""
@@ -139,9 +126,3 @@ def identifiers(stems: list[str]) -> list[str]:
         taken.add(name)
         out.append(name)
     return out
-
-
-def names_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Digest names, dtypes and shapes: equal for checkpoints that fit together."""
-    text = "\n".join(f"{n} {t.dtype} {t.shape}" for n, t in sorted(tensors.items()))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clipmerge.checkpoint.tensors import Extent
-from clipmerge.checkpoint.unpickler import Global, Malformed, Span, Stub, Unsafe, dict_of, new
+from clipmerge.checkpoint.unpickler import Global, Malformed, Stub, Unsafe, dict_of, new
 from clipmerge.dtypes import BY_TORCH_NAME, ITEMSIZE
 
 STORAGES: Mapping[str, str] = {
@@ -83,31 +83,31 @@ class Unreadable:
     kind: str
 
 
-class TorchCalls:
-    """The table, bound to the one thing it needs from the file: how to read a pickle inside a byte string."""
+def call(nested: Callable[[Extent | bytes], Any], function: Global, args: tuple[Any, ...]) -> Any:
+    """Return what calling `function` gives.
 
-    def __init__(self, nested: Callable[[Span | bytes], Any]) -> None:
-        self._nested = nested
-
-    def __call__(self, function: Global, args: tuple[Any, ...]) -> Any:
-        """Return what calling `function` gives."""
-        path = function.path
-        if path == "torch.storage._load_from_bytes":
-            return self._nested(*args)
-        if path in ("torch._tensor._rebuild_from_type_v2", "torch._tensor._rebuild_from_type"):
-            inner, _, inner_args, _ = args
-            if not isinstance(inner, Global) or not isinstance(inner_args, tuple):
-                raise Malformed("it rebuilds a tensor by something that is not a function")
-            if "_rebuild_from_type" in inner.path:  # or each would call the next, without end
-                raise Unsafe(inner.path)
-            return inner(*inner_args)
-        if path in _CALLS:
-            return _CALLS[path](*args)
-        if path in UNREADABLE:
-            return Unreadable(UNREADABLE[path])
-        if path in _INERT or path.partition(".")[0] in _DATA_MODULES or _is_foreign_class(path):
-            return Stub(path, args)
-        raise Unsafe(path)
+    Args:
+        nested: reads a pickle inside a byte string.
+    """
+    path = function.path
+    if path == "torch.storage._load_from_bytes":
+        return nested(*args)
+    if path in ("torch._tensor._rebuild_from_type_v2", "torch._tensor._rebuild_from_type"):
+        inner, _, inner_args, _ = args
+        if not isinstance(inner, Global) or not isinstance(inner_args, tuple):
+            raise Malformed("it rebuilds a tensor by something that is not a function")
+        if "_rebuild_from_type" in inner.path:  # or each would call the next, without end
+            raise Unsafe(inner.path)
+        return inner(*inner_args)
+    if path in _CALLS:
+        return _CALLS[path](*args)
+    if path in UNREADABLE:
+        return Unreadable(UNREADABLE[path])
+    first, last = path.partition(".")[0], path.rpartition(".")[2]
+    is_foreign_class = first not in sys.stdlib_module_names and last.lstrip("_")[:1].isupper()
+    if path in _INERT or first in _DATA_MODULES or is_foreign_class:
+        return Stub(path, args)
+    raise Unsafe(path)
 
 
 def persistent(saved: Any) -> Any:
@@ -125,18 +125,14 @@ def persistent(saved: Any) -> Any:
     if dtype is None and word not in _UNREAD_WIDTHS:
         raise Malformed(f"it has a storage of the unknown kind {word[:40]!r}")
     width = _UNREAD_WIDTHS[word] if dtype is None else ITEMSIZE[dtype]
-    storage = Storage(str(name), dtype, width, numel * width)
-    return _viewed(storage, view[0]) if view and view[0] is not None else storage
-
-
-def _viewed(storage: Storage, view: Any) -> Storage:
-    _, offset, numel = view
-    width = storage.width
-    if type(offset) is not int or type(numel) is not int or min(offset, numel) < 0:
+    if not view or view[0] is None:
+        return Storage(str(name), dtype, width, numel * width)
+    _, offset, part = view[0]
+    if type(offset) is not int or type(part) is not int or min(offset, part) < 0:
         raise Malformed("it has a malformed view of a storage")
-    if (offset + numel) * width > storage.nbytes:
+    if offset + part > numel:
         raise Malformed("it has a view that is larger than its storage")
-    return Storage(storage.key, storage.dtype, width, numel * width, offset * width)
+    return Storage(str(name), dtype, width, part * width, offset * width)
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> RawTensor | Unreadable:
@@ -183,21 +179,12 @@ def _encoded(text: Any, encoding: Any = "latin1") -> bytes:
     return text.encode("latin-1")
 
 
-def _attribute(owner: Any, name: Any) -> Global:
+def _attribute(owner: Any, name: Any) -> Global | Stub:
     """How Python 3.11 pickles an enum's member; calling the result is refused under its whole name."""
     if not isinstance(owner, Global | Stub) or not isinstance(name, str) or len(owner.path + name) > 2000:
         raise Malformed("it takes an attribute of something that is not a class")
-    call = owner.call if isinstance(owner, Global) else _refuse
-    return Global(f"{owner.path}.{name}", call)
-
-
-def _refuse(function: Global, _: tuple[Any, ...]) -> Any:
-    raise Unsafe(function.path)
-
-
-def _is_foreign_class(path: str) -> bool:
-    parts = path.split(".")
-    return parts[0] not in sys.stdlib_module_names and parts[-1].lstrip("_")[:1].isupper()
+    path = f"{owner.path}.{name}"
+    return Global(path, owner.call) if isinstance(owner, Global) else Stub(path)
 
 
 _CALLS: Mapping[str, Callable[..., Any]] = {

@@ -8,7 +8,8 @@ pickle is read by `unpickler`, and tensors become extents of the file: nothing o
 import io
 import pickle
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import cache, partial
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,10 +18,10 @@ import numpy as np
 
 from clipmerge.checkpoint import zip_file
 from clipmerge.checkpoint.safetensors import check_shape
-from clipmerge.checkpoint.state_dict import AnyTensor, ScriptMembers, find_state_dict
+from clipmerge.checkpoint.state_dict import AnyTensor, find_state_dict, script_members
 from clipmerge.checkpoint.tensors import Extent, Tensor
-from clipmerge.checkpoint.torch_calls import RawTensor, Storage, TorchCalls, Unreadable, persistent
-from clipmerge.checkpoint.unpickler import Budget, Malformed, Span, Unpickler, Unsafe, Window
+from clipmerge.checkpoint.torch_calls import RawTensor, Storage, Unreadable, call, persistent
+from clipmerge.checkpoint.unpickler import Budget, Malformed, Unpickler, Unsafe, Window
 from clipmerge.checkpoint.views import row_major
 from clipmerge.dtypes import ITEMSIZE
 from clipmerge.errors import CheckpointError, UnsafeFileError
@@ -33,7 +34,8 @@ _FAULTS = (
 )  # fmt: skip
 """What Python's unpickler meets in a damaged file."""
 
-Locate = Callable[[Storage], Extent]
+Locate = Callable[[str], Extent]
+"""Storage key → where the storage lies."""
 
 
 def looks_like(head: bytes) -> bool:
@@ -70,8 +72,8 @@ def read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _read(path: Path, file: BinaryIO) -> tuple[dict[str, AnyTensor], dict[str, Any], Locate]:
     if not zip_file.looks_like(file.read(8)):
         end = file.seek(0, 2)
-        root, place = _read_pickles(Window(file, path, 0, end, Budget(end)))
-        return *find_state_dict(root), place
+        root, locate = _read_pickles(Window(file, path, 0, end, Budget(end)))
+        return *find_state_dict(root), locate
     archive = zip_file.Archive(path, file)
     roots = [name for name in archive.entries if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(roots) != 1:
@@ -80,50 +82,31 @@ def _read(path: Path, file: BinaryIO) -> tuple[dict[str, AnyTensor], dict[str, A
     order = f"{folder}/byteorder"
     if order in archive.entries and archive.read(order, 16).strip() != b"little":
         raise Malformed("it was saved on a big-endian machine; save it again on a little-endian one")
-    window = _in_memory(archive.read(roots[0], MAX_PICKLE))
-    root, _ = _read_pickles(window, nesting=1)
+    data = archive.read(roots[0], MAX_PICKLE)
+    root, _ = _read_pickles(_in_memory(data, Budget(len(data))), nesting=1)
     is_script = any(name.startswith(f"{folder}/code/") for name in archive.entries)
-    places: dict[str, Extent] = {}
-
-    def locate(storage: Storage) -> Extent:
-        if storage.extent is not None:
-            return storage.extent
-        if storage.key not in places:
-            places[storage.key] = archive.locate(f"{folder}/data/{storage.key}")
-        return places[storage.key]
-
-    return *find_state_dict(root, ScriptMembers(archive, folder) if is_script else None), locate
+    members = script_members(archive, folder) if is_script else None
+    return *find_state_dict(root, members), cache(lambda key: archive.locate(f"{folder}/data/{key}"))
 
 
 def _read_pickles(window: Window, nesting: int = 0) -> tuple[Any, Locate]:
     """One pickle, or the legacy sequence: magic, version, machine, object, storage keys, storages."""
+    storages: dict[str, Storage] = {}
+    places: dict[str, Extent] = {}
 
-    def inner(data: Span | bytes) -> Any:
+    def nested(data: Extent | bytes) -> Any:
         if nesting > 1:
             raise Malformed("it nests files too deeply")
-        if isinstance(data, Span):
-            begin, end = data.offset, data.offset + data.nbytes
-            part = Window(window.file, window.source, begin, end, window.budget)
+        if isinstance(data, Extent):
+            end = data.offset + data.nbytes
+            part = Window(window.file, window.source, data.offset, end, window.budget)
         else:
             part = _in_memory(data, window.budget)
-        part.reads_left = window.reads_left  # one pickle may name another a million times
         root, locate = _read_pickles(part, nesting + 1)
-        window.reads_left = part.reads_left
         window.file.seek(window.at)
         if isinstance(root, Storage):
-            root.extent = locate(root)
+            root.extent = root.extent or locate(root.key)
         return root
-
-    def load(named: Callable[[Any], Any] = persistent) -> Any:
-        return Unpickler(window, TorchCalls(inner), named).load()
-
-    root = load()
-    if root != LEGACY_MAGIC or isinstance(root, bool):
-        return root, _nowhere
-    version, machine = load(), load()
-    if version != 1001 or not isinstance(machine, dict) or machine.get("little_endian") is not True:
-        raise Malformed("it was saved by a torch, or on a machine, whose files are not read")
-    storages: dict[str, Storage] = {}
 
     def named(saved: Any) -> Any:
         storage = persistent(saved)
@@ -131,42 +114,34 @@ def _read_pickles(window: Window, nesting: int = 0) -> tuple[Any, Locate]:
             storages.setdefault(storage.key, storage)
         return storage
 
-    root = load(named)
-    return root, _legacy_storages(window, load(), storages)
+    def load() -> Any:
+        return Unpickler(window, partial(call, nested), named).load()
 
+    def locate(key: str) -> Extent:
+        if key not in places:
+            raise Malformed("it has a tensor whose storage is not in the file")
+        return places[key]
 
-def _legacy_storages(window: Window, keys: Any, storages: Mapping[str, Storage]) -> Locate:
-    """Behind the pickles: for each key a count of elements (8 bytes), then the elements."""
+    root = load()
+    if root != LEGACY_MAGIC or isinstance(root, bool):
+        return root, locate
+    version, machine = load(), load()
+    if version != 1001 or not isinstance(machine, dict) or machine.get("little_endian") is not True:
+        raise Malformed("it was saved by a torch, or on a machine, whose files are not read")
+    storages.clear()
+    root, keys = load(), load()
     if not isinstance(keys, list):
         raise Malformed("its list of storages is not a list")
-    places: dict[str, Extent] = {}
-    for key in keys:
+    for key in keys:  # behind the pickles: for each key a count of elements (8 bytes), then the elements
         storage = storages.get(str(key)) if isinstance(key, str | int) else None
-        if storage is None or str(key) in places:
+        if storage is None or storage.key in places:
             raise Malformed("its list of storages does not match its tensors")
-        count = int.from_bytes(window.read(8), "little")
-        span = window.skip(count * storage.width)
-        places[storage.key] = Extent(window.source, span.offset, span.nbytes)
-
-    def locate(storage: Storage) -> Extent:
-        if storage.extent is not None:
-            return storage.extent
-        if storage.key not in places:
-            raise Malformed("it has a tensor whose storage is missing")
-        return places[storage.key]
-
-    return locate
+        places[storage.key] = window.skip(int.from_bytes(window.read(8), "little") * storage.width)
+    return root, locate
 
 
-def _nowhere(storage: Storage) -> Extent:
-    if storage.extent is None:
-        raise Malformed("it has a tensor whose storage is not in the file")
-    return storage.extent
-
-
-def _in_memory(data: bytes, budget: Budget | None = None) -> Window:
-    source = np.frombuffer(data, np.uint8)
-    return Window(io.BytesIO(data), source, 0, len(data), budget or Budget(len(data)))
+def _in_memory(data: bytes, budget: Budget) -> Window:
+    return Window(io.BytesIO(data), np.frombuffer(data, np.uint8), 0, len(data), budget)
 
 
 def _tensor(path: Path, name: str, raw: RawTensor | Unreadable, locate: Locate) -> Tensor:
@@ -177,7 +152,7 @@ def _tensor(path: Path, name: str, raw: RawTensor | Unreadable, locate: Locate) 
             f"{path}: tensor {_shown(name)!r} is {kind}",
             hint="make it a dense tensor (`.to_dense()`, `.dequantize()`, `.float()`) and save it again",
         )
-    width, whole = ITEMSIZE[raw.dtype], locate(raw.storage)
+    width, whole = ITEMSIZE[raw.dtype], raw.storage.extent or locate(raw.storage.key)
     if raw.storage.start + raw.storage.nbytes > whole.nbytes:
         raise Malformed(f"the storage of tensor {_shown(name)!r} is larger than the bytes that are there")
     check_shape(path, name, raw.dtype, raw.shape)

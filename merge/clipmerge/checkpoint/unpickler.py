@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
+from clipmerge.checkpoint.tensors import Extent
 from clipmerge.types import Bytes
 
 MAX_READS = 4_000_000
@@ -29,38 +30,42 @@ class Unsafe(Exception):  # noqa: N818
     """A pickle asks for a call that is not on the list; the message is the callable's name."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Span:
-    """A byte string that was skipped, not read: where it lies in its source."""
+class Budget:
+    """How many steps the pickles of one file may take, and how many characters and items their calls may copy.
 
-    offset: int
-    nbytes: int
+    Without the first a short pickle could name another a million times, without the second copy one long list for ever.
+    """
+
+    def __init__(self, copies: int) -> None:
+        self.steps, self.copies = MAX_READS, copies
+
+    def charge(self, args: tuple[Any, ...]) -> None:
+        """Count what a call may copy."""
+        self.copies -= sum(len(arg) for arg in args if isinstance(arg, str | list | tuple | dict))
+        if self.copies < 0:
+            raise Malformed("its pickle copies more than the file holds")
 
 
 class Window:
     """The bytes [at, end) of an open file, as an unpickler reads them: no length is believed before it is checked.
 
-    `source` is what extents into it will name. Windows into one file share `budget`: without it a short pickle could
-    copy one long list for ever.
+    `source` is what extents into it will name. Windows into one file share `budget`.
     """
 
-    def __init__(self, file: BinaryIO, source: Path | Bytes, start: int, end: int, budget: "Budget") -> None:
+    def __init__(self, file: BinaryIO, source: Path | Bytes, start: int, end: int, budget: Budget) -> None:
         self.file, self.source, self.at, self.end, self.budget = file, source, start, end, budget
-        self.reads_left = MAX_READS
         file.seek(start)
 
     def read(self, nbytes: int) -> bytes:
         """Read the next bytes, all of them."""
-        self.reads_left -= 1
-        at = self.at + nbytes
-        if nbytes < 0 or at > self.end:
-            raise Malformed("it is truncated, or a length in it is wrong")
-        if self.reads_left < 0:
+        self.budget.steps -= 1
+        if self.budget.steps < 0:
             raise Malformed(f"its pickle has more than {MAX_READS} steps")
+        self._check(nbytes)
         data = self.file.read(nbytes)
         if len(data) != nbytes:
             raise Malformed("it was shortened while it was read")
-        self.at = at
+        self.at += nbytes
         return data
 
     def readline(self) -> bytes:
@@ -71,27 +76,17 @@ class Window:
         self.at += len(data)
         return data
 
-    def skip(self, nbytes: int) -> Span:
+    def skip(self, nbytes: int) -> Extent:
         """Skip the next bytes. Returns where they lie."""
-        begin = self.at
-        if not 0 <= nbytes <= self.end - begin:
-            raise Malformed("it is truncated, or a length in it is wrong")
-        self.at = begin + nbytes
+        self._check(nbytes)
+        skipped = Extent(self.source, self.at, nbytes)
+        self.at += nbytes
         self.file.seek(self.at)
-        return Span(begin, nbytes)
+        return skipped
 
-
-@dataclass(slots=True)
-class Budget:
-    """How many characters and items the calls in one file's pickles may still copy."""
-
-    copies: int
-
-    def charge(self, args: tuple[Any, ...]) -> None:
-        """Count what a call may copy."""
-        self.copies -= sum(len(arg) for arg in args if isinstance(arg, str | list | tuple | dict))
-        if self.copies < 0:
-            raise Malformed("its pickle copies more than the file holds")
+    def _check(self, nbytes: int) -> None:
+        if not 0 <= nbytes <= self.end - self.at:
+            raise Malformed("it is truncated, or a length in it is wrong")
 
 
 @dataclass(slots=True, eq=False)
@@ -131,7 +126,7 @@ class SafeDict(dict[Any, Any]):
         for part in parts:
             if isinstance(part, int) and abs(part) >= MAX_KEY:
                 raise Malformed("its pickle uses a giant number as a key")
-            if not isinstance(part, int | str | float | Global | Stub | Span | None):
+            if not isinstance(part, int | str | float | Global | Stub | Extent | None):
                 raise Malformed(f"its pickle uses a {type(part).__name__} as a key")
         super().__setitem__(key, value)
 
@@ -199,24 +194,12 @@ class Unpickler(pickle._Unpickler):
         self._window.budget.charge(args)
         return self._call(function, args)
 
-    def _frame(self) -> None:
-        self._window.read(8)  # frames only say how to read ahead
-
-    def _span(self, width: int) -> None:
+    def _skip(self, width: int) -> None:
         self.append(self._window.skip(int.from_bytes(self._window.read(width), "little")))
-
-    def _empty_dict(self) -> None:
-        self.append(SafeDict())
 
     def _dict(self) -> None:
         items = self.pop_mark()
         self.append(dict_of(zip(items[::2], items[1::2], strict=True)))
-
-    def _empty_set(self) -> None:
-        self.append([])  # sets are lists here: nothing is hashed
-
-    def _set(self) -> None:
-        self.append(self.pop_mark())
 
     def _reduce(self) -> None:
         args, function = self.stack.pop(), self.stack.pop()
@@ -241,18 +224,19 @@ class Unpickler(pickle._Unpickler):
         elif isinstance(target, Global):
             raise Unsafe(target.path)
 
+    _base = pickle._Unpickler.dispatch
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
-        **pickle._Unpickler.dispatch,
-        pickle.FRAME[0]: _frame,
-        pickle.SHORT_BINBYTES[0]: lambda self: self._span(1),
-        pickle.BINBYTES[0]: lambda self: self._span(4),
-        pickle.BINBYTES8[0]: lambda self: self._span(8),
-        pickle.BYTEARRAY8[0]: lambda self: self._span(8),
-        pickle.EMPTY_DICT[0]: _empty_dict,
+        **_base,
+        pickle.FRAME[0]: lambda self: self._window.read(8),  # frames only say how to read ahead
+        pickle.SHORT_BINBYTES[0]: lambda self: self._skip(1),
+        pickle.BINBYTES[0]: lambda self: self._skip(4),
+        pickle.BINBYTES8[0]: lambda self: self._skip(8),
+        pickle.BYTEARRAY8[0]: lambda self: self._skip(8),
+        pickle.EMPTY_DICT[0]: lambda self: self.append(SafeDict()),
         pickle.DICT[0]: _dict,
-        pickle.EMPTY_SET[0]: _empty_set,
-        pickle.ADDITEMS[0]: pickle._Unpickler.dispatch[pickle.APPENDS[0]],
-        pickle.FROZENSET[0]: _set,
+        pickle.EMPTY_SET[0]: _base[pickle.EMPTY_LIST[0]],  # sets are lists here: nothing is hashed
+        pickle.ADDITEMS[0]: _base[pickle.APPENDS[0]],
+        pickle.FROZENSET[0]: _base[pickle.LIST[0]],
         pickle.REDUCE[0]: _reduce,
         pickle.NEWOBJ[0]: _new,
         pickle.NEWOBJ_EX[0]: _new_with_keywords,

@@ -26,7 +26,7 @@ def row_major(shape: Sequence[int], strides: Sequence[int]) -> bool:
 def transpose(tensor: Tensor) -> Tensor:
     """Exchange the axes of a matrix."""
     rows, columns = tensor.shape
-    tensor = _one_extent(tensor)
+    tensor = tensor if len(tensor.extents) == 1 else _read(tensor)
     down, across = tensor.strides or (columns, 1)
     strides = None if row_major((columns, rows), (across, down)) else (across, down)
     return Tensor(tensor.dtype, (columns, rows), tensor.extents, strides)
@@ -34,7 +34,7 @@ def transpose(tensor: Tensor) -> Tensor:
 
 def concatenate(parts: Sequence[Tensor]) -> Tensor:
     """Put tensors of one dtype, and of one shape behind the first axis, one below the other."""
-    extents = tuple(extent for part in parts for extent in without_strides(part).extents)
+    extents = tuple(extent for part in parts for extent in _without_strides(part).extents)
     rows = sum(part.shape[0] for part in parts)
     return Tensor(parts[0].dtype, (rows, *parts[0].shape[1:]), _merged(extents))
 
@@ -44,17 +44,13 @@ def split(tensor: Tensor, count: int) -> list[Tensor]:
     rows = tensor.shape[0] // count
     shape = (rows, *tensor.shape[1:])
     nbytes = prod(shape) * ITEMSIZE[tensor.dtype]
-    extents = without_strides(tensor).extents
+    extents = _without_strides(tensor).extents
     return [Tensor(tensor.dtype, shape, _between(extents, i * nbytes, nbytes)) for i in range(count)]
 
 
-def without_strides(tensor: Tensor) -> Tensor:
+def _without_strides(tensor: Tensor) -> Tensor:
     """Return the same tensor without strides; one that has them is read into memory."""
     return tensor if tensor.strides is None else _read(tensor)
-
-
-def _one_extent(tensor: Tensor) -> Tensor:
-    return tensor if len(tensor.extents) == 1 else _read(tensor)
 
 
 def _read(tensor: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from threading import Lock, Thread
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from blake3 import blake3
 
 from clipmerge.checkpoint.read import Reader
@@ -31,8 +32,8 @@ that are summed in float32 come in blocks twice as long, for the same reason.
 
 Sink = Callable[[int, Bytes], None]
 """Takes (byte offset in the destination, bytes)."""
-NotFinite = Callable[[Step], None]
-"""Called with a step of which a block is not finite; what it raises ends the pass."""
+NotFinite = Callable[[Step, npt.NDArray[Any]], None]
+"""Called with a step of which a block is not finite, and the block; what it raises ends the pass."""
 
 
 class Buffers:
@@ -61,47 +62,39 @@ Task = Callable[[Buffers], Iterator[None]]
 class Stretch:
     """A stretch of one output tensor that one thread computes, block by block.
 
-    Without digests that is one block. Hashing needs a tensor's bytes in their order, so where the digest of an input is
-    wanted, one thread takes the whole tensor.
-
     Args:
         low, high: its first element, and past the last.
-        digests: of the inputs, taken from the blocks as they are read.
+        digests: of the inputs, taken from the blocks as they are read; those that want one have the whole tensor.
     """
 
-    def __init__(self, step: Step, low: int, high: int, reader: Reader, digests: Digests | None) -> None:
-        self.step, self.low, self.high = step, low, high
-        self._reader = reader
-        self._digests = digests
-        wanted = [digests is not None and digests.wants(source, step.name) for source in step.sources]
-        self._hashers = [blake3() if is_wanted else None for is_wanted in wanted]
+    def __init__(self, step: Step, low: int, high: int, reader: Reader, digests: Digests) -> None:
+        self._step, self._low, self._high, self._reader, self._digests = step, low, high, reader, digests
+        self._inputs = step.inputs
+        self._hashers = [blake3() if digests.wants(c, step.name) else None for c in step.checkpoints]
 
     def compute(self, buffers: Buffers, not_finite: NotFinite) -> Iterator[tuple[int, Bytes]]:
         """Compute the blocks in order: (byte offset in the tensor, bytes in the thread's buffer)."""
-        dtype, length = self.step.dtype, block_length(self.step)
-        size = ITEMSIZE[dtype]
-        for low in range(self.low, self.high, length):
-            high = min(low + length, self.high)
-            out = buffers.out[: (high - low) * size].view(storage_dtype(dtype))
-            if self._is_copy():
-                self._read(0, low, high, out.view(np.uint8))
+        step, dtype, length = self._step, self._step.dtype, block_length(self._step)
+        is_copy = [(factor, tensor.dtype) for factor, tensor in self._inputs] == [(step.divisor, dtype)]
+        for low in range(self._low, self._high, length):
+            high = min(low + length, self._high)
+            out = buffers.out[: (high - low) * ITEMSIZE[dtype]].view(storage_dtype(dtype))
+            if is_copy:
+                numbers = self._read(0, low, high, out.view(np.uint8))
                 is_finite = finite(out, dtype)
             else:
-                is_finite = narrow(self._sum(low, high, buffers), dtype, out, buffers.scratch)
+                numbers = self._sum(low, high, buffers)
+                is_finite = narrow(numbers, dtype, out, buffers.scratch)
             if not is_finite:
-                not_finite(self.step)
-            yield low * size, out.view(np.uint8)
-        for source, hasher in zip(self.step.sources, self._hashers, strict=True):
-            if hasher is not None and self._digests is not None:
-                self._digests.add(source, self.step.name, hasher.hexdigest())
+                not_finite(step, numbers)
+            yield low * ITEMSIZE[dtype], out.view(np.uint8)
+        for source, hasher in zip(step.checkpoints, self._hashers, strict=True):
+            if hasher is not None:
+                self._digests.add(source, step.name, hasher.hexdigest())
 
-    def _is_copy(self) -> bool:
-        step = self.step
-        return [(factor, tensor.dtype) for factor, tensor in step.terms] == [(step.divisor, step.dtype)]
-
-    def _read(self, i: int, low: int, high: int, out: Bytes) -> np.ndarray[Any, Any]:
+    def _read(self, i: int, low: int, high: int, out: Bytes) -> npt.NDArray[Any]:
         """The stored elements [low, high) of input `i`, read into the beginning of `out`; each is read once."""
-        tensor = self.step.terms[i][1]
+        tensor = self._inputs[i][1]
         size = ITEMSIZE[tensor.dtype]
         raw = out[: (high - low) * size]
         self._reader.into(tensor, low * size, raw)
@@ -111,11 +104,11 @@ class Stretch:
 
     def _sum(self, low: int, high: int, buffers: Buffers) -> Singles | Floats:
         """Σ factor·input / divisor, as `narrow` takes it."""
-        step, halves = self.step, buffers.halves
+        step, halves = self._step, buffers.halves
         total, term = buffers.total[: high - low], buffers.term[: high - low]
         in_float32 = sums_halves(step)
         halves.begin(high - low)
-        for i, (factor, tensor) in enumerate(step.terms):
+        for i, (factor, tensor) in enumerate(self._inputs):
             raw = self._read(i, low, high, buffers.raw)
             if in_float32:
                 if halves.add(raw, total, term):
@@ -136,7 +129,7 @@ class Stretch:
             if (mean := halves.over(step.divisor)) is not None:
                 return mean
             halves.spill(total, term)
-        if not step.terms:
+        if not self._inputs:
             total[:] = 0.0
         if frexp(step.divisor)[0] != 0.5:
             np.divide(total, step.divisor, out=total)
@@ -147,8 +140,7 @@ class Stretch:
 
 def sums_halves(step: Step) -> bool:
     """Return whether the whole sum may be had in float32 (see `fp16_sum`)."""
-    halves = step.dtype == "F16" and all(factor == 1 and t.dtype == "F16" for factor, t in step.terms)
-    return halves and bool(step.terms)
+    return step.dtype == "F16" and {(f, t.dtype) for f, t in step.inputs} == {(1, "F16")}
 
 
 def block_length(step: Step) -> int:

@@ -95,7 +95,7 @@ def describe(
 
 def memory_of(plan: Plan, threads: int | None = None) -> int:
     """Bound the bytes that the pass works in; tensors of nonlinear methods are held whole, in float64."""
-    held = [(len(s.leaves) + 2) * s.numel * 8 for s in plan.steps.values() if s.kind == "computed"]
+    held = [(len(s.terms) + 2) * s.numel * 8 for s in plan.steps.values() if s.has_methods]
     return (threads or default_threads()) * Buffers().nbytes + max(held, default=0)
 
 
@@ -121,10 +121,10 @@ def _formula(step: Step, weights: Expression, names: Mapping[Checkpoint, str]) -
         return "integers that must agree"
     if step.kind == "largest":
         return "the largest step counter"
-    if step.kind == "computed":
+    if step.has_methods:
         return notation(weights)
     terms = sorted(
         (source is not weights.base, names[source], Fraction(repr(factor)) / Fraction(step.divisor))
-        for source, (factor, _) in zip(step.sources, step.terms, strict=True)
+        for source, (factor, _) in zip(step.checkpoints, step.terms, strict=True)
     )
     return sum_text([(Coefficient.of(value), name) for _, name, value in terms])

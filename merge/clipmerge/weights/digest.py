@@ -14,7 +14,7 @@ from blake3 import blake3
 from clipmerge.checkpoint.cache import cache_dir
 from clipmerge.checkpoint.output import whole_file
 from clipmerge.checkpoint.read import Reader
-from clipmerge.checkpoint.tensors import Checkpoint, Tensor, names_digest
+from clipmerge.checkpoint.tensors import Checkpoint, Tensor
 from clipmerge.errors import OutputError
 from clipmerge.types import Progress
 
@@ -134,8 +134,9 @@ def _cache_path(checkpoint: Checkpoint) -> Path | None:
     extents = (extent for tensor in checkpoint.tensors.values() for extent in tensor.extents)
     if not checkpoint.files() or not all(isinstance(extent.source, Path) for extent in extents):
         return None
-    stamp = "\n".join(" ".join(map(str, now)) for now in checkpoint.stamps_now().values())
-    key = blake3(f"{stamp}\n{names_digest(checkpoint.tensors)}".encode()).hexdigest()[:32]
+    stamps = sorted(checkpoint.stamps_now().values())
+    names = sorted((name, tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items())
+    key = blake3(repr((stamps, names)).encode(errors="replace")).hexdigest()[:32]
     return cache_dir() / "digests" / key
 
 

@@ -5,7 +5,7 @@ expression is still one streaming weighted sum. `Weights` is this value with the
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal, Self, TypeAlias, TypeVar
@@ -56,6 +56,16 @@ class Applied:
 
 
 Leaf: TypeAlias = Checkpoint | Applied
+
+
+def checkpoints_of(leaf: Leaf) -> Iterator[Checkpoint]:
+    """List the checkpoints of a leaf, as often as a method's operands name them."""
+    if isinstance(leaf, Checkpoint):
+        yield leaf
+        return
+    for operand in leaf.operands:
+        for inner in operand.terms:
+            yield from checkpoints_of(inner)
 
 
 class Expression:
@@ -114,13 +124,7 @@ class Expression:
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
         """Every checkpoint it reads, each once, in the order written."""
-        ordered: dict[Checkpoint, None] = {}
-        for leaf in self.terms:
-            if isinstance(leaf, Checkpoint):
-                ordered[leaf] = None
-            else:
-                ordered.update((c, None) for operand in leaf.operands for c in operand.checkpoints)
-        return tuple(ordered)
+        return tuple(dict.fromkeys(c for leaf in self.terms for c in checkpoints_of(leaf)))
 
     @property
     def reference(self) -> Checkpoint:

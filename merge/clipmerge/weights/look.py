@@ -16,7 +16,6 @@ from clipmerge.types import Floats, Progress
 from clipmerge.weights.check import check
 from clipmerge.weights.describe import count_words
 from clipmerge.weights.digest import Digests, for_each_tensor
-from clipmerge.weights.expression import Leaf
 from clipmerge.weights.names import TOWERS, block_of, tower_of
 from clipmerge.weights.nonfinite import PIECE
 from clipmerge.weights.record import read_record
@@ -259,11 +258,8 @@ def _distance(
 def _aligned_pieces(operands: Sequence[Weights], name: str, reader: Reader) -> Iterator[tuple[Floats, ...]]:
     """The same stretch of one tensor from every operand, stretch by stretch."""
 
-    def leaf_numbers(leaf: Leaf) -> Floats:
-        if isinstance(leaf, Checkpoint):
-            return to_float64(reader.dense(leaf.tensors[name]), leaf.tensors[name].dtype)
-        arrays = [evaluate(operand, name, leaf_numbers) for operand in leaf.operands]
-        return leaf.method.function(*arrays, **leaf.options)
+    def read(checkpoint: Checkpoint) -> Floats:
+        return to_float64(reader.dense(checkpoint.tensors[name]), checkpoint.tensors[name].dtype)
 
     def stretches(weights: Weights) -> Iterator[Floats]:
         leaf, coefficient = next(iter(weights.terms.items()))
@@ -271,7 +267,7 @@ def _aligned_pieces(operands: Sequence[Weights], name: str, reader: Reader) -> I
             tensor = leaf.tensors[name]
             yield from (to_float64(raw, tensor.dtype) for _, raw in reader.blocks(tensor, PIECE))
         else:
-            computed = evaluate(weights, name, leaf_numbers).reshape(-1)
+            computed = evaluate(weights, name, read).reshape(-1)
             yield from (computed[low : low + PIECE] for low in range(0, computed.size, PIECE))
 
     return zip(*map(stretches, operands), strict=True)

@@ -1,18 +1,35 @@
-"""Where a merge goes wrong: the input that is not finite, or the output that overflows. Read in pieces."""
+"""Say where a merge goes wrong: the input that is not finite, or the output that overflows."""
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
+import numpy.typing as npt
 
 from clipmerge.checkpoint.read import Reader
-from clipmerge.checkpoint.tensors import Tensor
 from clipmerge.dtypes import TABLE, finite, to_float64
 from clipmerge.errors import NonFiniteError
-from clipmerge.types import Floats
 from clipmerge.weights.plan import Step
 
 PIECE = 1 << 18
 """Elements looked at together."""
+
+
+def refuse(step: Step, reader: Reader, numbers: npt.NDArray[Any]) -> NoReturn:
+    """Refuse an output that is not finite, and say why.
+
+    Args:
+        numbers: the output, or a block of it, before it is narrowed.
+
+    Raises:
+        NonFiniteError: an input is not finite, or the output is more than its dtype holds.
+    """
+    refuse_inputs(step, reader)
+    worst = float(np.abs(numbers).max(initial=0.0))
+    worst = float("inf") if np.isnan(worst) else worst  # a sum of finite numbers left float64
+    raise NonFiniteError(
+        f"tensor {step.name!r} reaches {worst:.6g}, more than {step.dtype} holds ({TABLE[step.dtype].largest:.6g})",
+        hint="use smaller scales" if step.dtype in ("F64", "F32") else "write a wider dtype: --dtype fp32",
+    )
 
 
 def refuse_inputs(step: Step, reader: Reader) -> None:
@@ -21,9 +38,13 @@ def refuse_inputs(step: Step, reader: Reader) -> None:
     Raises:
         NonFiniteError: one holds NaN or infinity; says which, how many, and where the first one stands.
     """
-    for source in step.sources:
-        tensor = source.tensors[step.name]
-        count, first = count_nonfinite(tensor, reader)
+    for source in step.checkpoints:
+        tensor, count, first = source.tensors[step.name], 0, 0
+        for start, raw in reader.blocks(tensor, PIECE):
+            if not finite(raw, tensor.dtype):
+                bad = np.flatnonzero(~np.isfinite(to_float64(raw, tensor.dtype)))
+                first = first if count else start + int(bad[0])
+                count += bad.size
         if count:
             raise NonFiniteError(
                 f"{source.path or source.name}: tensor {step.name!r} holds {count} "
@@ -31,54 +52,3 @@ def refuse_inputs(step: Step, reader: Reader) -> None:
                 f"the first at {[int(i) for i in np.unravel_index(first, tensor.shape)]}",
                 hint="that checkpoint is damaged or diverged; leave it out, or pass --allow-nonfinite",
             )
-
-
-def count_nonfinite(tensor: Tensor, reader: Reader) -> tuple[int, int]:
-    """Count the elements that are NaN or infinite. Returns how many, and the flat index of the first."""
-    count = first = 0
-    for start, raw in reader.blocks(tensor, PIECE):
-        if not finite(raw, tensor.dtype):
-            bad = np.flatnonzero(~np.isfinite(to_float64(raw, tensor.dtype)))
-            first = first if count else start + int(bad[0])
-            count += bad.size
-    return count, first
-
-
-def explain(step: Step, reader: Reader, numbers: Floats | None = None) -> None:
-    """Say why a step's output is not finite, if it is not.
-
-    Args:
-        numbers: the output before it is narrowed; computed again in pieces where it is not given.
-
-    Raises:
-        NonFiniteError: an input is not finite, or the output overflows.
-    """
-    refuse_inputs(step, reader)
-    worst = _largest(numbers) if numbers is not None else _largest_of_sum(step, reader)
-    if not worst <= (TABLE[step.dtype].largest or 0.0):
-        refuse_overflow(step, worst)
-
-
-def refuse_overflow(step: Step, worst: float) -> NoReturn:
-    """Refuse an output that its dtype cannot hold."""
-    wider = step.dtype not in ("F64", "F32")
-    raise NonFiniteError(
-        f"tensor {step.name!r} reaches {worst:.6g}, more than {step.dtype} holds ({TABLE[step.dtype].largest:.6g})",
-        hint="write a wider dtype: --dtype fp32" if wider else "use smaller scales",
-    )
-
-
-def _largest(numbers: Floats) -> float:
-    """The largest magnitude; infinity where a sum of finite numbers left float64 and became NaN."""
-    worst = float(np.abs(numbers).max(initial=0.0))
-    return float("inf") if np.isnan(worst) else worst
-
-
-def _largest_of_sum(step: Step, reader: Reader) -> float:
-    worst = 0.0
-    for parts in zip(*(reader.blocks(tensor, PIECE) for _, tensor in step.terms), strict=True):
-        total = np.zeros(parts[0][1].size)
-        for (factor, tensor), (_, raw) in zip(step.terms, parts, strict=True):
-            total += factor * to_float64(raw, tensor.dtype)
-        worst = max(worst, _largest(total / step.divisor))
-    return worst

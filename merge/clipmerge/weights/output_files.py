@@ -1,6 +1,7 @@
 """Where a merge goes: one file, or several with an index, as Hugging Face lays them out."""
 
 import json
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
@@ -13,7 +14,7 @@ from clipmerge.checkpoint.safetensors import header
 from clipmerge.checkpoint.tensors import Tensor
 from clipmerge.errors import CheckpointError
 from clipmerge.weights.expression import Expression
-from clipmerge.weights.plan import Plan, make_plan
+from clipmerge.weights.plan import Plan, Step, make_plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ def check_save(
     inputs = [file for checkpoint in weights.checkpoints for file in checkpoint.files()]
     real = check_target(path, force=force, inputs=inputs)
     plan = make_plan(weights, dtype=dtype)
-    groups = _groups(plan.tensors, shard_size)
+    groups = _groups(plan.steps, shard_size)
     stem = real.name.removesuffix(".safetensors")
     index = real.with_name(f"{stem}.safetensors.index.json") if len(groups) > 1 else None
     names = [f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
@@ -71,7 +72,7 @@ def check_save(
 
 def output_files(target: Target, metadata: Mapping[str, str]) -> list[OutputFile]:
     """Lay the files out. The index comes last: it appears only when all that it names is there."""
-    tensors = target.plan.tensors
+    tensors = {name: Tensor(step.dtype, step.shape, ()) for name, step in target.plan.steps.items()}
     files = [
         OutputFile(path, *header({name: tensors[name] for name in names}, metadata))
         for path, names in target.shards
@@ -93,24 +94,17 @@ def _superseded(path: Path, stem: str, files: Collection[Path | None]) -> list[P
     old: list[str] = []
     with suppress(CheckpointError):  # there is none, or a file of another kind by that name
         old = sorted(name for name in set(weight_map(index).values()) if shard.fullmatch(name))
-    return [f for f in (index, path, *map(path.with_name, old)) if f not in files and _is_file(f)]
+    # os.path.isfile, unlike Path.is_file, answers for names that are too long too.
+    return [f for f in (index, path, *map(path.with_name, old)) if f not in files and os.path.isfile(f)]  # noqa: PTH113
 
 
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # the name is too long
-        return False
-
-
-def _groups(tensors: Mapping[str, Tensor], shard_size: int | None) -> list[list[str]]:
+def _groups(steps: Mapping[str, Step], shard_size: int | None) -> list[list[str]]:
     groups: list[list[str]] = [[]]
     filled = 0
-    for name in sorted(tensors):
-        size = tensors[name].nbytes
-        if shard_size is not None and groups[-1] and filled + size > shard_size:
+    for name in sorted(steps):
+        if shard_size is not None and groups[-1] and filled + steps[name].nbytes > shard_size:
             groups.append([])
             filled = 0
         groups[-1].append(name)
-        filled += size
+        filled += steps[name].nbytes
     return groups

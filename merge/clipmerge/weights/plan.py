@@ -18,9 +18,9 @@ from clipmerge.text import did_you_mean
 from clipmerge.weights.check import check
 from clipmerge.weights.coefficient import Coefficient
 from clipmerge.weights.digest import content_digest
-from clipmerge.weights.expression import Applied, Expression, Leaf
+from clipmerge.weights.expression import Applied, Expression, Leaf, checkpoints_of
 
-Kind = Literal["sum", "agree", "largest", "computed"]
+Kind = Literal["sum", "agree", "largest"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,21 +28,17 @@ class Step:
     """One output tensor.
 
     Attributes:
-        kind: "sum" is Σ factor·input / divisor; "agree" copies integers that must be equal everywhere;
-            "largest" is a mean's step counters; "computed" needs whole tensors (a nonlinear method).
-        terms: (factor, stored tensor), in an order that depends on the contents alone.
-        sources: the checkpoint of each term; every checkpoint that a "computed" step reads.
-        leaves: of a "computed" step: (coefficient, leaf).
+        kind: "sum" is Σ factor·leaf / divisor; "agree" copies integers that must be equal everywhere; "largest" is a
+            mean's step counters.
+        terms: (factor, leaf), in an order that depends on the contents alone.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     kind: Kind
-    terms: tuple[tuple[float, Tensor], ...]
-    divisor: float
-    sources: tuple[Checkpoint, ...]
-    leaves: tuple[tuple[float, Leaf], ...] = ()
+    terms: tuple[tuple[float, Leaf], ...]
+    divisor: float = 1.0
 
     @property
     def numel(self) -> int:
@@ -52,20 +48,36 @@ class Step:
     def nbytes(self) -> int:
         return self.numel * ITEMSIZE[self.dtype]
 
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """Every checkpoint whose tensor of this name is read."""
+        return tuple(dict.fromkeys(c for _, leaf in self.terms for c in checkpoints_of(leaf)))
+
+    @property
+    def inputs(self) -> list[tuple[float, Tensor]]:
+        """(factor, stored tensor) of each term that is a checkpoint."""
+        return [(f, leaf.tensors[self.name]) for f, leaf in self.terms if isinstance(leaf, Checkpoint)]
+
+    @property
+    def has_methods(self) -> bool:
+        """Whether a nonlinear method computes a part of it, from whole tensors."""
+        return any(isinstance(leaf, Applied) for _, leaf in self.terms)
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Every output tensor by name, what is read for them, and the size of the work in bytes."""
+    """Every output tensor by name, and what is read for them."""
 
     steps: Mapping[str, Step]
     checkpoints: tuple[Checkpoint, ...]
-    read_bytes: int
-    written_bytes: int
 
     @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The outputs' names, dtypes and shapes; their bytes are nowhere yet."""
-        return {name: Tensor(step.dtype, step.shape, ()) for name, step in self.steps.items()}
+    def read_bytes(self) -> int:
+        return sum(c.tensors[name].nbytes for name, step in self.steps.items() for c in step.checkpoints)
+
+    @property
+    def written_bytes(self) -> int:
+        return sum(step.nbytes for step in self.steps.values())
 
 
 EXACT = 1 << 24
@@ -109,56 +121,34 @@ def make_plan(weights: Expression, *, dtype: str | None = None) -> Plan:
     """
     dtype = float_dtype(dtype)
     check(weights, dtype=dtype)
-    reference = weights.reference
-    ordered = _canonical(weights)
+    reference, ordered = weights.reference, _canonical(weights)
     steps = {name: _step(name, weights, ordered, reference, dtype) for name in reference.tensors}
-    read = sum(tensor.nbytes for step in steps.values() for _, tensor in step.terms)
-    read += sum(
-        c.tensors[name].nbytes for name, step in steps.items() if step.leaves for c in weights.checkpoints
-    )
-    return Plan(steps, weights.checkpoints, read, sum(step.nbytes for step in steps.values()))
+    return Plan(steps, weights.checkpoints)
 
 
 def _step(
     name: str, weights: Expression, ordered: Expression, reference: Checkpoint, dtype: str | None
 ) -> Step:
     tensor = reference.tensors[name]
-    if not tensor.is_float:
-        return _integer_step(name, weights, reference)
-    coefficients = [(leaf, coefficient.at(name)) for leaf, coefficient in ordered.terms.items()]
-    used = [(leaf, c) for leaf, c in coefficients if c]
-    out = dtype or tensor.dtype
-    points = [leaf for leaf, _ in used if isinstance(leaf, Checkpoint)]
-    if len(points) < len(used):
-        leaves = tuple((_float(c), leaf) for leaf, c in used)
-        return Step(name, out, tensor.shape, "computed", (), 1.0, weights.checkpoints, leaves)
-    factors, divisor = integer_factors([c for _, c in used])
-    terms = tuple((factor, point.tensors[name]) for factor, point in zip(factors, points, strict=True))
-    return Step(name, out, tensor.shape, "sum", terms, divisor, tuple(points))
-
-
-def _integer_step(name: str, weights: Expression, reference: Checkpoint) -> Step:
-    """Integers are never averaged: they agree, or they are step counters."""
-    tensor = reference.tensors[name]
-    counter = name.endswith("num_batches_tracked")
-    kind: Kind = "agree"
-    sources = (reference, *(c for c in weights.checkpoints if c is not reference))
-    if counter and weights.base is None:
-        kind = "largest"
-    elif counter:
-        sources = (reference,)
-    terms = tuple((1.0, c.tensors[name]) for c in sources)
-    return Step(name, tensor.dtype, tensor.shape, kind, terms, 1.0, sources)
+    if not tensor.is_float:  # integers are never averaged: they agree, or they are step counters
+        is_counter, others = name.endswith("num_batches_tracked"), weights.checkpoints
+        kind: Kind = "largest" if is_counter and weights.base is None else "agree"
+        sources = [reference] if is_counter and weights.base else [reference, *others]
+        return Step(name, tensor.dtype, tensor.shape, kind, tuple((1.0, c) for c in dict.fromkeys(sources)))
+    used = [(leaf, value) for leaf, c in ordered.terms.items() if (value := c.at(name))]
+    factors, divisor = [_float(c) for _, c in used], 1.0
+    if all(isinstance(leaf, Checkpoint) for leaf, _ in used):
+        factors, divisor = integer_factors([c for _, c in used])
+    terms = tuple((factor, leaf) for factor, (leaf, _) in zip(factors, used, strict=True))
+    return Step(name, dtype or tensor.dtype, tensor.shape, "sum", terms, divisor)
 
 
 def integer_factors(coefficients: list[Fraction]) -> tuple[list[float], float]:
-    """Turn Σ c·x into (Σ n·x) / d, with small integers n where there are some.
-
-    So the mean of equal files is that file: 1/3 is no float64, and x/3 + x/3 + x/3 rounds four times, but x + x + x
-    is exact in float64 (an integer of up to 24 bits times a float32's 24 bits fits in 53) and the division that
-    follows gives x back. The order of the sum does not show either, where the inputs lie near each other.
-    Coefficients with large denominators (0.1234567) go as they are, each rounded once to float64.
-    """
+    """Turn Σ c·x into (Σ n·x) / d, with small integers n where there are some."""
+    # Why: 1/3 is no float64, and x/3 + x/3 + x/3 rounds four times, but x + x + x is exact in float64 (an integer of
+    # up to 24 bits times a float32's 24 bits fits in 53), and the one division that follows gives x back. So the mean
+    # of equal files is that file, and where inputs lie near each other the order of the sum does not show either.
+    # Coefficients with large denominators (0.1234567) go as they are, each rounded once to float64.
     divisor = lcm(*(c.denominator for c in coefficients)) if coefficients else 1
     factors = [c.numerator * (divisor // c.denominator) for c in coefficients]
     if divisor <= EXACT and all(abs(n) <= EXACT for n in factors):
@@ -174,11 +164,10 @@ def _float(coefficient: Fraction) -> float:
 
 
 def _canonical(weights: Expression) -> Expression:
-    """Sort the terms by what the leaves contain, not by how they were listed or called.
-
-    Float64 addition commutes but does not associate: with three terms or more the order can show in the last bit.
-    Names cannot give the order, or renaming a file would change its soup.
-    """
+    """Sort the terms by what the leaves contain, not by how they were listed or called."""
+    # Float64 addition commutes but does not associate: with three terms or more the order can show in the last bit.
+    # A soup must not depend on the order of its files on the command line, and names cannot give the order, or
+    # renaming a file would change its soup. So the bytes themselves decide.
     if len(weights.terms) < 3 and all(isinstance(leaf, Checkpoint) for leaf in weights.terms):
         return weights
     return _sorted(weights, _content_keys(weights.checkpoints))[1]

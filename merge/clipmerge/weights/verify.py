@@ -171,9 +171,8 @@ def _first_difference(
 
     wrong: dict[str, int] = {}
     with Reader((checkpoint, *plan.checkpoints)) as reader:
-        comparers = {n: _comparer(n, checkpoint.tensors[n], reader, wrong) for n in plan.steps}
-        placed = [(step, comparers[name], 0) for name, step in plan.steps.items()]
-        execute(plan, placed, reader, allow_nonfinite=True, what="verifying", on_progress=on_progress)
+        sinks = [(name, _comparer(name, checkpoint.tensors[name], reader, wrong), 0) for name in plan.steps]
+        execute(plan, sinks, reader, allow_nonfinite=True, what="verifying", on_progress=on_progress)
     for name in plan.steps:
         if name in wrong:
             return name, f"{wrong[name]:,} of the {plan.steps[name].numel:,} elements of {name!r} differ"

@@ -17,7 +17,7 @@ from clipmerge.checkpoint.output import new_files, write_at
 from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import Checkpoint, identifiers
 from clipmerge.errors import CheckpointError, RecipeError
-from clipmerge.types import Bytes, Progress
+from clipmerge.types import Progress
 from clipmerge.weights import into_torch
 from clipmerge.weights.coefficient import Coefficient
 from clipmerge.weights.digest import Digests
@@ -85,25 +85,21 @@ class Weights(Expression):
         wanted = Digests(self.checkpoints if digests else ())
         known = wanted.finish() if wanted.complete else dict.fromkeys(self.checkpoints, "0" * 64)
         files = output_files(target, record(digests=known if digests else None))
-        with (
-            Reader(target.plan.checkpoints) as reader,
-            new_files(
-                [(file.path, file.size) for file in files],
-                force=force, fsync=fsync, superseded=target.superseded,
-            ) as descriptors,
-        ):  # fmt: skip
-            placed = []
-            for file, descriptor in zip(files, descriptors, strict=True):
-                sink = _file_sink(descriptor, file.path)
-                placed += [(target.plan.steps[name], sink, offset) for name, offset in file.offsets.items()]
-            execute(
-                target.plan, placed, reader, threads=threads, allow_nonfinite=allow_nonfinite, digests=wanted,
-                on_progress=on_progress,
-            )  # fmt: skip
+        targets = [(file.path, file.size) for file in files]
+        options: dict[str, Any] = {"force": force, "fsync": fsync, "superseded": target.superseded}
+        with Reader(target.plan.checkpoints) as reader, new_files(targets, **options) as descriptors:
+            placed = list(zip(files, descriptors, strict=True))
+            sinks = [
+                (name, partial(write_at, descriptor, file.path), offset)
+                for file, descriptor in placed
+                for name, offset in file.offsets.items()
+            ]
+            options = {"threads": threads, "allow_nonfinite": allow_nonfinite, "on_progress": on_progress}
+            execute(target.plan, sinks, reader, digests=wanted, **options)
             if not wanted.complete:
                 files = output_files(target, record(digests=wanted.finish(on_progress)))
-            for file, descriptor in zip(files, descriptors, strict=True):
-                write_at(descriptor, file.head, 0, file.path)
+            for file, (_, descriptor) in zip(files, placed, strict=True):
+                write_at(descriptor, file.path, 0, file.head)
         return files[-1].path
 
     def state_dict(
@@ -137,13 +133,6 @@ def __getattr__(name: str) -> Callable[..., Weights]:
     if name in METHODS:
         return function_of(METHODS[name])  # type: ignore[return-value] # Weights in, Weights out
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def _file_sink(descriptor: int, path: Path) -> Callable[[int, Bytes], None]:
-    def write(offset: int, data: Bytes) -> None:
-        write_at(descriptor, data.data, offset, path)
-
-    return write
 
 
 _opened: WeakValueDictionary[tuple[object, ...], Checkpoint] = WeakValueDictionary()

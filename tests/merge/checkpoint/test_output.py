@@ -117,7 +117,7 @@ def test_an_exception_while_writing_leaves_nothing(tmp_path: Path, error: type[B
 
     def interrupted() -> None:
         with new_files(targets, force=True) as (first, _):
-            write_at(first, b"0123456789", 0, tmp_path / "a")
+            write_at(first, tmp_path / "a", 0, b"0123456789")
             assert len(_names(tmp_path)) == 3
             raise error
 
@@ -140,8 +140,8 @@ def test_a_second_file_that_does_not_fit_takes_the_first_one_back(tmp_path: Path
 
 def test_bytes_land_where_they_are_put(tmp_path: Path) -> None:
     with new_files([(tmp_path / "a", 12)], force=False) as (descriptor,):
-        write_at(descriptor, np.arange(3, dtype=np.uint8).data, 9, tmp_path / "a")
-        write_at(descriptor, b"abc", 0, tmp_path / "a")
+        write_at(descriptor, tmp_path / "a", 9, np.arange(3, dtype=np.uint8))
+        write_at(descriptor, tmp_path / "a", 0, b"abc")
     assert (tmp_path / "a").read_bytes() == b"abc" + bytes(6) + b"\x00\x01\x02"
 
 
@@ -151,7 +151,7 @@ def test_a_write_that_is_cut_short_by_the_system_goes_on(
     pwrite = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[:7], offset))
     with new_files([(tmp_path / "a", 100)], force=False) as (descriptor,):
-        write_at(descriptor, bytes(range(100)), 0, tmp_path / "a")
+        write_at(descriptor, tmp_path / "a", 0, bytes(range(100)))
     assert (tmp_path / "a").read_bytes() == bytes(range(100))
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from clipmerge.checkpoint.output import whole_file
+from clipmerge.checkpoint.read import Reader
 from clipmerge.errors import OutputError
 from clipmerge.weights.weights import Weights, load, mean
 
@@ -325,7 +326,7 @@ def test_any_name_can_be_written_read_and_written_over(
     path = out.with_name(name)
     weights.save(path)
     again = load(path)
-    assert again.checkpoints[0].read("w").sum() == np.float32(0.5) * (2000 + 1999 * 1000)
+    assert Reader().dense(again.checkpoints[0].tensors["w"]).sum() == np.float32(0.5) * (2000 + 1999 * 1000)
     again.save(out.with_name("again"))  # the name is in the provenance of what is made of it
     weights.save(path, force=True)
     assert leftovers(out.parent) == []
@@ -473,7 +474,7 @@ def test_what_stands_under_the_same_name_in_another_shape_goes_with_it(several: 
         several.save(out, shard_size=size, force=True)
         assert _names(out.parent) == sorted([*names, mine.name])
         np.testing.assert_array_equal(
-            load(out.parent / names[-1]).checkpoints[0].read("w2"), np.full(8, 2, "f4")
+            Reader().dense(load(out.parent / names[-1]).checkpoints[0].tensors["w2"]), np.full(8, 2, "f4")
         )
 
 
