@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from clipmerge.checkpoint.read import Reader
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 StateDict = Mapping[str, Any]
