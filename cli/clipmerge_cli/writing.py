@@ -131,7 +131,7 @@ class Output(Talk):
 
     def plan(self, weights: "Weights", model: str | None) -> None:
         """Show the plan on stdout, after every check that headers and the output's folder allow."""
-        from clipmerge.weights.describe import describe
+        from clipmerge.weights.look import describe
 
         plan = describe(weights, dtype=self.dtype, threads=self.threads)
         self.check(weights, model, self.dtype)

@@ -63,8 +63,7 @@ def _different_dtypes(checkpoints: Sequence[Checkpoint]) -> list[str]:
     first, *others = checkpoints
     problems = []
     for name, tensor in first.tensors.items():
-        other = next((c for c in others if c.tensors[name].dtype != tensor.dtype), None)
-        if other is not None:
+        for other in [c for c in others if c.tensors[name].dtype != tensor.dtype][:1]:
             here, there = first.path or first.name, other.path or other.name
             problems.append(
                 f"{name!r} is {tensor.dtype} in {here} and {other.tensors[name].dtype} in {there}"

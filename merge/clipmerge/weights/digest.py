@@ -1,7 +1,8 @@
 """Content digests: what a checkpoint holds, whatever file, container or order it is stored in."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,7 @@ from blake3 import blake3
 from clipmerge.checkpoint.cache import cache_dir
 from clipmerge.checkpoint.output import whole_file
 from clipmerge.checkpoint.read import Reader
-from clipmerge.checkpoint.tensors import Checkpoint, Tensor
+from clipmerge.checkpoint.tensors import Checkpoint
 from clipmerge.errors import OutputError
 from clipmerge.types import Progress
 
@@ -24,24 +25,17 @@ PIECE = 1 << 18
 """Elements read and hashed at a time."""
 
 
-def content_digest(checkpoint: Checkpoint, on_progress: Progress | None = None) -> str:
-    """Digest names, dtypes, shapes and bytes in sorted name order: BLAKE3, 64 hex digits.
-
-    Remembered under the cache folder by the files' device, inode, size and modification time.
-    """
-    return Digests([checkpoint]).finish(on_progress)[checkpoint]
-
-
 class Digests:
     """Content digests of several checkpoints: remembered ones at once, the others from a pass that reads the tensors
     anyway.
 
-    A content digest is made of the digests of single tensors, so they can be taken in any order: the pass adds each
-    tensor that it has read, and `finish` reads what is still missing.
-
     Args:
         checkpoints: those whose digests are wanted.
     """
+
+    # A hash takes bytes in one order, and the pass takes tensors in the order that suits its threads. So each tensor
+    # is hashed on its own, in row-major order, by the one thread that reads it, and the content digest is the hash of
+    # these in the order of the names: the same whatever file, shard, thread or order the bytes came from.
 
     def __init__(self, checkpoints: Iterable[Checkpoint]) -> None:
         self._caches = {checkpoint: _cache_path(checkpoint) for checkpoint in checkpoints}
@@ -66,15 +60,31 @@ class Digests:
     def add_array(self, checkpoint: Checkpoint, name: str, stored: npt.NDArray[np.generic]) -> None:
         """Digest a tensor that was read whole, if its digest is wanted."""
         if self.wants(checkpoint, name):
-            raw = stored.reshape(-1).view(np.uint8)
-            self.add(checkpoint, name, blake3(raw.data).hexdigest())
+            self.add(checkpoint, name, blake3(stored.reshape(-1).view(np.uint8).data).hexdigest())
+
+    def blocks(self, checkpoint: Checkpoint, name: str, reader: Reader) -> Iterator[npt.NDArray[np.generic]]:
+        """Read a tensor in pieces, and digest it on the way if its digest is wanted."""
+        hasher = blake3() if self.wants(checkpoint, name) else None
+        for _, stored in reader.blocks(checkpoint.tensors[name], PIECE):
+            if hasher is not None:
+                hasher.update(stored.view(np.uint8).data)
+            yield stored
+        if hasher is not None:
+            self.add(checkpoint, name, hasher.hexdigest())
 
     def finish(self, on_progress: Progress | None = None) -> dict[Checkpoint, str]:
         """Read and digest the tensors that no pass has read, remember the new digests, and return all of them."""
         for checkpoint, taken in self._tensors.items():
+
+            def take(name: str, reader: Reader, checkpoint: Checkpoint = checkpoint) -> None:
+                deque(self.blocks(checkpoint, name, reader), maxlen=0)
+
             missing = [name for name in checkpoint.tensors if name not in taken]
-            taken |= tensor_digests(checkpoint, missing, on_progress)
-            self._known[checkpoint] = combine(checkpoint.tensors, taken)
+            for_each_tensor(checkpoint, missing, take, f"hashing {checkpoint.name}", on_progress)
+            content = blake3()
+            for name, tensor in sorted(checkpoint.tensors.items()):
+                content.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0{taken[name]}\n".encode())
+            self._known[checkpoint] = content.hexdigest()
             if (path := self._caches[checkpoint]) is not None:
                 with (
                     suppress(OutputError),
@@ -85,27 +95,12 @@ class Digests:
         return {checkpoint: self._known[checkpoint] for checkpoint in self._caches}
 
 
-def combine(tensors: Mapping[str, Tensor], digests: Mapping[str, str]) -> str:
-    """Make the content digest from each tensor's own."""
-    content = blake3()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        content.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0{digests[name]}\n".encode())
-    return content.hexdigest()
+def content_digest(checkpoint: Checkpoint, on_progress: Progress | None = None) -> str:
+    """Digest names, dtypes, shapes and bytes in sorted name order: BLAKE3, 64 hex digits.
 
-
-def tensor_digests(
-    checkpoint: Checkpoint, names: Iterable[str], on_progress: Progress | None = None
-) -> dict[str, str]:
-    """Digest each named tensor's row-major bytes: BLAKE3, by name."""
-
-    def digest(name: str, reader: Reader) -> str:
-        hasher = blake3()
-        for _, stored in reader.blocks(checkpoint.tensors[name], PIECE):
-            hasher.update(stored.view(np.uint8).data)
-        return hasher.hexdigest()
-
-    return for_each_tensor(checkpoint, names, digest, f"hashing {checkpoint.name}", on_progress)
+    Remembered under the cache folder by the files' device, inode, size and modification time.
+    """
+    return Digests([checkpoint]).finish(on_progress)[checkpoint]
 
 
 def for_each_tensor(

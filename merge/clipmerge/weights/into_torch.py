@@ -26,9 +26,7 @@ def state_dict(
     import torch
 
     plan = make_plan(weights, dtype=dtype)
-    tensors = {
-        name: torch.empty(step.shape, dtype=torch_dtype(step.dtype)) for name, step in plan.steps.items()
-    }
+    tensors = {name: torch.empty(s.shape, dtype=torch_dtype(s.dtype)) for name, s in plan.steps.items()}
     into_arrays(plan, lambda name: _bytes(tensors[name]), on_progress=on_progress)
     return tensors
 
@@ -52,8 +50,7 @@ def load_into(weights: Expression, module: "torch.nn.Module", *, strict: bool = 
         target = targets.get(name)
         if (
             target is not None
-            and target.device.type == "cpu"
-            and target.dtype == want
+            and (target.device.type, target.dtype) == ("cpu", want)
             and target.is_contiguous()
         ):
             return _bytes(target)

@@ -1,26 +1,33 @@
-"""Look at checkpoints: what one holds, and how far apart two are, tower by tower and block by block."""
+"""Look before and after: what a checkpoint holds, how far apart two are, and what a merge will do."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from math import sqrt
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from blake3 import blake3
 
 from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import Checkpoint, Tensor
 from clipmerge.dtypes import finite, to_float64
 from clipmerge.types import Floats, Progress
+from clipmerge.weights.blocks import Buffers, default_threads
 from clipmerge.weights.check import check
-from clipmerge.weights.describe import count_words
+from clipmerge.weights.coefficient import Coefficient
 from clipmerge.weights.digest import Digests, for_each_tensor
+from clipmerge.weights.expression import Expression
 from clipmerge.weights.names import TOWERS, block_of, tower_of
-from clipmerge.weights.nonfinite import PIECE
+from clipmerge.weights.notation import identifiers_of, notation, sum_text
+from clipmerge.weights.plan import Plan, Step, make_plan
 from clipmerge.weights.record import read_record
 from clipmerge.weights.run import evaluate
 from clipmerge.weights.weights import Weights, as_checkpoint, as_weights
+
+PIECE = 1 << 18
+"""Elements compared at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +87,16 @@ def inspect(
     held = as_checkpoint(checkpoint)
     digests = Digests([held])
     nonfinite = None if headers else _count_nonfinite(held, digests, on_progress)
-    record, tensors = read_record(held.metadata), held.tensors
+    record, parts = read_record(held.metadata), []
+    for (tower, block), names in group_names(held.tensors).items():
+        bad = None if nonfinite is None else sum(nonfinite.get(name, 0) for name in names)
+        parts.append(Part(tower, block, **count([held.tensors[name] for name in names]), nonfinite=bad))
     return Summary(
         name=held.name,
         path=str(held.path) if held.path else None,
         layout=held.layout,
-        parts=tuple(_part(key, names, tensors, nonfinite) for key, names in group_names(tensors).items()),
-        tensors=len(tensors),
-        parameters=sum(t.numel for t in tensors.values()),
-        nbytes=sum(t.nbytes for t in tensors.values()),
-        dtypes=count_words(t.dtype for t in tensors.values()),
+        parts=tuple(parts),
+        **count(held.tensors.values()),
         nonfinite=nonfinite,
         digest=None if headers else digests.finish(on_progress)[held],
         kind="a model" if record.get("total", 1) else "a task vector",
@@ -111,38 +118,32 @@ def _count_nonfinite(
 ) -> dict[str, int]:
     """Tensor name → how many of its elements are NaN or infinite, where there are some; digests are taken too."""
 
-    def count(name: str, reader: Reader) -> int:
-        tensor, bad = checkpoint.tensors[name], 0
-        hasher = blake3() if digests.wants(checkpoint, name) else None
-        for _, raw in reader.blocks(tensor, PIECE) if hasher or tensor.is_float else ():
-            if hasher:
-                hasher.update(raw.view(np.uint8).data)
-            if tensor.is_float and not finite(raw, tensor.dtype):
-                bad += int(np.count_nonzero(~np.isfinite(to_float64(raw, tensor.dtype))))
-        if hasher:
-            digests.add(checkpoint, name, hasher.hexdigest())
-        return bad
+    def count_bad(name: str, reader: Reader) -> int:
+        tensor = checkpoint.tensors[name]
+        if not tensor.is_float and not digests.wants(checkpoint, name):
+            return 0
+        pieces = digests.blocks(checkpoint, name, reader)
+        damaged = (raw for raw in pieces if tensor.is_float and not finite(raw, tensor.dtype))
+        return sum(int(np.count_nonzero(~np.isfinite(to_float64(raw, tensor.dtype)))) for raw in damaged)
 
     what = f"reading {checkpoint.name}"
-    counts = for_each_tensor(checkpoint, checkpoint.tensors, count, what, on_progress)
-    return {name: counts[name] for name in checkpoint.tensors if counts[name]}
+    counts = for_each_tensor(checkpoint, checkpoint.tensors, count_bad, what, on_progress)
+    return {name: counts[name] for name in sorted(counts) if counts[name]}
 
 
-def _part(
-    key: tuple[str, int | None],
-    names: Sequence[str],
-    tensors: Mapping[str, Tensor],
-    nonfinite: Mapping[str, int] | None,
-) -> Part:
-    members = [tensors[name] for name in names]
-    return Part(
-        *key,
-        tensors=len(members),
-        parameters=sum(t.numel for t in members),
-        nbytes=sum(t.nbytes for t in members),
-        dtypes=count_words(t.dtype for t in members),
-        nonfinite=None if nonfinite is None else sum(nonfinite.get(name, 0) for name in names),
-    )
+def count_words(words: Iterable[str]) -> dict[str, int]:
+    """Count how often each word occurs, sorted by word."""
+    return dict(sorted(Counter(words).items()))
+
+
+def count(tensors: Collection[Tensor]) -> dict[str, Any]:
+    """Count tensors, their parameters and bytes, and how many are of each dtype."""
+    return {
+        "tensors": len(tensors),
+        "parameters": sum(tensor.numel for tensor in tensors),
+        "nbytes": sum(tensor.nbytes for tensor in tensors),
+        "dtypes": count_words(tensor.dtype for tensor in tensors),
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,3 +272,113 @@ def _aligned_pieces(operands: Sequence[Weights], name: str, reader: Reader) -> I
             yield from (computed[low : low + PIECE] for low in range(0, computed.size, PIECE))
 
     return zip(*map(stretches, operands), strict=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One checkpoint that is read: its name in the notation, where it is, its tensors' bytes and dtypes."""
+
+    name: str
+    path: str | None
+    layout: str
+    tensors: int
+    parameters: int
+    nbytes: int
+    dtypes: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Output tensors that are computed alike.
+
+    Attributes:
+        formula: what each of them gets, such as `0.6*base + 0.4*cars`.
+        towers: how many of them lie in each tower.
+        example: the first name.
+    """
+
+    formula: str
+    dtype: str
+    tensors: int
+    nbytes: int
+    towers: Mapping[str, int]
+    example: str
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """See `describe`."""
+
+    notation: str
+    total: int
+    gives: str
+    inputs: tuple[Input, ...]
+    groups: tuple[Group, ...]
+    read_bytes: int
+    written_bytes: int
+    memory_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready, all fields."""
+        return asdict(self)
+
+
+def describe(
+    weights: Expression, plan: Plan | None = None, *, dtype: str | None = None, threads: int | None = None
+) -> Description:
+    """Describe a merge for people and programs; headers are read, tensors are not.
+
+    Args:
+        plan: what `make_plan` gave, where it is at hand.
+        dtype: as in `Weights.save`, where it is not.
+        threads: as in `Weights.save`.
+
+    Raises:
+        RecipeError, MismatchError: what saving would raise before it reads a tensor.
+    """
+    plan = plan or make_plan(weights, dtype=dtype)
+    names = identifiers_of(weights)
+    inputs = [
+        Input(name, str(c.path) if c.path else None, c.layout, **count(c.tensors.values()))
+        for c, name in sorted(names.items(), key=lambda item: item[1])
+    ]
+    steps: dict[tuple[str, str], list[Step]] = {}
+    for step in plan.steps.values():
+        steps.setdefault((_formula(step, weights, names), step.dtype), []).append(step)
+    groups = [
+        Group(
+            formula, dtype, len(same), sum(step.nbytes for step in same),
+            count_words(tower_of(step.name) for step in same), same[0].name,
+        )
+        for (formula, dtype), same in steps.items()
+    ]  # fmt: skip
+    return Description(
+        notation=notation(weights),
+        total=weights.kind(),
+        gives="a model" if weights.kind() else "a task vector",
+        inputs=tuple(inputs),
+        groups=tuple(groups),
+        read_bytes=plan.read_bytes,
+        written_bytes=plan.written_bytes,
+        memory_bytes=memory_of(plan, threads),
+    )
+
+
+def memory_of(plan: Plan, threads: int | None = None) -> int:
+    """Bound the bytes that the pass works in; tensors of nonlinear methods are held whole, in float64."""
+    held = [(len(s.terms) + 2) * s.numel * 8 for s in plan.steps.values() if s.has_methods]
+    return (threads or default_threads()) * Buffers().nbytes + max(held, default=0)
+
+
+def _formula(step: Step, weights: Expression, names: Mapping[Checkpoint, str]) -> str:
+    if step.kind == "agree":
+        return "integers that must agree"
+    if step.kind == "largest":
+        return "the largest step counter"
+    if step.has_methods:
+        return notation(weights)
+    terms = sorted(
+        (source is not weights.base, names[source], Fraction(repr(factor)) / Fraction(step.divisor))
+        for source, (factor, _) in zip(step.checkpoints, step.terms, strict=True)
+    )
+    return sum_text([(Coefficient.of(value), name) for _, name, value in terms])

@@ -13,12 +13,12 @@ its numbers, are bounded.
 import ast
 import operator
 import re
-import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any, Generic, TypeAlias
+from unicodedata import normalize
 
 from clipmerge.errors import ClipmergeError, RecipeError
 from clipmerge.text import did_you_mean
@@ -49,7 +49,7 @@ def parse(text: str, names: Mapping[str, E]) -> E:
             is named), a name that is given but never used, or a meaning that does not exist (weights times
             weights).
     """
-    parser = _Parser(text, {unicodedata.normalize("NFKC", name): value for name, value in names.items()})
+    parser = _Parser(text, names)
     value = parser.value(parser.tree(), 0)
     if isinstance(value, Coefficient):
         raise RecipeError("the expression is a number, not weights", hint="multiply it with a checkpoint")
@@ -66,7 +66,9 @@ class _Parser(Generic[E]):
 
     def __init__(self, text: str, names: Mapping[str, E]) -> None:
         self.text = " ".join(text.splitlines()).strip() if "\n" in text.strip() else text.strip()
-        self.names = names
+        self.names = {
+            normalize("NFKC", name): weights for name, weights in names.items()
+        }  # as Python reads them
         self.used: set[str] = set()
         if not self.text:
             raise RecipeError("the expression is empty", hint=f"an expression is made of {_GRAMMAR}")
@@ -94,10 +96,9 @@ class _Parser(Generic[E]):
         match node:
             case ast.BinOp():
                 return self._chain(node, depth)
-            case ast.UnaryOp(op=ast.USub(), operand=operand):
-                return -self.value(operand, depth + 1)
-            case ast.UnaryOp(op=ast.UAdd(), operand=operand):
-                return self.value(operand, depth + 1)
+            case ast.UnaryOp(op=ast.USub() | ast.UAdd() as sign, operand=operand):
+                value = self.value(operand, depth + 1)
+                return -value if isinstance(sign, ast.USub) else value
             case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
                 return self._number(node)
             case ast.Name(id=name):
@@ -175,18 +176,18 @@ class _Parser(Generic[E]):
         arguments: Sequence[ast.expr] = node.args
         if len(arguments) == 1 and isinstance(arguments[0], ast.List | ast.Tuple):
             arguments = arguments[0].elts  # f([a, b]) and f(a, b) are one thing
-        options = {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
-        if len(options) < len(node.keywords):
-            raise self._error(node, f"{self._source(node)!r} is not part of the notation")
-        if name == "interpolate" and "alpha" in options:
-            arguments = [*arguments, options.pop("alpha")]
+        options: dict[str, Fraction] = {}
+        for keyword in node.keywords:
+            if keyword.arg is None:
+                raise self._error(node, f"{self._source(node)!r} is not part of the notation")
+            if name == "interpolate" and keyword.arg == "alpha":  # which may be a mapping
+                arguments = [*arguments, keyword.value]
+                continue
+            otherwise = f"the option {keyword.arg!r} takes a number"
+            options[keyword.arg] = self._constant(keyword.value, depth, otherwise)
         values = [self.value(argument, depth + 1) for argument in arguments]
-        numbers = {
-            key: float(self._constant(option, depth, f"the option {key!r} takes a number"))
-            for key, option in options.items()
-        }
         with self._placed(node):
-            return _called(name, values, numbers)
+            return _called(name, values, {key: float(number) for key, number in options.items()})
 
     def _source(self, node: ast.expr) -> str:
         return ast.get_source_segment(self.text, node) or ""

@@ -67,23 +67,26 @@ def read_recipe(path: str | Path) -> Recipe:
     """
     path = Path(path)
     document = _document(path)
-    for key in document:
+    for key, value in document.items():
         if key not in _KEYS:
             hint = did_you_mean(key, _KEYS, f"known: {', '.join(_KEYS)}")
             raise RecipeError(f"{path} has the unknown key {key!r}", hint=hint)
-        if not isinstance(document[key], _KEYS[key]):
+        if not isinstance(value, _KEYS[key]):
             wanted = "a table of files" if _KEYS[key] is dict else "text in quotes"
-            raise RecipeError(f"{key!r} in {path} must be {wanted}, not {document[key]!r}")
+            raise RecipeError(f"{key!r} in {path} must be {wanted}, not {value!r}")
     if "expression" not in document:
         raise RecipeError(f"{path} has no expression", hint='expression = "base + 0.4*(a - base)"')
-    files = document.get("checkpoints", {})
-    for name, file in files.items():
+    checkpoints = {}
+    for name, file in document.get("checkpoints", {}).items():
         if not isinstance(file, str):
             raise RecipeError(f"checkpoints.{name} in {path} must be a path in quotes, not {file!r}")
+        local = path.parent / Path(file).expanduser()
+        is_published = _REMOTE.fullmatch(file) and not local.exists()
+        checkpoints[name] = file if is_published else str(local)
     output, size = document.get("output"), document.get("shard_size")
     return Recipe(
         expression=document["expression"],
-        checkpoints={name: _located(path.parent, file) for name, file in files.items()},
+        checkpoints=checkpoints,
         dtype=document.get("dtype"),
         shard_size=None if size is None else parse_size(size),
         output=None if output is None else path.parent / Path(output).expanduser(),
@@ -115,9 +118,3 @@ def _document(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path} cannot be read: {error.strerror}", hint="check the path") from error
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path} is not TOML: {error}", hint="see `clipmerge merge --help`") from error
-
-
-def _located(folder: Path, file: str) -> str:
-    """A path as seen from the working folder; names of published models stay as they are."""
-    path = folder / Path(file).expanduser()
-    return file if _REMOTE.fullmatch(file) and not path.exists() else str(path)

@@ -4,20 +4,28 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from threading import Lock
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import Checkpoint
-from clipmerge.dtypes import finite, narrow, scratch_for, storage_dtype, to_float64
-from clipmerge.errors import MismatchError
+from clipmerge.dtypes import TABLE, finite, narrow, scratch_for, storage_dtype, to_float64
+from clipmerge.errors import MismatchError, NonFiniteError
 from clipmerge.types import Bytes, Floats, Progress
-from clipmerge.weights.blocks import Buffers, Sink, Stretch, Task, block_length, default_threads, in_threads
+from clipmerge.weights.blocks import (
+    BLOCK,
+    Buffers,
+    Sink,
+    Stretch,
+    Task,
+    block_length,
+    default_threads,
+    in_threads,
+)
 from clipmerge.weights.digest import Digests
 from clipmerge.weights.expression import Expression, Leaf, checkpoints_of
-from clipmerge.weights.nonfinite import refuse, refuse_inputs
 from clipmerge.weights.plan import Plan, Step, integer_factors
 
 
@@ -58,7 +66,7 @@ def execute(
 
     def not_finite(step: Step, numbers: npt.NDArray[Any]) -> None:
         if not allow_nonfinite:
-            refuse(step, reader, numbers)
+            _refuse(step, reader, numbers)
 
     def whole(step: Step, sink: Sink, offset: int, _: Buffers) -> Iterator[None]:
         write(sink, offset, _compute_whole(step, reader, allow_nonfinite, digests))
@@ -132,7 +140,7 @@ def _compute_whole(step: Step, reader: Reader, allow_nonfinite: bool, digests: D
         array, dtype = stored(source), source.tensors[step.name].dtype
         # Looked at before a method sees it: one that trims or ranks may swallow what is not finite.
         if not allow_nonfinite and not finite(array.reshape(-1), dtype):
-            refuse_inputs(step, reader)
+            _refuse_inputs(step, reader)
         return to_float64(array, dtype)
 
     if step.kind != "sum":
@@ -140,7 +148,7 @@ def _compute_whole(step: Step, reader: Reader, allow_nonfinite: bool, digests: D
     total = _weighted(step.terms, step.divisor, step.shape, step.name, numbers).reshape(-1)
     out = np.empty(total.size, storage_dtype(step.dtype))
     if not narrow(total, step.dtype, out, scratch_for(total.size)) and not allow_nonfinite:
-        refuse(step, reader, total)
+        _refuse(step, reader, total)
     return out.view(np.uint8)
 
 
@@ -156,6 +164,46 @@ def _integers(step: Step, arrays: list[npt.NDArray[np.generic]]) -> npt.NDArray[
                 hint="integers are never averaged; the checkpoints must agree on them",
             )
     return arrays[0]
+
+
+def _refuse(step: Step, reader: Reader, numbers: npt.NDArray[Any]) -> NoReturn:
+    """Refuse an output that is not finite, and say why.
+
+    Args:
+        numbers: the output, or a block of it, before it is narrowed.
+
+    Raises:
+        NonFiniteError: an input is not finite, or the output is more than its dtype holds.
+    """
+    _refuse_inputs(step, reader)
+    worst = float(np.abs(numbers).max(initial=0.0))
+    worst = float("inf") if np.isnan(worst) else worst  # a sum of finite numbers left float64
+    raise NonFiniteError(
+        f"tensor {step.name!r} reaches {worst:.6g}, more than {step.dtype} holds ({TABLE[step.dtype].largest:.6g})",
+        hint="use smaller scales" if step.dtype in ("F64", "F32") else "write a wider dtype: --dtype fp32",
+    )
+
+
+def _refuse_inputs(step: Step, reader: Reader) -> None:
+    """Look through every input of a step.
+
+    Raises:
+        NonFiniteError: one holds NaN or infinity; says which, how many, and where the first one stands.
+    """
+    for source in step.checkpoints:
+        tensor, count, first = source.tensors[step.name], 0, 0
+        for start, raw in reader.blocks(tensor, BLOCK):
+            if not finite(raw, tensor.dtype):
+                bad = np.flatnonzero(~np.isfinite(to_float64(raw, tensor.dtype)))
+                first = first if count else start + int(bad[0])
+                count += bad.size
+        if count:
+            raise NonFiniteError(
+                f"{source.path or source.name}: tensor {step.name!r} holds {count} "
+                f"{'value that is' if count == 1 else 'values that are'} not finite, "
+                f"the first at {[int(i) for i in np.unravel_index(first, tensor.shape)]}",
+                hint="that checkpoint is damaged or diverged; leave it out, or pass --allow-nonfinite",
+            )
 
 
 def evaluate(weights: Expression, name: str, read: Callable[[Checkpoint], Floats]) -> Floats:

@@ -1,7 +1,7 @@
 """Does a file hold what its record says? Its parents are found by content and the merge is computed again."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -74,73 +74,56 @@ def verify(
     notation = record.get("notation")
     if not isinstance(notation, str):
         return Verdict("unrecorded", "the file does not say how it was made: clipmerge did not write it")
-    if is_original(record):
-        return _verify_original(merged, record, notation, on_progress)
-    places = [parents] if isinstance(parents, str | Path) else parents
     recorded = parents_of(record)
     if not recorded or any(parent.digest is None for parent in recorded):
         return Verdict("unrecorded", "the file was written without its parents' digests", notation)
-    files = _find(merged, recorded, _candidates(merged, recorded, places), on_progress)
+    if is_original(record):  # from memory: there is nothing to compute again, but the content has a digest
+        if record.get("dtype", "base") != "base":
+            return Verdict("unrecorded", "the file was written from memory, in another dtype", notation)
+        if content_digest(merged, on_progress) != recorded[0].digest:
+            return Verdict("differs", "the content is not what was written", notation)
+        return Verdict(
+            "verified", "the content is what was written (from memory: it has no parents)", notation
+        )
+    places = [parents] if isinstance(parents, str | Path) else parents
+    files = _find(merged, recorded, places, on_progress)
     missing = tuple(parent for parent in recorded if parent.name not in files)
     if missing:
         reason = f"{len(missing)} of {len(recorded)} parents are missing"
         return Verdict("missing", reason, notation, None, files, missing)
-    difference = _first_difference(merged, _plan(merged, record, notation, files), on_progress)
-    if difference:
-        name, reason = difference
-        return Verdict("differs", reason, notation, name, files)
+    tensor, reason = _first_difference(merged, _plan(merged, record, notation, files), on_progress)
+    if tensor:
+        return Verdict("differs", reason, notation, tensor, files)
     return Verdict("verified", "every tensor is what the record says, bit for bit", notation, None, files)
-
-
-def _verify_original(
-    checkpoint: Checkpoint, record: Mapping[str, Any], notation: str, on_progress: Progress | None
-) -> Verdict:
-    """Weights that were in memory: nothing to compute again, but the content has a digest."""
-    digest = parents_of(record)[0].digest
-    if digest is None or record.get("dtype", "base") != "base":
-        return Verdict("unrecorded", "the file was written from memory, without a digest of it", notation)
-    if content_digest(checkpoint, on_progress) != digest:
-        return Verdict("differs", "the content is not what was written", notation)
-    return Verdict("verified", "the content is what was written (from memory: it has no parents)", notation)
-
-
-def _candidates(
-    checkpoint: Checkpoint, recorded: Sequence[Parent], places: Sequence[str | Path]
-) -> Iterator[Path]:
-    """Files that may be parents, each once: those with a recorded name first."""
-    files: dict[Path, None] = {}
-    for place in map(Path, places):
-        if not place.exists():
-            raise CheckpointError(f"{place} does not exist", hint="--parents takes files and folders")
-        inside = [Path(root) / name for root, _, names in os.walk(place) for name in names]
-        files.update(dict.fromkeys(sorted(inside) if place.is_dir() else [place]))
-    if checkpoint.path is not None:
-        folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-        files.update(dict.fromkeys(sorted(p for p in folder.iterdir() if p.is_file())))
-    names = {parent.file for parent in recorded}
-    readable = [file for file in files if file.name.endswith(SUFFIXES)]
-    yield from sorted(readable, key=lambda file: file.name not in names)
 
 
 def _find(
     checkpoint: Checkpoint,
     recorded: Sequence[Parent],
-    candidates: Iterator[Path],
+    places: Sequence[str | Path],
     on_progress: Progress | None,
 ) -> dict[str, Path]:
-    """Parent's name → the first candidate with its digest; stops reading when all have one."""
-    files: dict[str, Path] = {}
+    """Find the first file with each parent's digest, those with a recorded name first. Returns name → file."""
+    candidates: dict[Path, None] = {}
+    for place in map(Path, places):
+        if not place.exists():
+            raise CheckpointError(f"{place} does not exist", hint="--parents takes files and folders")
+        inside = [Path(root) / name for root, _, names in os.walk(place) for name in names]
+        candidates.update(dict.fromkeys(sorted(inside) if place.is_dir() else [place]))
+    if checkpoint.path is not None:
+        folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+        candidates.update(dict.fromkeys(sorted(p for p in folder.iterdir() if p.is_file())))
+    names = {parent.file for parent in recorded}
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-    for file in candidates:
-        if len(files) == len(recorded):
+    files: dict[str, Path] = {}
+    for file in sorted(candidates, key=lambda file: file.name not in names):
+        if len(files) == len(recorded):  # every parent is found: nothing more is read
             break
         with suppress(ClipmergeError, OSError):
-            other = open_checkpoint(file)
-            if {name: tensor.shape for name, tensor in other.tensors.items()} == shapes:
+            other = open_checkpoint(file) if file.name.endswith(SUFFIXES) else None
+            if other and {name: tensor.shape for name, tensor in other.tensors.items()} == shapes:
                 digest = content_digest(other, on_progress)
-                for parent in recorded:
-                    if parent.digest == digest:
-                        files.setdefault(parent.name, file)
+                files = {**{p.name: file for p in recorded if p.digest == digest}, **files}
     return files
 
 
@@ -159,8 +142,8 @@ def _plan(
 
 def _first_difference(
     checkpoint: Checkpoint, plan: Plan, on_progress: Progress | None
-) -> tuple[str, str] | None:
-    """(name, what is wrong with it) of the first tensor that is not what the plan gives."""
+) -> tuple[str | None, str]:
+    """Return the first tensor that is not what the plan gives, and what is wrong with it; None where all are."""
     for name in sorted(plan.steps.keys() ^ checkpoint.tensors.keys()):
         return name, f"{name!r} is {'not in the file' if name in plan.steps else 'in no parent'}"
     for name, step in plan.steps.items():
@@ -168,15 +151,13 @@ def _first_difference(
         if (tensor.dtype, tensor.shape) != (step.dtype, step.shape):
             have = f"{tensor.dtype} {list(tensor.shape)}"
             return name, f"{name!r} is {have}, not {step.dtype} {list(step.shape)}"
-
-    wrong: dict[str, int] = {}
+    wrong = dict.fromkeys(plan.steps, 0)
     with Reader((checkpoint, *plan.checkpoints)) as reader:
         sinks = [(name, _comparer(name, checkpoint.tensors[name], reader, wrong), 0) for name in plan.steps]
         execute(plan, sinks, reader, allow_nonfinite=True, what="verifying", on_progress=on_progress)
-    for name in plan.steps:
-        if name in wrong:
-            return name, f"{wrong[name]:,} of the {plan.steps[name].numel:,} elements of {name!r} differ"
-    return None
+    for name in filter(wrong.get, wrong):
+        return name, f"{wrong[name]:,} of the {plan.steps[name].numel:,} elements of {name!r} differ"
+    return None, ""
 
 
 def _comparer(name: str, tensor: Tensor, reader: Reader, wrong: dict[str, int]) -> Sink:
@@ -192,8 +173,7 @@ def _comparer(name: str, tensor: Tensor, reader: Reader, wrong: dict[str, int]) 
             stored = whole[offset : offset + computed.size]
         if not np.array_equal(computed, stored):
             wide = (-1, ITEMSIZE[tensor.dtype])
-            count = int((computed.reshape(wide) != stored.reshape(wide)).any(axis=1).sum())
             with lock:
-                wrong[name] = wrong.get(name, 0) + count
+                wrong[name] += int((computed.reshape(wide) != stored.reshape(wide)).any(axis=1).sum())
 
     return compare

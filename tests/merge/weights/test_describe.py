@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from clipmerge.errors import MismatchError
-from clipmerge.weights.describe import describe, memory_of
+from clipmerge.weights.look import describe, memory_of
 from clipmerge.weights.methods import apply
 from clipmerge.weights.plan import make_plan
 from clipmerge.weights.weights import Weights, interpolate, load, mean

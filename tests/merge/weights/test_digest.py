@@ -14,7 +14,7 @@ from clipmerge.checkpoint.cache import cache_dir
 from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import Checkpoint, Extent, Tensor
 from clipmerge.weights import blocks
-from clipmerge.weights.digest import combine, content_digest, tensor_digests
+from clipmerge.weights.digest import content_digest
 from clipmerge.weights.methods import apply
 from clipmerge.weights.weights import Weights, interpolate, load, mean
 
@@ -60,7 +60,7 @@ def test_it_is_remembered_until_the_file_changes(put: Put, monkeypatch: pytest.M
     first = digest(load(path))
     assert list((cache_dir() / "digests").iterdir())
     with monkeypatch.context() as patch:
-        patch.setattr("clipmerge.weights.digest.tensor_digests", None)  # would be called without the memory
+        patch.setattr("clipmerge.weights.digest.for_each_tensor", None)  # would be called without the memory
         assert digest(load(path)) == first
     put("a", x=X + 1)
     os.utime(path, ns=(1, 1))
@@ -81,10 +81,9 @@ def test_a_damaged_or_unwritable_memory_is_no_harm(
 
 
 def test_each_tensor_has_its_own(point: Point) -> None:
-    checkpoint = point("a", x=X, y=[1.0]).checkpoints[0]
-    found = tensor_digests(checkpoint, "xy")
-    assert found == {"x": blake3(X.tobytes()).hexdigest(), "y": blake3(np.float32(1).tobytes()).hexdigest()}
-    assert combine(checkpoint.tensors, found) == content_digest(checkpoint)
+    lines = [("x", "[2, 3]", X), ("y", "[1]", np.float32([1.0]))]
+    text = "".join(f"{n}\0F32\0{shape}\0{blake3(v.tobytes()).hexdigest()}\n" for n, shape, v in lines)
+    assert digest(point("a", x=X, y=[1.0])) == blake3(text.encode()).hexdigest()
 
 
 def test_progress_ends_with_all_bytes(put: Put) -> None:
