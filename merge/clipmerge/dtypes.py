@@ -1,7 +1,6 @@
 """Element types: one table of their names, and stored bits ↔ numbers, exact one way and rounded once the other way."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -61,29 +60,16 @@ def torch_dtype(dtype: str) -> Any:
     return getattr(torch, TABLE[dtype].torch)
 
 
-@dataclass(frozen=True, slots=True)
 class Scratch:
-    """What one thread converts in: arrays as long as a block, and torch if it may be used."""
-
-    single: Singles
-    work: npt.NDArray[np.uint32]
-    wide: Floats
-    torch: Any = None
-
-    @property
-    def nbytes(self) -> int:
-        return self.single.nbytes + self.work.nbytes + self.wide.nbytes
-
-
-def scratch_for(count: int, torch: Any = None) -> Scratch:
-    """Make working arrays for blocks of at most `count` elements.
+    """What one thread converts in: arrays for blocks of at most `count` elements, 16 bytes an element.
 
     Args:
         torch: the module, where the program has imported it already: it converts F16 four times faster.
     """
-    return Scratch(
-        np.empty(count, np.float32), np.empty(count, np.uint32), np.empty(count, np.float64), torch
-    )
+
+    def __init__(self, count: int, torch: Any = None) -> None:
+        self.single, self.work = np.empty(count, np.float32), np.empty(count, np.uint32)
+        self.wide, self.torch = np.empty(count, np.float64), torch
 
 
 def finite(raw: npt.NDArray[Any], dtype: str) -> bool:
@@ -142,7 +128,7 @@ def to_float64(raw: npt.NDArray[Any], dtype: str) -> Floats:
     """Return stored elements of any dtype as float64, in a new array of the same shape."""
     flat = raw.reshape(-1)
     with np.errstate(invalid="ignore"):  # signalling NaNs
-        return widen(flat, dtype, scratch_for(flat.size)).astype(np.float64).reshape(raw.shape)
+        return widen(flat, dtype, Scratch(flat.size)).astype(np.float64).reshape(raw.shape)
 
 
 def narrow(numbers: npt.NDArray[Any], dtype: str, out: npt.NDArray[Any], scratch: Scratch) -> bool:
@@ -185,12 +171,12 @@ def narrow(numbers: npt.NDArray[Any], dtype: str, out: npt.NDArray[Any], scratch
 def round_to_odd(numbers: Floats, out: Singles, work: Floats) -> None:
     """Round float64 to float32 so that rounding again, to a narrower type, gives what rounding once would.
 
-    Rounding to nearest twice goes wrong where the first time lands exactly in the middle between two narrow numbers:
-    the second time no longer knows on which side of it the number was. So here the digits that are cut off leave a 1
-    in the last digit that stays ("round to odd"): such a number is never taken for a middle. It needs two digits more
-    than the narrow type has, and float32 has them as long as it has all its digits, from 2**-126 on.
     Source: Boldo and Melquiond 2008, "Emulation of a FMA and correctly rounded sums".
     """
+    # Rounding to nearest twice goes wrong where the first time lands exactly in the middle between two narrow numbers:
+    # the second time no longer knows on which side of it the number was. So here the digits that are cut off leave a 1
+    # in the last digit that stays ("round to odd"): such a number is never taken for a middle. It needs two digits more
+    # than the narrow type has, and float32 has them as long as it has all its digits, from 2**-126 on.
     cut = np.uint64((1 << 29) - 1)  # the digits of a float64 that a float32 lacks
     bits, original = work.view(np.uint64), numbers.view(np.uint64)
     np.bitwise_and(original, cut, out=bits)
@@ -211,10 +197,9 @@ def _narrow_to_half(numbers: Singles, out: npt.NDArray[Any], scratch: Scratch) -
     small = np.flatnonzero(work < 0x38800000)  # below 2**-14: F16 has fewer digits there
     np.right_shift(work, np.uint32(13), out=sign)
     np.bitwise_and(sign, np.uint32(1), out=sign)
-    np.add(work, sign, out=work)  # half a step is added, a little less where the last digit is even
-    np.add(
-        work, np.uint32((1 << 32) + 0x0FFF - (112 << 23)), out=work
-    )  # exponents count from -15, not from -127
+    np.add(work, sign, out=work)
+    # Half a step is added, a little less where the last digit is even; exponents count from -15, not from -127.
+    np.add(work, np.uint32((1 << 32) + 0x0FFF - (112 << 23)), out=work)
     np.right_shift(work, np.uint32(13), out=work)
     np.right_shift(bits, np.uint32(16), out=sign)
     np.bitwise_and(sign, np.uint32(0x8000), out=sign)

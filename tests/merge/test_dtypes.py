@@ -14,7 +14,6 @@ from clipmerge.dtypes import (
     Scratch,
     finite,
     narrow,
-    scratch_for,
     storage_dtype,
     to_float64,
     torch_dtype,
@@ -31,7 +30,7 @@ Narrowed = Callable[[npt.ArrayLike, str], tuple[npt.NDArray[np.generic], bool]]
 @pytest.fixture(scope="module", params=[None, torch], ids=["numpy", "torch"])
 def scratch(request: pytest.FixtureRequest) -> Scratch:
     """Conversions by numpy alone, and by torch where it is the faster."""
-    return scratch_for(1 << 18, request.param)
+    return Scratch(1 << 18, request.param)
 
 
 def codes(dtype: str) -> npt.NDArray[np.generic]:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from clipmerge.checkpoint.read import Reader
-from clipmerge.dtypes import ITEMSIZE, Singles, finite, narrow, scratch_for, storage_dtype, widen
+from clipmerge.dtypes import ITEMSIZE, Scratch, Singles, finite, narrow, storage_dtype, widen
 from clipmerge.types import Bytes, Floats
 from clipmerge.weights.digest import Digests
 from clipmerge.weights.fp16_sum import HalfSum
@@ -36,6 +36,10 @@ NotFinite = Callable[[Step, npt.NDArray[Any]], None]
 """Called with a step of which a block is not finite, and the block; what it raises ends the pass."""
 
 
+MEMORY = 2 * BLOCK * 60
+"""Bytes of one thread's buffers: 60 for an element, once every kind of block has been computed."""
+
+
 class Buffers:
     """What one thread works in."""
 
@@ -43,16 +47,10 @@ class Buffers:
         numel = 2 * BLOCK  # memory that no block uses is never touched, and costs nothing
         self.total = np.empty(numel, np.float64)
         self.term = np.empty(numel, np.float64)
-        self.scratch = scratch_for(numel, torch)
+        self.scratch = Scratch(numel, torch)
         self.halves = HalfSum(numel, self.scratch)
         self.raw = np.empty(8 * numel, np.uint8)
         self.out = np.empty(8 * numel, np.uint8)
-
-    @property
-    def nbytes(self) -> int:
-        """What they take once every kind of block has been computed."""
-        arrays = (self.total, self.term, self.raw, self.out)
-        return sum(array.nbytes for array in arrays) + self.scratch.nbytes + self.halves.nbytes
 
 
 Task = Callable[[Buffers], Iterator[None]]

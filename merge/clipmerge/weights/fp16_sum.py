@@ -39,11 +39,6 @@ class HalfSum:
         self._scale = 1.0 if scratch.torch else float(SPREAD)
         self.begin(0)
 
-    @property
-    def nbytes(self) -> int:
-        """Its own memory, without the scratch."""
-        return sum(array.nbytes for array in self._memory)
-
     def begin(self, numel: int) -> None:
         """Forget the last block; `numel` elements follow."""
         self._parts, self._room, self._spilled = list[Singles](), -1.0, False

@@ -14,7 +14,7 @@ from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import Checkpoint, Tensor
 from clipmerge.dtypes import finite, to_float64
 from clipmerge.types import Floats, Progress
-from clipmerge.weights.blocks import Buffers, default_threads
+from clipmerge.weights.blocks import MEMORY, default_threads
 from clipmerge.weights.check import check
 from clipmerge.weights.coefficient import Coefficient
 from clipmerge.weights.digest import Digests, for_each_tensor
@@ -367,7 +367,7 @@ def describe(
 def memory_of(plan: Plan, threads: int | None = None) -> int:
     """Bound the bytes that the pass works in; tensors of nonlinear methods are held whole, in float64."""
     held = [(len(s.terms) + 2) * s.numel * 8 for s in plan.steps.values() if s.has_methods]
-    return (threads or default_threads()) * Buffers().nbytes + max(held, default=0)
+    return (threads or default_threads()) * MEMORY + max(held, default=0)
 
 
 def _formula(step: Step, weights: Expression, names: Mapping[Checkpoint, str]) -> str:

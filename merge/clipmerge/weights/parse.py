@@ -14,8 +14,7 @@ import ast
 import operator
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Generic, TypeAlias
 from unicodedata import normalize
@@ -50,7 +49,13 @@ def parse(text: str, names: Mapping[str, E]) -> E:
             weights).
     """
     parser = _Parser(text, names)
-    value = parser.value(parser.tree(), 0)
+    tree = parser.tree()
+    try:
+        value = parser.value(tree, 0)
+    except ClipmergeError as error:
+        # The tree counts the bytes of UTF-8, people count characters.
+        offset = len(parser.text.encode()[: parser.at.col_offset].decode(errors="ignore"))
+        raise parser.refused(error.message, offset, error.hint) from None
     if isinstance(value, Coefficient):
         raise RecipeError("the expression is a number, not weights", hint="multiply it with a checkpoint")
     for name in sorted(parser.names.keys() - parser.used):
@@ -62,7 +67,9 @@ def parse(text: str, names: Mapping[str, E]) -> E:
 
 
 class _Parser(Generic[E]):
-    """One text, the names it may use, and those it has used."""
+    """One text, the names it may use, those it has used, and `at`, the part that is read: where errors point."""
+
+    at: ast.expr
 
     def __init__(self, text: str, names: Mapping[str, E]) -> None:
         self.text = " ".join(text.splitlines()).strip() if "\n" in text.strip() else text.strip()
@@ -83,16 +90,26 @@ class _Parser(Generic[E]):
                 warnings.simplefilter("ignore")  # Python's advice about literals is not about this notation
                 return ast.parse(self.text, mode="eval").body
         except SyntaxError as error:
-            at = error.offset - 1 if error.text and error.offset else len(self.text)
-            raise self._refused(error.msg, at) from None
+            offset = error.offset - 1 if error.text and error.offset else len(self.text)
+            raise self.refused(error.msg, offset) from None
         except (RecursionError, MemoryError):
             raise RecipeError("the expression is nested too deeply") from None
         except ValueError as error:  # a null byte
             raise RecipeError(f"the expression cannot be read: {error}") from None
 
+    def refused(self, message: str, offset: int, hint: str | None = None) -> RecipeError:
+        """The message, the text around the place, and a caret under it."""
+        start = max(0, offset - 60)
+        return RecipeError(
+            f"{message} (character {offset + 1} of the expression)\n"
+            f"  {self.text[start : offset + 40]}\n  {' ' * (offset - start)}^",
+            hint=hint or f"an expression is made of {_GRAMMAR}",
+        )
+
     def value(self, node: ast.expr, depth: int) -> "Value[E]":
+        self.at = node
         if depth > MAX_DEPTH:
-            raise self._error(node, f"nested more than {MAX_DEPTH} deep")
+            raise RecipeError(f"nested more than {MAX_DEPTH} deep")
         match node:
             case ast.BinOp():
                 return self._chain(node, depth)
@@ -100,14 +117,23 @@ class _Parser(Generic[E]):
                 value = self.value(operand, depth + 1)
                 return -value if isinstance(sign, ast.USub) else value
             case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
-                return self._number(node)
+                source = self._source(
+                    node
+                )  # the number as written: the float of 0.1 has forgotten that it is 1/10
+                if _DECIMAL.fullmatch(source) is None or len(source) > 400:
+                    raise RecipeError(f"{source[:40]!r} is not a decimal number")
+                return _small(Coefficient.of(Fraction(source)))
+            case ast.Name(id=name) if name in self.names:
+                self.used.add(name)
+                return self.names[name]
             case ast.Name(id=name):
-                return self._checkpoint(name)
+                hint = did_you_mean(name, self.names, f"name its file: {name}=FILE")
+                raise RecipeError(f"there is no checkpoint {name!r}", hint=hint)
             case ast.Dict():
                 return self._mapping(node, depth)
             case ast.Call():
                 return self._call(node, depth)
-        raise self._error(node, f"{self._source(node)!r} is not part of the notation")
+        raise RecipeError(f"{self._source(node)!r} is not part of the notation")
 
     def _chain(self, node: ast.expr, depth: int) -> "Value[E]":
         """`a + b - c*d`: down the left side without recursion, so that long sums are not deep."""
@@ -118,44 +144,26 @@ class _Parser(Generic[E]):
         value = self.value(node, depth + 1)
         for link in reversed(links):
             right = self.value(link.right, depth + 1)
+            self.at = link.right
             if type(link.op) not in _OPERATORS:
-                raise self._error(link.right, f"{self._source(link)!r} uses an operator other than + - * /")
-            with self._placed(link.right):
-                try:
-                    value = _OPERATORS[type(link.op)](value, right)
-                except TypeError:
-                    if isinstance(link.op, ast.Div):
-                        raise RecipeError("only division by a number means something") from None
-                    message = "weights and a number cannot be added"
-                    raise RecipeError(message, hint="did you mean to multiply?") from None
-                _refuse_large(value)
+                raise RecipeError(f"{self._source(link)!r} uses an operator other than + - * /")
+            try:
+                value = _small(_OPERATORS[type(link.op)](value, right))
+            except TypeError:
+                if isinstance(link.op, ast.Div):
+                    raise RecipeError("only division by a number means something") from None
+                message = "weights and a number cannot be added"
+                raise RecipeError(message, hint="did you mean to multiply?") from None
         return value
-
-    def _number(self, node: ast.Constant) -> Coefficient:
-        """The number as written: Python's float of it would have forgotten that 0.1 is 1/10."""
-        source = self._source(node)
-        if _DECIMAL.fullmatch(source) is None or len(source) > 400:
-            raise self._error(node, f"{source[:40]!r} is not a decimal number")
-        number = Coefficient.of(Fraction(source))
-        with self._placed(node):
-            _refuse_large(number)
-        return number
-
-    def _checkpoint(self, name: str) -> E:
-        if name not in self.names:
-            hint = did_you_mean(name, self.names, f"name its file: {name}=FILE")
-            raise RecipeError(f"there is no checkpoint {name!r}", hint=hint)
-        self.used.add(name)
-        return self.names[name]
 
     def _mapping(self, node: ast.Dict, depth: int) -> Coefficient:
         rules: dict[str, Fraction] = {}
         for key, entry in zip(node.keys, node.values, strict=True):
+            self.at = key or node
             if not isinstance(key, ast.Constant) or not isinstance(key.value, str):
-                message = 'the keys of a mapping are patterns in quotes, such as "visual.*"'
-                raise self._error(key or node, message)
+                raise RecipeError('the keys of a mapping are patterns in quotes, such as "visual.*"')
             if key.value in rules:
-                raise self._error(key, f"the pattern {key.value!r} stands twice")
+                raise RecipeError(f"the pattern {key.value!r} stands twice")
             rules[key.value] = self._constant(entry, depth, "the values of a mapping are numbers")
         return Coefficient.of(rules)
 
@@ -163,62 +171,41 @@ class _Parser(Generic[E]):
         number = self.value(node, depth + 1)
         constant = number.constant if isinstance(number, Coefficient) else None
         if constant is None:
-            raise self._error(node, otherwise)
+            raise RecipeError(otherwise)
         return constant
 
     def _call(self, node: ast.Call, depth: int) -> E:
         if not isinstance(node.func, ast.Name):
-            raise self._error(node, f"{self._source(node.func)!r} cannot be called")
+            raise RecipeError(f"{self._source(node.func)!r} cannot be called")
         name, known = node.func.id, sorted([*_CALLS, *METHODS])
         if name not in known:
-            hint = did_you_mean(name, known, ", ".join(known))
-            raise self._error(node, f"there is no method {name!r}", hint=hint)
+            raise RecipeError(
+                f"there is no method {name!r}", hint=did_you_mean(name, known, ", ".join(known))
+            )
         arguments: Sequence[ast.expr] = node.args
         if len(arguments) == 1 and isinstance(arguments[0], ast.List | ast.Tuple):
             arguments = arguments[0].elts  # f([a, b]) and f(a, b) are one thing
         options: dict[str, Fraction] = {}
         for keyword in node.keywords:
             if keyword.arg is None:
-                raise self._error(node, f"{self._source(node)!r} is not part of the notation")
+                raise RecipeError(f"{self._source(node)!r} is not part of the notation")
             if name == "interpolate" and keyword.arg == "alpha":  # which may be a mapping
                 arguments = [*arguments, keyword.value]
                 continue
             otherwise = f"the option {keyword.arg!r} takes a number"
             options[keyword.arg] = self._constant(keyword.value, depth, otherwise)
         values = [self.value(argument, depth + 1) for argument in arguments]
-        with self._placed(node):
-            return _called(name, values, {key: float(number) for key, number in options.items()})
+        self.at = node
+        return _called(name, values, {key: float(number) for key, number in options.items()})
 
     def _source(self, node: ast.expr) -> str:
         return ast.get_source_segment(self.text, node) or ""
 
-    @contextmanager
-    def _placed(self, node: ast.expr) -> Iterator[None]:
-        """Show the place in what is refused inside."""
-        try:
-            yield
-        except ClipmergeError as error:
-            raise self._error(node, error.message, error.hint) from None
 
-    def _error(self, node: ast.expr, message: str, hint: str | None = None) -> RecipeError:
-        # The tree counts the bytes of UTF-8, people count characters.
-        return self._refused(
-            message, len(self.text.encode()[: node.col_offset].decode(errors="ignore")), hint
-        )
-
-    def _refused(self, message: str, offset: int, hint: str | None = None) -> RecipeError:
-        """The message, the text around the place, and a caret under it."""
-        start = max(0, offset - 60)
-        return RecipeError(
-            f"{message} (character {offset + 1} of the expression)\n"
-            f"  {self.text[start : offset + 40]}\n  {' ' * (offset - start)}^",
-            hint=hint or f"an expression is made of {_GRAMMAR}",
-        )
-
-
-def _refuse_large(value: "Value[E]") -> None:
+def _small(value: "Value[E]") -> "Value[E]":
     if isinstance(value, Coefficient) and value.is_large:
         raise RecipeError("the number is too large or too long to be a coefficient")
+    return value
 
 
 def _called(name: str, values: "Sequence[Value[E]]", options: Mapping[str, float]) -> E:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import Checkpoint
-from clipmerge.dtypes import TABLE, finite, narrow, scratch_for, storage_dtype, to_float64
+from clipmerge.dtypes import TABLE, Scratch, finite, narrow, storage_dtype, to_float64
 from clipmerge.errors import MismatchError, NonFiniteError
 from clipmerge.types import Bytes, Floats, Progress
 from clipmerge.weights.blocks import (
@@ -147,7 +147,7 @@ def _compute_whole(step: Step, reader: Reader, allow_nonfinite: bool, digests: D
         return _integers(step, [stored(source) for source in step.checkpoints]).reshape(-1).view(np.uint8)
     total = _weighted(step.terms, step.divisor, step.shape, step.name, numbers).reshape(-1)
     out = np.empty(total.size, storage_dtype(step.dtype))
-    if not narrow(total, step.dtype, out, scratch_for(total.size)) and not allow_nonfinite:
+    if not narrow(total, step.dtype, out, Scratch(total.size)) and not allow_nonfinite:
         _refuse(step, reader, total)
     return out.view(np.uint8)
 

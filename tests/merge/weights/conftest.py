@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from clipmerge.checkpoint.tensors import Checkpoint, Extent, Tensor
-from clipmerge.dtypes import narrow, scratch_for, storage_dtype
+from clipmerge.dtypes import Scratch, narrow, storage_dtype
 from clipmerge.weights.coefficient import Coefficient
 from clipmerge.weights.plan import make_plan
 from clipmerge.weights.record import write_record
@@ -27,7 +27,7 @@ def _stored(value: Any) -> Tensor:
     if isinstance(value, tuple):
         dtype, numbers = value[0], np.array(value[1], np.float64)
         array = np.empty(numbers.size, storage_dtype(dtype))
-        narrow(numbers.reshape(-1), dtype, array, scratch_for(numbers.size))
+        narrow(numbers.reshape(-1), dtype, array, Scratch(numbers.size))
         array = array.reshape(numbers.shape)
     else:
         array = value if isinstance(value, np.ndarray) else np.array(value, np.float32)

@@ -12,7 +12,7 @@ import pytest
 
 from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import Checkpoint, Extent, Tensor
-from clipmerge.dtypes import narrow, scratch_for, to_float64
+from clipmerge.dtypes import Scratch, narrow, to_float64
 from clipmerge.errors import MismatchError, NonFiniteError, RecipeError
 from clipmerge.weights import blocks
 from clipmerge.weights.coefficient import Coefficient
@@ -331,7 +331,7 @@ def test_any_sum_is_that_of_float64_rounded_once(
         exact = reduce(np.add, parts) / step.divisor
         wanted = arrays(points[0], out)["x"].copy()
         with np.errstate(all="ignore"):
-            narrow(exact, out, wanted, scratch_for(exact.size))
+            narrow(exact, out, wanted, Scratch(exact.size))
         monkeypatch.setattr(blocks, "BLOCK", int(rng.choice([1 << 18, 64, 13])))
         assert arrays(merged, out)["x"].tobytes() == wanted.tobytes()
 
