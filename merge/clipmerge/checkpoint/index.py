@@ -26,11 +26,13 @@ def read_index(path: Path, read_file: ReadFile) -> tuple[dict[str, str], dict[st
     places = weight_map(path)
     metadata: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(places.values())):
+    shards = sorted(set(places.values()))
+    for shard in shards:
         if not (path.parent / shard).is_file():
             raise CheckpointError(
                 f"{path} names {shard!r}, which is not there", hint="fetch the missing shard"
             )
+    for shard in shards:
         shard_metadata, shard_tensors = read_file(path.parent / shard)
         metadata |= shard_metadata
         for name, tensor in shard_tensors.items():

@@ -12,22 +12,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
+import numpy as np
+
 from clipmerge.checkpoint.open import open_checkpoint
 from clipmerge.checkpoint.output import new_files, write_at
 from clipmerge.checkpoint.read import Reader
-from clipmerge.checkpoint.tensors import Checkpoint, identifiers
-from clipmerge.errors import CheckpointError, RecipeError
-from clipmerge.types import Progress
-from clipmerge.weights import into_torch
+from clipmerge.checkpoint.tensors import Checkpoint, Extent, Tensor, identifiers
+from clipmerge.dtypes import BY_TORCH_NAME, torch_dtype
+from clipmerge.errors import CheckpointError, MismatchError, ModelError, RecipeError
+from clipmerge.text import and_more
+from clipmerge.types import Bytes, Progress
+from clipmerge.weights.check import SHOWN, missing_names
 from clipmerge.weights.coefficient import Coefficient
 from clipmerge.weights.digest import Digests
 from clipmerge.weights.expression import Expression, interpolate, mean
 from clipmerge.weights.methods import METHODS, function_of
 from clipmerge.weights.notation import notation
 from clipmerge.weights.output_files import check_save, output_files
-from clipmerge.weights.plan import float_dtype
+from clipmerge.weights.plan import float_dtype, make_plan
 from clipmerge.weights.provenance import file_metadata
-from clipmerge.weights.run import execute
+from clipmerge.weights.run import execute, into_arrays
 
 if TYPE_CHECKING:
     import torch
@@ -106,7 +110,12 @@ class Weights(Expression):
         self, dtype: str | None = None, *, on_progress: Progress | None = None
     ) -> "dict[str, torch.Tensor]":
         """Compute the tensors by open_clip's names, on the CPU, by the same pass as `save`."""
-        return into_torch.state_dict(self, dtype, on_progress=on_progress)
+        import torch
+
+        plan = make_plan(self, dtype=dtype)
+        tensors = {name: torch.empty(s.shape, dtype=torch_dtype(s.dtype)) for name, s in plan.steps.items()}
+        into_arrays(plan, lambda name: _bytes(tensors[name]), on_progress=on_progress)
+        return tensors
 
     def load_into(self, module: "torch.nn.Module", *, strict: bool = True) -> "torch.nn.Module":
         """Write into the module's parameters and buffers in place, in their dtype and on their device.
@@ -117,15 +126,55 @@ class Weights(Expression):
             NonFiniteError, CheckpointError: an input holds NaN, or ends early; found while writing, so the module
                 is then partly written: load into it again before it is used.
         """
-        return into_torch.load_into(self, module, strict=strict)
+        import torch
 
-    def check_fit(self, module: "torch.nn.Module") -> None:
+        if self.kind() != 1:
+            raise RecipeError(
+                f"{self!r} is a task vector (total 0), not a model",
+                hint="add it to its base: base + 0.4*vector",
+            )
+        self.check_fit(module, strict=strict)
+        plan, targets = make_plan(self), module.state_dict(keep_vars=True)
+        staged: dict[str, torch.Tensor] = {}
+
+        def destination(name: str) -> Bytes:
+            want, target = torch_dtype(plan.steps[name].dtype), targets.get(name)
+            if (
+                target is not None
+                and (target.device.type, target.dtype) == ("cpu", want)
+                and target.is_contiguous()
+            ):
+                return _bytes(target)
+            staged[name] = torch.empty(plan.steps[name].shape, dtype=want)
+            return _bytes(staged[name])
+
+        into_arrays(plan, destination)
+        with torch.no_grad():
+            for name in staged.keys() & targets.keys():
+                targets[name].copy_(staged[name])
+        return module
+
+    def check_fit(self, module: "torch.nn.Module", *, strict: bool = True) -> None:
         """Refuse a module that `load_into` could not fill, from headers alone; it may be on the meta device.
 
         Raises:
             ModelError: names or shapes differ; all of them are listed.
         """
-        into_torch.check_fit(self, module.state_dict(keep_vars=True))
+        tensors, targets = self.checkpoints[0].tensors, module.state_dict(keep_vars=True)
+        problems = []
+        if strict:
+            missing, extra = sorted(targets.keys() - tensors.keys()), sorted(tensors.keys() - targets.keys())
+            problems += [f"the weights lack {name!r}" for name in missing]
+            problems += [f"the model has no {name}" for name in missing_names(extra, missing)]
+        for name in sorted(tensors.keys() & targets.keys()):
+            here, there = tensors[name].shape, tuple(targets[name].shape)
+            if here != there:
+                problems.append(f"{name!r} is {list(here)} in the weights and {list(there)} in the model")
+        if problems:
+            raise ModelError(
+                "the weights do not fit the model:\n  " + and_more(problems, SHOWN, "\n  "),
+                hint="is it the right --model? `clipmerge inspect FILE` shows what the file holds",
+            )
 
 
 def __getattr__(name: str) -> Callable[..., Weights]:
@@ -198,9 +247,32 @@ def _named(checkpoint: Checkpoint, name: str) -> Weights:
 def from_state_dict(
     tensors: "Mapping[str, torch.Tensor]", name: str = "model", metadata: Mapping[str, str] | None = None
 ) -> Weights:
-    """Make weights of tensors in memory (copied to the CPU where they are elsewhere); no file is involved."""
-    leaves = {key: into_torch.stored(key, tensors[key]) for key in sorted(tensors)}
+    """Make weights of tensors in memory, which share the bytes where they are contiguous and on the CPU.
+
+    Raises:
+        MismatchError: a dtype that safetensors cannot store, or a sparse tensor.
+    """
+    leaves = {}
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        dtype = BY_TORCH_NAME.get(str(tensor.dtype).removeprefix("torch."))
+        if dtype is None or str(tensor.layout) != "torch.strided":
+            raise MismatchError(
+                f"tensor {key!r} is {tensor.dtype}, {tensor.layout}: it cannot be stored",
+                hint="convert it to a dense tensor of a plain dtype first",
+            )
+        raw = _bytes(tensor.cpu().contiguous())
+        leaves[key] = Tensor(dtype, tuple(tensor.shape), (Extent(raw, 0, raw.size),))
     return Weights.of(Checkpoint(name, leaves, dict(metadata or {})))
+
+
+def _bytes(tensor: "torch.Tensor") -> Bytes:
+    import torch
+
+    if tensor.numel() == 0:
+        return np.empty(0, np.uint8)
+    flat: Bytes = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return flat
 
 
 def as_weights(checkpoint: "str | Path | Checkpoint | Weights") -> Weights:
