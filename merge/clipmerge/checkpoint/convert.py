@@ -66,29 +66,22 @@ def convert_folder(
         MismatchError: a tensor, or the model, has no place in the other layout.
         OutputError: a file of the folder exists, is the input, or cannot be written; nothing is left behind.
     """
-    name, configs = _folder(to, model)
-    names = (*configs, name)
+    config, preprocess = model["config"], model.get("preprocess") or {}
+    configs: dict[str, Any] = {"open_clip_config.json": {"model_cfg": config, "preprocess_cfg": preprocess}}
+    weights = "open_clip_model.safetensors"
+    if to != "open_clip":
+        weights, configs = "model.safetensors", {"config.json": to_huggingface_config(config)}
+        if configs["config.json"] is None:
+            raise MismatchError(
+                f"Hugging Face's CLIPModel has no configuration for {model.get('name')}",
+                hint="it has two transformer towers and nothing else; write the weights alone with -o FILE",
+            )
+        if (processor := to_huggingface_preprocessor(preprocess)) is not None:
+            configs["preprocessor_config.json"] = processor
+    names = (*configs, weights)
     check_folder(folder, names, force=force, inputs=list(checkpoint.files()))
     with whole_folder(folder, names) as stage:
-        convert(checkpoint, stage / name, to, on_progress=on_progress)
+        convert(checkpoint, stage / weights, to, on_progress=on_progress)
         for file, content in configs.items():
             (stage / file).write_bytes(to_text(content))
     return folder
-
-
-def _folder(to: str, model: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """What the weights are called in a folder of this layout, and the configuration files beside them."""
-    config, preprocess = model["config"], model.get("preprocess") or {}
-    if to == "open_clip":
-        return "open_clip_model.safetensors", {
-            "open_clip_config.json": {"model_cfg": config, "preprocess_cfg": preprocess}
-        }
-    theirs = to_huggingface_config(config)
-    if theirs is None:
-        raise MismatchError(
-            f"Hugging Face's CLIPModel has no configuration for {model.get('name')}",
-            hint="it has two transformer towers and nothing else; write the weights alone with -o FILE",
-        )
-    processor = to_huggingface_preprocessor(preprocess)
-    extra = {} if processor is None else {"preprocessor_config.json": processor}
-    return "model.safetensors", {"config.json": theirs, **extra}

@@ -1,7 +1,7 @@
-"""Read tensors: `Reader` into buffers that are used again, `Mapped` as pages of the file.
+"""Read tensors: `Reader` into buffers that are used again, `mapped` as pages of the file.
 
 Merging, hashing and converting take a `Reader`: its memory does not grow with the files, and a file that is shortened
-meanwhile is an error with a name. Copying a checkpoint into a model takes `Mapped`: it needs each tensor whole and
+meanwhile is an error with a name. Copying a checkpoint into a model takes `mapped`: it needs each tensor whole and
 once, and copies it from where it is. Mapped pages count as resident memory, and a file shortened meanwhile would end
 the process: nothing that goes through many files maps them.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clipmerge.checkpoint.tensors import Checkpoint, Extent, Stamp, Tensor, stamp
+from clipmerge.checkpoint.tensors import Checkpoint, Stamp, Tensor, stamp
 from clipmerge.dtypes import storage_dtype
 from clipmerge.errors import CheckpointError
 from clipmerge.types import Bytes
@@ -135,42 +135,28 @@ class Reader:
         return opened[0]
 
 
-class Mapped:
-    """Maps files on first use and keeps them mapped until closed; only the bytes that headers name are touched.
+def mapped(tensor: Tensor, maps: dict[Path, Bytes]) -> npt.NDArray[Any]:
+    """Return a tensor as pages of its file, read-only; copied only where it has several extents.
 
     A file that is shorter than a header promises is refused here, not met as SIGBUS in the middle of a merge.
+
+    Args:
+        maps: the files that are mapped already; they stay so for as long as this lives.
     """
-
-    def __init__(self) -> None:
-        self._maps: dict[Path, Bytes] = {}
-
-    def __enter__(self) -> "Mapped":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._maps.clear()
-
-    def bytes_of(self, extent: Extent) -> Bytes:
-        """Return the extent's bytes, shape (nbytes,), read-only, not copied."""
-        whole = extent.source if isinstance(extent.source, np.ndarray) else self._map(extent.source)
-        if extent.offset + extent.nbytes > whole.size:
-            raise CheckpointError(
-                f"{extent.source} ends at byte {whole.size}, its header promises {extent.offset + extent.nbytes}",
-                hint="the file is truncated or was changed while it was read; copy it again",
-            )
-        return whole[extent.offset : extent.offset + extent.nbytes]
-
-    def array(self, tensor: Tensor) -> npt.NDArray[Any]:
-        """Return the tensor, read-only; copied only where it has several extents."""
-        parts = [self.bytes_of(extent) for extent in tensor.extents]
-        raw = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.uint8), *parts])
-        return tensor.view(raw)
-
-    def _map(self, path: Path) -> Bytes:
-        if path not in self._maps:
+    parts = [np.empty(0, np.uint8)]
+    for extent in tensor.extents:
+        path = extent.source
+        if isinstance(path, Path) and path not in maps:
             try:
                 is_empty = path.stat().st_size == 0  # which no system maps
-                self._maps[path] = np.empty(0, np.uint8) if is_empty else np.memmap(path, np.uint8, "r")
+                maps[path] = np.empty(0, np.uint8) if is_empty else np.asarray(np.memmap(path, np.uint8, "r"))
             except OSError as error:
                 raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-        return self._maps[path]
+        whole = maps[path] if isinstance(path, Path) else path
+        if extent.offset + extent.nbytes > whole.size:
+            raise CheckpointError(
+                f"{path} ends at byte {whole.size}, its header promises {extent.offset + extent.nbytes}",
+                hint="the file is truncated or was changed while it was read; copy it again",
+            )
+        parts.append(whole[extent.offset : extent.offset + extent.nbytes])
+    return tensor.view(parts[1] if len(parts) == 2 else np.concatenate(parts))

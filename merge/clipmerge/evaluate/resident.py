@@ -4,17 +4,20 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from clipmerge.checkpoint.read import Mapped
+from clipmerge.checkpoint.read import mapped
 from clipmerge.checkpoint.tensors import Checkpoint
+from clipmerge.checkpoint.tensors import Tensor as Stored
 from clipmerge.dtypes import torch_dtype
 from clipmerge.errors import MismatchError
 from clipmerge.evaluate.heads import text_digest
 from clipmerge.model import ModelSpec, build_model, load_weights
+from clipmerge.types import Bytes
 from clipmerge.weights.names import tower_of
 from clipmerge.weights.weights import Weights
 
@@ -149,8 +152,8 @@ def tensors_of(weights: Weights) -> Iterator[Iterator[tuple[str, Tensor]]]:
     if lone is None:
         yield iter(weights.state_dict().items())
         return
-    with Mapped() as mapped:
-        yield ((name, _mapped_tensor(mapped, lone, name)) for name in sorted(lone.tensors))
+    maps: dict[Path, Bytes] = {}
+    yield ((name, _mapped_tensor(lone.tensors[name], maps)) for name in sorted(lone.tensors))
 
 
 def _lone_checkpoint(weights: Weights) -> Checkpoint | None:
@@ -165,9 +168,8 @@ def _digest_of_file(weights: Weights, held: Mapping[str, Tensor]) -> str:
         return text_digest(pages if pages.keys() == held.keys() else held)
 
 
-def _mapped_tensor(mapped: Mapped, checkpoint: Checkpoint, name: str) -> Tensor:
-    tensor = checkpoint.tensors[name]
-    array = mapped.array(tensor)
+def _mapped_tensor(tensor: Stored, maps: dict[Path, Bytes]) -> Tensor:
+    array = mapped(tensor, maps)
     with warnings.catch_warnings():
         # torch warns that the pages cannot be written; nothing writes to them.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
