@@ -59,9 +59,8 @@ fi
 {
     wanted flyp && part "a FLYP step, ours against open_clip's" 100 "$here/flyp_step.py" --device $device --no-loader "${steps[@]}"
     if wanted candidates || wanted soups || wanted learned; then soups "candidates" 150 make; fi
-    wanted soups && soups "greedy soup" 200 greedy
+    wanted soups && soups "greedy soup, and as published" 240 greedy published
     wanted learned && soups "learned soup" 100 learned
-    wanted soups && soups "greedy soup as published" 60 published
     wanted data && part "training from JPEGs" 100 "$here/flyp_step.py" --device $device --only-loader "${jpegs[@]}"
 } | tee "$folder/report"
 echo

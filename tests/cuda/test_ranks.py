@@ -18,7 +18,7 @@ DECODER = {"context_length": 32, "vocab_size": 49408, "width": 8, "heads": 2, "l
 ONE_STEP = """
 import json, sys, torch, torch.distributed as dist
 import clipmerge as cm
-from clipmerge.device import resolve_device
+from clipmerge.device import float32_matmul, resolve_device
 from clipmerge.finetuning.batches import Sampler, tokenizer_of, training_prompts
 from clipmerge.finetuning.finetune import starting_model
 from clipmerge.finetuning.images import Images
@@ -27,13 +27,13 @@ from clipmerge.finetuning.towers import full_state_dict, wrap
 from clipmerge.finetuning.settings import Settings
 from clipmerge.finetuning.towers import Towers, trained_parameters
 
-name, model, how, precision = sys.argv[1:]
+name, how, *models = sys.argv[1:]
 device = resolve_device(name)
 backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
 train = cm.open_split("digits#train", limit=32)
 
-def gradients(wrapped):
+def gradients(model, precision, wrapped):
     net, spec = starting_model(None, model, 0, device)
     tokenizer = tokenizer_of(spec)
     prompts = training_prompts(net, tokenizer, train, ["a photo of a {}."], device)
@@ -53,9 +53,12 @@ def gradients(wrapped):
     state = full_state_dict(net)[0] if wrapped and how == "fsdp" else net.state_dict()
     return {key: value.double().cpu() for key, value in state.items()}, float(loss)
 
-ours, theirs = gradients(True), gradients(False)
-worst = max(float((ours[0][k] - v).norm() / v.norm().clamp_min(1e-6)) for k, v in theirs[0].items())
-print(json.dumps({"loss": [ours[1], theirs[1]], "worst": worst}))
+for model in models:
+    for precision in ("fp32", "bf16"):
+        with float32_matmul(precision):
+            ours, theirs = gradients(model, precision, True), gradients(model, precision, False)
+        worst = max(float((ours[0][k] - v).norm() / v.norm().clamp_min(1e-6)) for k, v in theirs[0].items())
+        print(json.dumps([model, precision, ours[1], theirs[1], worst]), flush=True)
 dist.destroy_process_group()
 """
 """Two steps through the wrapper on a world of one: what DDP and FSDP2 demand of a model on its device."""
@@ -79,20 +82,20 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / f"{name}.json" for name in configs}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
-@pytest.mark.parametrize("model", ["vit", "resnet", "coca"])
-def test_a_wrapped_model_steps_like_a_plain_one(
-    model: str, how: str, precision: str, models: dict[str, Path], device: str, tmp_path: Path
+def test_wrapped_models_step_like_plain_ones(
+    how: str, models: dict[str, Path], device: str, tmp_path: Path
 ) -> None:
     """A6 (CoCa's decoder takes no part), A7 (a ResNet's layout of memory), A8 (the mesh is the device's)."""
     program = tmp_path / "one_step.py"
     program.write_text(ONE_STEP)
-    found = json.loads(
-        python(str(program), device, str(models[model]), how, precision, ranks=1).splitlines()[-1]
-    )
-    assert found["loss"][0] == pytest.approx(found["loss"][1], rel=1e-3 if precision == "fp32" else 3e-2)
-    assert found["worst"] < (1e-3 if precision == "fp32" else 3e-2)
+    lines = python(str(program), device, how, *map(str, models.values()), ranks=1).splitlines()
+    found = [json.loads(line) for line in lines if line.startswith("[")]
+    assert len(found) == 2 * len(models)
+    for model, precision, ours, theirs, worst in found:
+        tolerance = 1e-3 if precision == "fp32" else 3e-2
+        assert ours == pytest.approx(theirs, rel=tolerance), (model, precision)
+        assert worst < tolerance, (model, precision)
 
 
 FINETUNE = """
@@ -192,10 +195,10 @@ def test_workers_share_a_sweep(
     import clipmerge as cm
 
     base, model = tiny_checkpoints["base"], tiny_model_file
-    python(*sweep(tmp_path / "alone", device, base, model))
-    with ThreadPoolExecutor(2) as pool:
-        for one in [pool.submit(python, *sweep(tmp_path / "shared", device, base, model)) for _ in range(2)]:
-            one.result()
+    folders = [tmp_path / "alone", tmp_path / "shared", tmp_path / "shared"]
+    with ThreadPoolExecutor(3) as pool:
+        for done in [pool.submit(python, *sweep(folder, device, base, model)) for folder in folders]:
+            done.result()
     names = [path.name for path in sorted((tmp_path / "alone").glob("trial-*.safetensors"))]
     assert len(names) == 4
     assert [path.name for path in sorted((tmp_path / "shared").glob("trial-*.safetensors"))] == names
