@@ -53,11 +53,27 @@ def pixels(
     shape = (len(split), 3, *_size(preprocess_cfg))
     path = (cache or cache_dir()) / "pixels" / f"{_key(split, preprocess_cfg)}.u8"
     cached = map_intact(path)
-    if cached is None:
-        transform = eval_transform_uint8(preprocess_cfg)
-        with whole_file(path, parents=True) as sibling:
-            _decode(split, transform, sibling, shape, workers or os.cpu_count() or 1, on_progress)
-        cached = map_intact(path)
+    if cached is not None:
+        return cached.reshape(shape)
+    transform, size = eval_transform_uint8(preprocess_cfg), int(np.prod(shape[1:]))
+    with whole_file(path, parents=True) as sibling, sibling.open("r+b") as file:
+        if hasattr(os, "posix_fallocate"):  # a full disk is met before anything is decoded
+            os.posix_fallocate(file.fileno(), 0, size * len(split) + 32)
+
+        def read(i: int) -> bytes:
+            return np.asarray(transform(split.image(i, verify=True))).transpose(2, 0, 1).tobytes()
+
+        def write(i: int, row: bytes) -> None:
+            os.pwrite(file.fileno(), row, i * size)
+
+        reasons = read_each(
+            read, write, len(split), workers or os.cpu_count() or 1, "decoding images", on_progress
+        )
+        refuse(split.source, [f"{split.names[i]}: {reason}" for i, reason in reasons.items()])
+        written = np.memmap(sibling, np.uint8, mode="r", shape=size * len(split))
+        digest = blake3(written.data, max_threads=blake3.AUTO).digest()
+        os.pwrite(file.fileno(), digest, size * len(split))
+    cached = map_intact(path)
     if cached is None:
         raise OutputError(f"{path} does not hold what was written to it", hint="look at the cache's disk")
     return cached.reshape(shape)
@@ -125,30 +141,3 @@ def _key(split: Split, preprocess_cfg: Mapping[str, Any]) -> str:
     fields |= {"size": _size(preprocess_cfg), "pillow": PIL.__version__}
     text = json.dumps(fields, sort_keys=True)
     return blake3(b"clipmerge pixels 1\0" + text.encode() + split.keys.tobytes()).hexdigest()
-
-
-def _decode(
-    split: Split,
-    transform: Callable[["Image"], "Image"],
-    path: Path,
-    shape: tuple[int, ...],
-    workers: int,
-    on_progress: Progress | None,
-) -> None:
-    """Fill `path` with transformed images and their digest."""
-    size = int(np.prod(shape[1:]))
-    with path.open("r+b") as file:
-        if hasattr(os, "posix_fallocate"):  # a full disk is met before anything is decoded
-            os.posix_fallocate(file.fileno(), 0, size * len(split) + 32)
-
-        def read(i: int) -> bytes:
-            return np.asarray(transform(split.image(i, verify=True))).transpose(2, 0, 1).tobytes()
-
-        def write(i: int, row: bytes) -> None:
-            os.pwrite(file.fileno(), row, i * size)
-
-        reasons = read_each(read, write, len(split), workers, "decoding images", on_progress)
-        refuse(split.source, [f"{split.names[i]}: {reason}" for i, reason in reasons.items()])
-        written = np.memmap(path, np.uint8, mode="r", shape=size * len(split))
-        digest = blake3(written.data, max_threads=blake3.AUTO).digest()
-        os.pwrite(file.fileno(), digest, size * len(split))

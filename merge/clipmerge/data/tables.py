@@ -48,7 +48,8 @@ def table(place: str, pick: Pick) -> RawSplit:
     rows = [row for row in lines.values() if all(row[key] for key in needed)]
     if not rows and not unusable:
         raise DataError(f"{place} lists no images", hint=_CSV_HINT)
-    group_names = _in_order({row["group"] for row in rows}) if "group" in columns else ()
+    groups = {row["group"] for row in rows if "group" in columns}
+    group_names = sorted(groups, key=int if all(group.isdecimal() for group in groups) else None)
     paths = [row["path"] for row in rows]
     return RawSplit(
         FileImages([str(Path(place).parent / path) for path in paths]),
@@ -58,7 +59,7 @@ def table(place: str, pick: Pick) -> RawSplit:
         [row.get("split", "") for row in rows],
         unusable,
         groups=[group_names.index(row["group"]) for row in rows] if group_names else None,
-        group_names=group_names or None,
+        group_names=tuple(group_names) or None,
         captions=[row["caption"] for row in rows] if "caption" in columns else None,
     )
 
@@ -94,11 +95,6 @@ def _names_by_number(rows: Sequence[Row]) -> tuple[str, ...] | None:
         return None
     names = {int(row["label"]): row["class"] for row in rows}
     return tuple(names.get(i, str(i)) for i in range(max(names) + 1))
-
-
-def _in_order(words: set[str]) -> tuple[str, ...]:
-    """Return words sorted; as numbers where all of them are."""
-    return tuple(sorted(words, key=int if all(w.isdecimal() for w in words) else None))
 
 
 def _names(paths: Sequence[str]) -> list[str]:
@@ -211,7 +207,8 @@ def parquet(place: str, pick: Pick) -> RawSplit:
     files, where, rows = list[str](), list[tuple[str, int, int]](), list[dict[str, Any]]()
     try:
         schema = pq.read_schema(paths[0])
-        features = _features(schema)
+        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {})
+        features = {k: v for k, v in info.get("features", {}).items() if isinstance(v, dict)}
         image, label, caption = _columns(place, schema.names, features)
         kind = schema.field(image).type
         has_path = hasattr(kind, "get_field_index") and kind.get_field_index("path") >= 0
@@ -257,17 +254,10 @@ def _row_group(path: str, stamp: str, group: int, column: str) -> Any:
         return file.read_row_group(group, columns=[column]).column(column)
 
 
-def _features(schema: Any) -> dict[str, Any]:
-    """Return what Hugging Face writes about the columns."""
-    stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = stored.get("info", {}).get("features", {})
-    return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
-
-
 def _columns(
     place: str, names: Sequence[str], features: dict[str, Any]
 ) -> tuple[str, str | None, str | None]:
-    """Return which columns hold images, labels and captions: by the features, else by name."""
+    """Return which columns hold images, labels and captions: by Hugging Face's features, else by name."""
 
     def first(kind: str) -> str | None:
         typed = [name for name in names if features.get(name, {}).get("_type") == kind]

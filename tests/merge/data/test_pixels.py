@@ -1,14 +1,17 @@
 """Pixels once: exactly the plain transform, kept on disk, noticed when the file is not what it was."""
 
 import io
+import json
 import os
 import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 import torch
+from blake3 import blake3
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
@@ -133,6 +136,22 @@ def test_the_transform_and_the_content_are_in_the_key(folder: MakeFolder, tmp_pa
     pixels(split.subset([1, 0]), CFG, cache=tmp_path / "c")
     pixels(open_split(f"{split.source}@invert"), CFG, cache=tmp_path / "c")
     assert len(list((tmp_path / "c" / "pixels").iterdir())) == 6
+
+
+def test_the_key_is_what_it_always_was(folder: MakeFolder, tmp_path: Path) -> None:
+    split = open_split(folder(cat=1, dog=1))
+    pixels(split, CFG, cache=tmp_path / "c")
+    text = json.dumps(
+        {
+            "fill_color": 0,
+            "interpolation": "bicubic",
+            "pillow": PIL.__version__,
+            "resize_mode": "shortest",
+            "size": [16, 16],
+        }
+    )
+    expected = blake3(b"clipmerge pixels 1\0" + text.encode() + split.keys.tobytes()).hexdigest()
+    assert [path.stem for path in (tmp_path / "c" / "pixels").iterdir()] == [expected]
 
 
 def test_changing_the_array_changes_no_file(folder: MakeFolder) -> None:

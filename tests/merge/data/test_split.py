@@ -1,6 +1,8 @@
 """DATA text → Split: parts, names, labels, what is held out, and what is refused."""
 
+import io
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -232,3 +234,48 @@ def test_images_in_folders_of_a_class_folder_come_in_the_order_of_paths(folder: 
         (root / "cat" / place).mkdir()
         picture(5).save(root / "cat" / place / "x.jpg")
     assert open_split(root).names == ("cat/0.jpg", "cat/a/x.jpg", "cat/a-b/x.jpg", "dog/0.jpg")
+
+
+def ppm(seed: int) -> bytes:
+    """An image whose bytes no version of an encoder decides."""
+    return b"P6 4 3 255\n" + bytes((seed * 37 + 11 * i) % 256 for i in range(36))
+
+
+@pytest.fixture
+def known(tmp_path: Path) -> Path:
+    for i, name in enumerate(("cat/0.ppm", "cat/1.ppm", "dog/0.ppm")):
+        path = tmp_path / "f" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(ppm((0, 1, 5)[i]))
+    rows = ("path,label,class_name,group,caption", "cat/0.ppm,0,Cat,day,a cat", "dog/0.ppm,1,Dog,night,a dog")
+    (tmp_path / "f" / "t.csv").write_text("\n".join(rows))
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        for name, data in (("s.png", ppm(1)), ("s.cls", b"0")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    offsets = np.cumsum([0, len(ppm(1)), len(ppm(2))])
+    blob = np.frombuffer(ppm(1) + ppm(2), np.uint8)
+    np.savez(tmp_path / "e.npz", blob=blob, offsets=offsets, labels=[0, 1])
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("source", "digest"),
+    [
+        ("f", "96b730e80400a710"),
+        ("f/t.csv", "d02bef1a9fa39688"),
+        ("t.tar", "e33a68f6f1b60304"),
+        ("e.npz", "b566437ec0892848"),
+        ("f@invert@noise:0.1", "35d15ca9b3ade7f1"),
+    ],
+)
+def test_digests_never_change_because_journals_and_caches_are_filed_under_them(
+    known: Path, source: str, digest: str
+) -> None:
+    assert open_split(known / source).digest[:16] == digest
+
+
+def test_digests_of_the_digits_never_change_either() -> None:
+    assert open_split("digits#val").digest[:16] == "450fcd8dc538890b"
+    assert open_split("digits#test@rotate:20").digest[:16] == "197261e5159dca5b"
