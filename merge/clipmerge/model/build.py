@@ -1,7 +1,7 @@
 """Build a model, its tokenizer and its eval transform as open_clip does, from a ModelSpec."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, cast
 
@@ -79,9 +79,8 @@ def _skip_random_values() -> AbstractContextManager[Any]:
     return _replace_functions(untouched | {torch.randn: torch.empty, torch.rand: torch.empty})
 
 
-@contextmanager
-def _replace_functions(functions: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
-    """Send calls of some of torch's functions to others."""
+def _replace_functions(functions: Mapping[Any, Callable[..., Any]]) -> AbstractContextManager[Any]:
+    """Send calls of some of torch's functions to others, inside a `with`."""
     from torch.overrides import TorchFunctionMode
 
     class Replace(TorchFunctionMode):
@@ -90,8 +89,7 @@ def _replace_functions(functions: Mapping[Any, Callable[..., Any]]) -> Iterator[
         ) -> Any:
             return functions.get(func, func)(*args, **(kwargs or {}))
 
-    with Replace():
-        yield
+    return Replace()
 
 
 def get_tokenizer(spec: ModelSpec) -> "Tokenizer":
