@@ -363,7 +363,7 @@ def waiting(model: str, device: str, precision: str, cuda: bool) -> list[dict[st
     from clipmerge.data.stored import LoadedImages
     from clipmerge.finetuning.finetune import finetune
 
-    count, side, size = (8192, 320, 512) if cuda else (64, 320, 16)
+    count, side, size = (4096, 320, 512) if cuda else (64, 320, 16)
     generator = np.random.default_rng(0)
     jpegs = []
     for _ in range(64):
@@ -385,7 +385,7 @@ def waiting(model: str, device: str, precision: str, cuda: bool) -> list[dict[st
         for i, (said, how) in enumerate(sources.items()):
             events: list[Any] = []
             finetune(None, split, model=model, out=Path(folder) / f"{i}.safetensors", batch_size=size,
-                     steps=60 if cuda else 3, device=device, precision=precision, lr=1e-6, save_every=0,
+                     steps=40 if cuda else 3, device=device, precision=precision, lr=1e-6, save_every=0,
                      on_event=events.append, **how)  # fmt: skip
             lines = [event for event in events if event["event"] == "step"]
             lines = lines[len(lines) // 2 :]

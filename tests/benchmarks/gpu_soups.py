@@ -144,8 +144,7 @@ def make(options: argparse.Namespace) -> None:
     began = time.perf_counter()
     pixels(split(options), spec_of(options).preprocess)
     row("images decoded", f"{options.images}, once, {time.perf_counter() - began:.1f} s")
-    few = argparse.Namespace(**{**vars(options), "templates": -(-options.templates // 10)})
-    logits = evaluator(few).logits(cm.from_state_dict(base))
+    logits = evaluator(options).logits(cm.from_state_dict(base))
     labels = logits.argmax(dim=1).numpy()
     dice = np.random.default_rng(1)
     wrong = dice.random(len(labels)) < 0.25
