@@ -23,12 +23,12 @@ from clipmerge.evaluate.journal import Journal, recipe_digest
 from clipmerge.evaluate.metrics import METRICS, Predictions
 from clipmerge.evaluate.predictor import Predictor
 from clipmerge.evaluate.score import Score, Stopped, check_metric, is_better, read_result, score_of
-from clipmerge.evaluate.sources import Source, as_weights, open_all
+from clipmerge.evaluate.sources import Source, open_all
 from clipmerge.model import ModelSpec
 from clipmerge.text import did_you_mean
 from clipmerge.types import Bools, Ints, Progress
 from clipmerge.weights.digest import content_digest
-from clipmerge.weights.weights import Weights, mean
+from clipmerge.weights.weights import Weights, as_weights, mean
 
 __all__ = ["Evaluator", "score"]
 
