@@ -6,6 +6,7 @@ Source: Wortsman et al. 2022, arXiv 2203.05482, section 3 and appendix I.
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import reduce
+from math import isfinite
 from operator import add
 from typing import TYPE_CHECKING
 
@@ -60,8 +61,28 @@ def learned_soup(
     groups = groups_of(weights[0].names, per)
     evaluator.load(weights[0])
     mixture = Mixture(evaluator, split, weights, groups)
-    shares, beta = _descend(mixture, lr, epochs, batch_size, temperature, seed, on_progress)
-    numbers = round_shares(shares)
+    # AdamW over a softmax of free numbers, beside the factor on the logits where that is learned.
+    raw = torch.zeros(mixture.groups, mixture.models, requires_grad=True)
+    beta = torch.ones((), requires_grad=temperature)
+    optimizer = torch.optim.AdamW([raw, beta] if temperature else [raw], lr=lr, weight_decay=0.0)
+    draw, done = torch.Generator().manual_seed(seed), 0
+    steps = epochs * -(-mixture.size // batch_size)
+    for _ in range(epochs):
+        for indices in torch.split(torch.randperm(mixture.size, generator=draw), batch_size):
+            shares = raw.softmax(dim=1)
+            by_share, by_beta, loss = mixture.gradients(shares.detach(), beta.item(), indices)
+            if not isfinite(loss):
+                hint = "a checkpoint may hold NaN or infinity"
+                raise NonFiniteError("the learned soup's loss is not finite", hint=hint)
+            optimizer.zero_grad()
+            torch.autograd.backward(shares, by_share)
+            if temperature:
+                beta.grad = torch.tensor(by_beta)
+            optimizer.step()
+            done += 1
+            if on_progress:
+                on_progress("learning", done, steps)
+    numbers = round_shares(raw.detach().softmax(dim=1))
     soup = _soup(weights, groups, numbers)
     names = tuple(map(repr, weights))
     by_group = {
@@ -76,46 +97,8 @@ def learned_soup(
         score=evaluator.score(soup, split),
         split=split,
         coefficients=by_group if len(groups) > 1 else next(iter(by_group.values())),
-        temperature=beta,
+        temperature=beta.item(),
     )
-
-
-def _descend(
-    mixture: Mixture,
-    lr: float,
-    epochs: int,
-    batch_size: int,
-    temperature: bool,
-    seed: int,
-    on_progress: Progress | None,
-) -> "tuple[Float[Tensor, 'groups models'], float]":
-    """Return shares and the temperature after AdamW's last step."""
-    raw = torch.zeros(mixture.groups, mixture.models, requires_grad=True)
-    beta = torch.ones((), requires_grad=temperature)
-    optimizer = torch.optim.AdamW([raw, beta] if temperature else [raw], lr=lr, weight_decay=0.0)
-    draw = torch.Generator().manual_seed(seed)
-    count = mixture.size
-    steps = epochs * -(-count // batch_size)
-    done = 0
-    for _ in range(epochs):
-        order = torch.randperm(count, generator=draw)
-        for start in range(0, count, batch_size):
-            shares = raw.softmax(dim=1)
-            indices = order[start : start + batch_size]
-            by_share, by_beta, loss = mixture.gradients(shares.detach(), beta.item(), indices)
-            if not torch.isfinite(torch.tensor(loss)):
-                raise NonFiniteError(
-                    "the learned soup's loss is not finite", hint="a checkpoint may hold NaN or infinity"
-                )
-            optimizer.zero_grad()
-            torch.autograd.backward(shares, by_share)
-            if temperature:
-                beta.grad = torch.tensor(by_beta)
-            optimizer.step()
-            done += 1
-            if on_progress:
-                on_progress("learning", done, steps)
-    return raw.detach().softmax(dim=1), beta.item()
 
 
 def round_shares(shares: "Float[Tensor, 'groups models']") -> list[list[Fraction]]:

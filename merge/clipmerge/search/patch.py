@@ -4,7 +4,7 @@ Source: Ilharco et al. 2022, arXiv 2208.05592.
 """
 
 from collections.abc import Callable, Sequence
-from fractions import Fraction
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from clipmerge.errors import SelectionError
@@ -82,7 +82,7 @@ def patch(
     for turn, model in enumerate(models if mode != "parallel" else ()):
         tasks = new[: turn + 1] if mode == "sequential" else new
         step = sweep(
-            _between(patched, _tuned(model, patched)),
+            partial(interpolate, patched, _tuned(model, patched)),
             grid,
             evaluator,
             rule=paint(tasks, old),
@@ -110,10 +110,6 @@ def patch(
 
 def _tuned(model: Finetuned, patched: Weights) -> Weights:
     return model(patched) if callable(model) else as_weights(model)
-
-
-def _between(a: Weights, b: Weights) -> Callable[[Fraction], Weights]:
-    return lambda alpha: interpolate(a, b, alpha)
 
 
 def _check(mode: Mode, models: int, new: tuple[str, ...]) -> None:
