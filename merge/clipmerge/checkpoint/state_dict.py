@@ -51,8 +51,8 @@ def find_state_dict(
     """
     if isinstance(root, Stub):
         walk = _script_tensors(root, members) if members is not None else _module_tensors(root)
-        tensors = dict(islice(walk, MAX_TENSORS + 1))
-        if len(tensors) > MAX_TENSORS:
+        tensors = dict(islice(walk, MAX_TENSORS))
+        if next(walk, None):
             raise Malformed(f"its modules hold more than {MAX_TENSORS} tensors")
         if not tensors:
             raise Malformed(f"it holds a {root.path[:200]!r} without tensors, not weights")

@@ -7,7 +7,7 @@ fit its cache and reads into them; nothing grows with the size or number of inpu
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from math import ceil, frexp
 from threading import Lock, Thread
 from typing import Any
@@ -179,35 +179,27 @@ def in_threads(tasks: Iterable[Task], threads: int) -> None:
         except BaseException as error:  # handed to the caller, whatever it is
             failures.append(error)
 
-    with _torch_if_imported() as torch:
-        workers: list[Thread] = []
-        try:
-            with suppress(RuntimeError):  # the system allows no more threads: fewer do the same work
-                for _ in range(threads):
-                    worker = Thread(target=work, args=[torch], daemon=True)
-                    worker.start()
-                    workers.append(worker)
-            if not workers:  # this thread is the caller's: its settings are left alone
-                work(None)
-            for worker in workers:
-                worker.join()
-        except BaseException as interruption:
-            failures.append(interruption)
+    # torch is lent where the program has it already: nothing here imports it, and one that another thread is importing
+    # at this moment is not ready. Its thread count belongs to the program, and is as before afterwards.
+    torch = sys.modules.get("torch")
+    torch = None if torch is None or getattr(torch.__spec__, "_initializing", False) else torch
+    torch_threads = torch.get_num_threads() if torch else 0
+    workers: list[Thread] = []
+    try:
+        with suppress(RuntimeError):  # the system allows no more threads: fewer do the same work
+            for _ in range(threads):
+                worker = Thread(target=work, args=[torch], daemon=True)
+                worker.start()
+                workers.append(worker)
+        if not workers:  # this thread is the caller's: its settings are left alone
+            work(None)
         for worker in workers:
             worker.join()
+    except BaseException as interruption:
+        failures.append(interruption)
+    for worker in workers:
+        worker.join()
+    if torch:
+        torch.set_num_threads(torch_threads)
     if failures:
         raise failures[0]
-
-
-@contextmanager
-def _torch_if_imported() -> Iterator[Any]:
-    """torch, where the program has it already: nothing here imports it. Its thread count is as before afterwards."""
-    torch = sys.modules.get("torch")
-    if torch is None or getattr(torch.__spec__, "_initializing", False):
-        yield None
-        return
-    threads = torch.get_num_threads()
-    try:
-        yield torch
-    finally:
-        torch.set_num_threads(threads)

@@ -42,17 +42,13 @@ class Method:
     renamed: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Applied:
     """A method over expressions: a leaf of a larger expression, computed tensor by tensor."""
 
-    __slots__ = ("__weakref__", "method", "operands", "options")
-
-    def __init__(
-        self, method: Method, operands: "Sequence[Expression]", options: Mapping[str, float]
-    ) -> None:
-        self.method = method
-        self.operands = tuple(operands)
-        self.options = dict(options)
+    method: Method
+    operands: "tuple[Expression, ...]"
+    options: Mapping[str, float]
 
 
 Leaf: TypeAlias = Checkpoint | Applied

@@ -1,16 +1,4 @@
-"""Sums of fp16 in float32: twice as fast as in float64, and exact.
-
-Why float32 rounds nothing here:
-
-- Every finite fp16 is a whole multiple of its smallest number, 2**-24.
-- Float32 has 24 bits of mantissa, so it holds every multiple of 2**-24 up to 1.
-- Multiples of 2**-24 add up to multiples of 2**-24. While the largest magnitudes of the terms add up to at most 1, no
-  partial sum in any order leaves that range, and each addition is exact.
-
-Where the magnitudes outgrow that, the rest goes into a second array, and after that all of it into float64, which is
-exact up to 2**29. The two arrays together may need more digits than float32 has; such sums are rounded to odd, after
-which `narrow` rounds as if once. The arrays may hold numbers 2**112 times too small (see `spread_halves`).
-"""
+"""Sums of fp16 in float32: twice as fast as in float64, and exact."""
 
 from math import frexp
 from typing import Any
@@ -51,6 +39,11 @@ class HalfSum:
             total: where the sum goes when it outgrows float32 (see `spill`).
             term: float64 to work in.
         """
+        # Why float32 rounds nothing here: every finite fp16 is a whole multiple of its smallest number, 2**-24, and
+        # so is every sum of them. Float32 has 24 bits of mantissa, so it holds every such multiple up to 1. While the largest
+        # magnitudes of the terms add up to at most 1 (`_room` is what is left of it), no partial sum, in any order,
+        # leaves that range, and each addition is exact. What outgrows it goes into a second array, and after that all
+        # of it into float64, which is exact up to 2**29.
         largest = float(np.uint16(largest_code(raw)).view(np.float16))
         if not largest <= 1:
             return False
@@ -84,7 +77,9 @@ class HalfSum:
         np.add(first, second, out=out)
         large = np.flatnonzero(np.abs(out, out=magnitude) >= np.float32(1 / self._scale))
         np.multiply(out, factor, out=out)
-        if large.size:  # sums above 1 may have been rounded
+        if large.size:
+            # A sum above 1 of the two arrays may need more digits than float32 has, and may have been rounded. It is
+            # taken again in float64 and rounded to odd, after which `narrow` rounds as if once.
             exact = (first[large].astype(np.float64) + second[large]) * float(factor)
             rounded = np.empty(large.size, np.float32)
             round_to_odd(exact, rounded, np.empty(large.size))

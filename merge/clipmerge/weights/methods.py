@@ -47,7 +47,7 @@ def apply(name: str, operands: Sequence[E], **options: float) -> E:
                 "models (total 1)" if method.takes == "points" else "task vectors (total 0), such as a - base"
             )
             raise RecipeError(f"{name} takes {meant}, not {operand!r}")
-    return type(operands[0]).of(Applied(method, operands, {**method.options, **options}))
+    return type(operands[0]).of(Applied(method, tuple(operands), {**method.options, **options}))
 
 
 def function_of(method: Method) -> Callable[..., Expression]:

@@ -182,7 +182,7 @@ def _sorted(weights: Expression, keys: Mapping[Checkpoint, str]) -> tuple[str, E
         else:
             operands = [_sorted(operand, keys) for operand in leaf.operands]
             key = f"{leaf.method.name}{sorted(leaf.options.items())}({', '.join(k for k, _ in operands)})"
-            leaf = Applied(leaf.method, [operand for _, operand in operands], leaf.options)
+            leaf = Applied(leaf.method, tuple(operand for _, operand in operands), leaf.options)
         parts.append((key, str(coefficient), leaf, coefficient))  # equal contents: coefficients decide
     parts.sort(key=lambda part: part[:2])
     text = " + ".join(f"{coefficient}*{key}" for key, coefficient, _, _ in parts)
