@@ -1,7 +1,7 @@
 """From what a pickle holds to one flat mapping of names: state dicts, training checkpoints, whole modules."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -50,7 +50,7 @@ def find_state_dict(
         Tensors by name; and the "class" of a module, and what was "saved" beside the weights.
     """
     if isinstance(root, Stub):
-        walk = _script_tensors(root, members) if members is not None else _module_tensors(root)
+        walk = _module_tensors(root, members)
         tensors = dict(islice(walk, MAX_TENSORS))
         if next(walk, None):
             raise Malformed(f"its modules hold more than {MAX_TENSORS} tensors")
@@ -70,47 +70,42 @@ def find_state_dict(
     return tensors, {}
 
 
-def _module_tensors(root: Stub) -> Iterator[tuple[str, AnyTensor]]:
-    """What `state_dict()` of a pickled nn.Module gives: parameters, and buffers unless non-persistent."""
-    for prefix, module in _modules(root, lambda stub: _entries(stub, "_modules")):
-        hidden = _entries(module, None).get("_non_persistent_buffers_set") or ()
-        for name, value in (*_entries(module, "_parameters").items(), *_entries(module, "_buffers").items()):
-            if _is_tensor(value) and name not in hidden:
-                yield _name(prefix, name), value
+def _module_tensors(
+    root: Stub, members: Mapping[str, frozenset[str]] | None
+) -> Iterator[tuple[str, AnyTensor]]:
+    """What `state_dict()` of a module gives: its parameters, and its buffers unless they are non-persistent.
 
-
-def _script_tensors(root: Stub, members: Mapping[str, frozenset[str]]) -> Iterator[tuple[str, AnyTensor]]:
-    """A scripted module keeps all attributes in one dict; its class's code says which are its state."""
-    for prefix, module in _modules(root, lambda stub: _entries(stub, None)):
-        known = members.get(module.path)
-        for name, value in _entries(module, None).items():
-            if _is_tensor(value) and (known is None or name in known):
-                yield _name(prefix, name), value
-
-
-def _modules(root: Stub, children: Callable[[Stub], dict[Any, Any]]) -> Iterator[tuple[str, Stub]]:
+    A pickled nn.Module keeps them in dicts of their own. A scripted one keeps all attributes in one dict; its class's
+    code says which are its state.
+    """
     waiting, seen = [("", root, 0)], 0
     while waiting:
         prefix, module, depth = waiting.pop()
         seen += 1
         if seen > MAX_MODULES or depth > MAX_DEPTH:
             raise Malformed("its modules are nested without end")
-        yield prefix, module
-        for name, child in children(module).items():
+        state = _dict(module.state)
+        if members is None:
+            children = _dict(state.get("_modules"))
+            values = {**_dict(state.get("_parameters")), **_dict(state.get("_buffers"))}
+            hidden = state.get("_non_persistent_buffers_set") or ()
+            known = None if not hidden else values.keys() - hidden
+        else:
+            children, values, known = state, state, members.get(module.path)
+        for name, value in values.items():
+            if _is_tensor(value) and (known is None or name in known):
+                yield _name(prefix, name), value
+        for name, child in children.items():
             if isinstance(child, Stub) and (_is_module(child) or child.path.startswith("__torch__.")):
                 waiting.append((_name(prefix, name), child, depth + 1))
 
 
 def _is_module(value: Any) -> bool:
-    return isinstance(value, Stub) and "_parameters" in _entries(value, None)
+    return isinstance(value, Stub) and "_parameters" in _dict(value.state)
 
 
-def _entries(module: Stub, kind: str | None) -> dict[Any, Any]:
-    """The state of a module, or the dict of that name in it; {} where it is none."""
-    entries = module.state
-    if kind is not None and isinstance(entries, dict):
-        entries = entries.get(kind)
-    return entries if isinstance(entries, dict) else {}
+def _dict(value: Any) -> dict[Any, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _name(prefix: str, name: Any) -> str:

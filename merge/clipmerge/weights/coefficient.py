@@ -7,6 +7,7 @@ A coefficient is a polynomial over pattern maps, kept exact with `Fraction`: `1 
 import json
 from collections.abc import Mapping
 from fractions import Fraction
+from functools import partial
 from numbers import Rational
 
 from clipmerge.errors import RecipeError
@@ -52,9 +53,8 @@ class Coefficient:
         if isinstance(value, Coefficient):
             return value
         if isinstance(value, Mapping):
-            return cls(
-                {(tuple((str(pattern), exact(number)) for pattern, number in value.items()),): Fraction(1)}
-            )
+            rules = tuple((str(pattern), exact(number)) for pattern, number in value.items())
+            return cls({(rules,): Fraction(1)})
         return cls({(): exact(value)})
 
     def __add__(self, other: "Coefficient") -> "Coefficient":
@@ -128,13 +128,11 @@ class Coefficient:
         return sum((value * _product(factors, name) for factors, value in self._terms.items()), Fraction(0))
 
     def __str__(self) -> str:
-        text = ""
-        for factors, value in sorted(self._terms.items()):
-            if text:
-                text += f" {'-' if value < 0 else '+'} {_term_text(factors, abs(value))}"
-            else:
-                text = _term_text(factors, value)
-        return f"({text})" if len(self._terms) > 1 else text or "0"
+        first, *others = sorted(self._terms.items()) or [((), Fraction(0))]
+        text = _term_text(*first)
+        for factors, value in others:
+            text += f" {'-' if value < 0 else '+'} {_term_text(factors, abs(value))}"
+        return f"({text})" if others else text
 
     __repr__ = __str__
 
@@ -147,13 +145,9 @@ def _product(factors: tuple[PatternMap, ...], name: str) -> Fraction:
 
 
 def _term_text(factors: tuple[PatternMap, ...], value: Fraction) -> str:
-    maps = ["{" + ", ".join(f"{_quoted(p)}: {number_text(v)}" for p, v in rules) + "}" for rules in factors]
+    quoted = partial(json.dumps, ensure_ascii=False)  # in double quotes, as Python and JSON alike read it
+    maps = ["{" + ", ".join(f"{quoted(p)}: {number_text(v)}" for p, v in rules) + "}" for rules in factors]
     return "*".join(([number_text(value)] if value != 1 or not maps else []) + maps)
-
-
-def _quoted(pattern: str) -> str:
-    """A string literal in double quotes, of Python and JSON alike."""
-    return json.dumps(pattern, ensure_ascii=False)
 
 
 def number_text(value: Fraction) -> str:

@@ -40,10 +40,10 @@ class HalfSum:
             term: float64 to work in.
         """
         # Why float32 rounds nothing here: every finite fp16 is a whole multiple of its smallest number, 2**-24, and
-        # so is every sum of them. Float32 has 24 bits of mantissa, so it holds every such multiple up to 1. While the largest
-        # magnitudes of the terms add up to at most 1 (`_room` is what is left of it), no partial sum, in any order,
-        # leaves that range, and each addition is exact. What outgrows it goes into a second array, and after that all
-        # of it into float64, which is exact up to 2**29.
+        # so is every sum of them. Float32 has 24 bits of mantissa, so it holds every such multiple up to 1. While the
+        # largest magnitudes of the terms add up to at most 1 (`_room` is what is left of it), no partial sum, in any
+        # order, leaves that range, and each addition is exact. What outgrows it goes into a second array, and after
+        # that all of it into float64, which is exact up to 2**29.
         largest = float(np.uint16(largest_code(raw)).view(np.float16))
         if not largest <= 1:
             return False
