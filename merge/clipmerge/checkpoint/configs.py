@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clipmerge.checkpoint.safetensors import parse_json
-from clipmerge.errors import CheckpointError
+from clipmerge.checkpoint.safetensors import read_json
 
 MAX_CONFIG = 1 << 20
 _ACTIVATIONS = {"quick_gelu": True, "gelu": False}
@@ -141,12 +140,5 @@ def _preprocess(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_CONFIG + 1)
-    except OSError:
-        return {}
-    if len(text) > MAX_CONFIG:
-        raise CheckpointError(f"{path} is too large for a model's configuration", hint="remove it")
-    document = parse_json(path, text)
+    document = read_json(path, MAX_CONFIG) if path.is_file() else {}
     return document if isinstance(document, dict) else {}

@@ -3,9 +3,8 @@
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-from clipmerge.checkpoint.safetensors import parse_json
+from clipmerge.checkpoint.safetensors import read_json
 from clipmerge.checkpoint.tensors import Tensor
 from clipmerge.errors import CheckpointError
 
@@ -51,14 +50,7 @@ def weight_map(path: Path) -> dict[str, str]:
     Raises:
         CheckpointError: it cannot be read, is no index, or names a file outside its folder.
     """
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_INDEX + 1)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    if len(text) > MAX_INDEX:
-        raise CheckpointError(f"{path} is too large for an index of shards", hint=_HINT)
-    document: Any = parse_json(path, text)
+    document = read_json(path, MAX_INDEX)
     places = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(places, dict) or not places:
         raise CheckpointError(

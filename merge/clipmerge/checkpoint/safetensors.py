@@ -78,6 +78,18 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     return metadata or {}, tensors
 
 
+def read_json(path: Path, limit: int) -> Any:
+    """Read a JSON document of at most `limit` bytes, by the rules of `parse_json`."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(limit + 1)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if len(text) > limit:
+        _refuse(path, f"is too large: more than {limit:,} bytes")
+    return parse_json(path, text)
+
+
 def parse_json(path: Path, text: bytes) -> Any:
     """Parse a JSON document without duplicate keys; every way to be malformed is a CheckpointError."""
     try:

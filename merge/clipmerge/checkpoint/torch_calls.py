@@ -70,7 +70,7 @@ class RawTensor:
     """A tensor as the pickle describes it; nothing about it has been checked yet."""
 
     storage: Storage
-    dtype: str | None
+    dtype: str
     offset: int
     shape: tuple[Any, ...]
     strides: tuple[Any, ...]
@@ -144,16 +144,18 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> 
 
 def _tensor_v3(
     storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, dtype: Any, *_: Any
-) -> RawTensor:
+) -> RawTensor | Unreadable:
     word = dtype.path.rpartition(".")[2] if isinstance(dtype, Global) else ""
     return _raw(storage, BY_TORCH_NAME.get(word), offset, shape, strides)
 
 
-def _raw(storage: Any, dtype: str | None, offset: Any, shape: Any, strides: Any) -> RawTensor:
+def _raw(storage: Any, dtype: str | None, offset: Any, shape: Any, strides: Any) -> RawTensor | Unreadable:
     if not isinstance(storage, Storage) or not isinstance(shape, tuple) or not isinstance(strides, tuple):
         raise Malformed("it rebuilds a tensor from something that is not a storage")
     if any(type(n) is not int or n < 0 for n in (offset, *shape, *strides)) or len(shape) != len(strides):
         raise Malformed("it has a tensor whose shape or strides are not counts")
+    if dtype is None:
+        return Unreadable("of a dtype that clipmerge does not read")
     return RawTensor(storage, dtype, offset, shape, strides)
 
 

@@ -146,10 +146,9 @@ def _in_memory(data: bytes, budget: Budget) -> Window:
 
 def _tensor(path: Path, name: str, raw: RawTensor | Unreadable, locate: Locate) -> Tensor:
     """The raw tensor as an extent, once its storage is known to hold it."""
-    if isinstance(raw, Unreadable) or raw.dtype is None:
-        kind = raw.kind if isinstance(raw, Unreadable) else "of a dtype that clipmerge does not read"
+    if isinstance(raw, Unreadable):
         raise CheckpointError(
-            f"{path}: tensor {_shown(name)!r} is {kind}",
+            f"{path}: tensor {_shown(name)!r} is {raw.kind}",
             hint="make it a dense tensor (`.to_dense()`, `.dequantize()`, `.float()`) and save it again",
         )
     width, whole = ITEMSIZE[raw.dtype], raw.storage.extent or locate(raw.storage.key)
