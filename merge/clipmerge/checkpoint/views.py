@@ -36,7 +36,7 @@ def concatenate(parts: Sequence[Tensor]) -> Tensor:
     """Put tensors of one dtype, and of one shape behind the first axis, one below the other."""
     extents = tuple(extent for part in parts for extent in _without_strides(part).extents)
     rows = sum(part.shape[0] for part in parts)
-    return Tensor(parts[0].dtype, (rows, *parts[0].shape[1:]), _merged(extents))
+    return Tensor(parts[0].dtype, (rows, *parts[0].shape[1:]), extents)
 
 
 def split(tensor: Tensor, count: int) -> list[Tensor]:
@@ -68,15 +68,3 @@ def _between(extents: Sequence[Extent], start: int, nbytes: int) -> tuple[Extent
             pieces.append(Extent(extent.source, extent.offset + begin, end - begin))
         start -= extent.nbytes
     return tuple(pieces)
-
-
-def _merged(extents: Sequence[Extent]) -> tuple[Extent, ...]:
-    """Neighbours in one file become one extent: longer runs to read."""
-    runs: list[Extent] = []
-    for extent in extents:
-        last = runs[-1] if runs else None
-        if last and last.source is extent.source and last.offset + last.nbytes == extent.offset:
-            runs[-1] = Extent(last.source, last.offset, last.nbytes + extent.nbytes)
-        else:
-            runs.append(extent)
-    return tuple(runs)

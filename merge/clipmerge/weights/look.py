@@ -323,20 +323,16 @@ class Description:
         return asdict(self)
 
 
-def describe(
-    weights: Expression, plan: Plan | None = None, *, dtype: str | None = None, threads: int | None = None
-) -> Description:
+def describe(weights: Expression, *, dtype: str | None = None, threads: int | None = None) -> Description:
     """Describe a merge for people and programs; headers are read, tensors are not.
 
     Args:
-        plan: what `make_plan` gave, where it is at hand.
-        dtype: as in `Weights.save`, where it is not.
-        threads: as in `Weights.save`.
+        dtype, threads: as in `Weights.save`.
 
     Raises:
         RecipeError, MismatchError: what saving would raise before it reads a tensor.
     """
-    plan = plan or make_plan(weights, dtype=dtype)
+    plan = make_plan(weights, dtype=dtype)
     names = identifiers_of(weights)
     inputs = [
         Input(name, str(c.path) if c.path else None, c.layout, **count(c.tensors.values()))
