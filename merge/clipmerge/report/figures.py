@@ -107,17 +107,11 @@ def training(events: Sequence[Document], path: str | Path) -> list[Path]:
 
 
 def _sweep(document: Document, path: str | Path) -> None:
-    """Draw one point for each coefficient, ends and chosen point marked: two roles, or lines over the coefficient."""
-    with figure(path) as page:
-        _points(page.add_subplot(), document)
-
-
-def _patch(document: Document, path: str | Path) -> None:
-    """Draw one panel for each patching step, supported against patching; parallel patching as its search."""
+    """Draw a sweep in one panel, patching in one for each of its sweeps; parallel patching as its search."""
     if document.get("search"):
         _search(document["search"], path)
         return
-    steps = document["steps"]
+    steps = document.get("steps", [document])
     with figure(path, width=0.4 + 6.0 * len(steps)) as page:
         for i, step in enumerate(steps, 1):
             axes = page.add_subplot(1, len(steps), i)
@@ -127,6 +121,7 @@ def _patch(document: Document, path: str | Path) -> None:
 
 
 def _points(axes: "Axes", document: Document) -> None:
+    """Draw one point for each coefficient, ends and chosen point marked: two roles, or lines over the coefficient."""
     family = str(document.get("family", "sweep"))
     title, symbol, words = _FAMILIES.get(family, (family.capitalize(), "coefficient", "coefficient"))
     axes.set_title(title)
@@ -293,7 +288,7 @@ def _metric(document: Document) -> str:
 
 _DRAW: Mapping[str, Callable[[Document, str | Path], None]] = {
     "sweep": _sweep,
-    "patch": _patch,
+    "patch": _sweep,
     "greedy_soup": _soup,
     "greedy_ensemble": _soup,
     "learned_soup": _coefficients,
