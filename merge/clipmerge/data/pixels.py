@@ -33,7 +33,6 @@ def pixels(
     preprocess_cfg: Mapping[str, Any],
     *,
     cache: Path | None = None,
-    workers: int | None = None,
     on_progress: Progress | None = None,
 ) -> "UInt8[Pixels, 'images 3 height width']":
     """Return open_clip's eval transform of every image, before ToTensor and Normalize.
@@ -43,7 +42,6 @@ def pixels(
     Args:
         preprocess_cfg: open_clip's: size, interpolation, resize_mode, fill_color.
         cache: the folder to keep it in, `cache_dir()` where None.
-        workers: threads that decode, one per core where None.
         on_progress: called as ("decoding images", done, total).
 
     Raises:
@@ -66,9 +64,8 @@ def pixels(
         def write(i: int, row: bytes) -> None:
             os.pwrite(file.fileno(), row, i * size)
 
-        reasons = read_each(
-            read, write, len(split), workers or os.cpu_count() or 1, "decoding images", on_progress
-        )
+        threads = os.cpu_count() or 1
+        reasons = read_each(read, write, len(split), threads, "decoding images", on_progress)
         refuse(split.source, [f"{split.names[i]}: {reason}" for i, reason in reasons.items()])
         written = np.memmap(sibling, np.uint8, mode="r", shape=size * len(split))
         digest = blake3(written.data, max_threads=blake3.AUTO).digest()

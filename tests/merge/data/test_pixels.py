@@ -188,7 +188,7 @@ def test_writers_of_the_same_file_do_not_meet(folder: MakeFolder, tmp_path: Path
     split = open_split(folder(cat=20, dog=20))
     results: list[Any] = []
     threads = [
-        threading.Thread(target=lambda: results.append(pixels(split, CFG, cache=tmp_path / "c", workers=2)))
+        threading.Thread(target=lambda: results.append(pixels(split, CFG, cache=tmp_path / "c")))
         for _ in range(4)
     ]
     for thread in threads:
