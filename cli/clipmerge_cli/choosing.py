@@ -87,7 +87,7 @@ def soup(
             return uniform_soup(weights, evaluator)
         options: dict[str, Any] = {"seed": seed, "on_progress": on_progress}
         if kind == "learned":
-            options |= {"per": per, "epochs": epochs, "lr": lr, "batch_size": choosing.batch_size}
+            options |= {"per": per, "epochs": epochs, "lr": lr, "batch_size": choosing.batch_size or 256}
             return learned_soup(weights, evaluator, **options)
         choose_greedily = greedy_ensemble if kind == "ensemble" else greedy_soup
         return choose_greedily(weights, evaluator, order=order, strict=strict, **options)

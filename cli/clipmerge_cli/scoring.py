@@ -36,7 +36,7 @@ class Scoring(Images):
     metric: Metric = opt("top1", f"What decides: {', '.join(get_args(Metric))}.", SCORING, metavar="M")
     precision: Precision = opt("auto", "bf16 and fp16 by autocast; auto: bf16 on a GPU, else fp32.", SCORING)
     device: str = opt("auto", "cpu, cuda, cuda:1, mps; auto: the GPU where there is one.", SCORING)
-    batch_size: int = opt(256, "Images at once.", SCORING, min=1)
+    batch_size: int | None = opt(None, "Images at once; default 256, on a GPU 512.", SCORING, min=1)
 
     @contextmanager
     def evaluator(

@@ -50,7 +50,7 @@ class Evaluator:
         device: "cpu", "cuda", "cuda:1" …; None: the GPU, where there is one (each process's own).
         precision: what the image tower computes in: "fp32", "tf32", or "bf16" or "fp16" by autocast; None: "bf16" on
             a GPU, "fp32" on a CPU. Weights, heads, logits and probabilities are fp32 or wider.
-        batch_size: images at a time, at most.
+        batch_size: images at a time, at most; None: 256, on a GPU 512.
         templates: prompts for zero-shot heads, as `data.prompts.templates` takes them; None: the split's own.
         metric: the one that decides: a key of `metrics.METRICS`.
         cache: the folder for pixels and heads, None for the user's cache folder.
@@ -70,7 +70,7 @@ class Evaluator:
         *,
         device: str | torch.device | None = None,
         precision: str | None = None,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         templates: str | Path | Sequence[str] | None = None,
         metric: str = "top1",
         cache: Path | None = None,

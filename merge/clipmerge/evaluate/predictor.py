@@ -53,7 +53,7 @@ class Predictor:
     splits: Mapping[str, Split]
     device: torch.device
     precision: Precision
-    batch_size: int
+    batch_size: int | None
     templates: str | Path | Sequence[str] | None
     cache: Path | None
     on_progress: Progress | None
@@ -253,9 +253,14 @@ def _not_finite(values: Tensor) -> Tensor:
     return ~values.isfinite().all(dim=-1)
 
 
-def _images_at_once(n: int, at_most: int, device: torch.device) -> int:
-    """Return the size of a batch. A CPU gains nothing from large ones, a search gains from places to stop."""
-    return at_most if device.type != "cpu" else min(at_most, max(_LEAST, -(-n // _PASSES)))
+def _images_at_once(n: int, at_most: int | None, device: torch.device) -> int:
+    """Return the size of a batch. A CPU gains nothing from large ones, a search gains from places to stop.
+
+    Launching a batch's kernels takes the host as long for few images as for many, and a GPU waits meanwhile.
+    """
+    if device.type == "cpu":
+        return min(at_most or 256, max(_LEAST, -(-n // _PASSES)))
+    return at_most or (512 if device.type == "cuda" else 256)
 
 
 def _wide(device: torch.device) -> torch.dtype:

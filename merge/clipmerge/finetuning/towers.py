@@ -195,9 +195,9 @@ def _shard(towers: Towers) -> None:
 
     whole = {p for name, p in towers.model.named_parameters() if is_outside(name)}
     mesh = init_device_mesh(towers.mean.device.type, (world(),))
-    bf16 = (
-        mesh.device_type == "cuda" and towers.precision == "bf16"
-    )  # half of what is gathered; fp32 reductions
+    # bf16 halves what is gathered; gradients are reduced in fp32. BatchNorm wants its weights like its statistics.
+    batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in towers.model.modules())
+    bf16 = mesh.device_type == "cuda" and towers.precision == "bf16" and not batch_norm
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     for module in towers.model.modules():
         if type(module).__name__ in ("ResidualAttentionBlock", "Block"):
