@@ -114,7 +114,7 @@ class LoadedImages:
 
 
 def refuse(source: str, unusable: Sequence[str]) -> None:
-    """Raise one DataError that counts the items ("item: reason") and names the first ten; not where there are none."""
+    """Raise one DataError that counts the items ("item: reason") and names the first ten, if there are any."""
     if unusable:
         count = "1 item" if len(unusable) == 1 else f"{len(unusable)} items"
         raise DataError(
