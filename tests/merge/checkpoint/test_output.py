@@ -251,6 +251,24 @@ def test_a_file_that_is_cleared_before_it_is_locked_is_made_again(
     assert _names(tmp_path) == ["out"]
 
 
+def test_an_interrupt_right_after_a_file_is_made_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opening = os.open
+
+    def interrupted(path: Path, *rest: int) -> int:
+        descriptor = opening(path, *rest)
+        if str(path).endswith(SUFFIX):
+            os.close(descriptor)
+            raise KeyboardInterrupt
+        return descriptor
+
+    monkeypatch.setattr(os, "open", interrupted)
+    with pytest.raises(KeyboardInterrupt), whole_file(tmp_path / "out"):
+        pass
+    assert _names(tmp_path) == []
+
+
 def test_threads_that_write_one_file_leave_one_whole_file(tmp_path: Path) -> None:
     contents = [bytes([number]) * 50_000 for number in range(4)]
 
