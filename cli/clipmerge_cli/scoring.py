@@ -1,5 +1,6 @@
 """What commands that score on images share: their options, an evaluator, and how results show."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -191,10 +192,10 @@ def run_search(
 
 
 def _selection(result: "Result", evaluator: "Evaluator", data: Mapping[str, str]) -> dict[str, Any]:
-    """Return what the written file records about how it was chosen; absolute paths stay private."""
+    """Return what the written file records about how it was chosen; folders stay private, in `images/val` too."""
     from clipmerge.search.results import SoupResult
 
-    names = [Path(text).name if Path(text).is_absolute() else text for text in data.values()]
+    names = [re.sub(r"[^:#@]*/(?=[^/#@])", "", text) for text in data.values()]
     facts: dict[str, Any] = {"by": result.kind, "data": ", ".join(names)}
     if isinstance(result, SoupResult) and result.score:
         score = result.score

@@ -40,6 +40,37 @@ def shares(path: Path) -> dict[str, Any]:
     return record
 
 
+def test_no_folder_of_the_images_is_recorded(
+    ckpt: dict[str, str],
+    scoring: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    digits = open_split(VAL, limit=20)
+    images = np.stack([np.asarray(digits.image(i)) for i in range(20)])
+    np.savez("mine/val.npz", images=images, labels=digits.labels, classes=digits.classes)
+    records = []
+    for data in ("mine/val.npz@blur", str(tmp_path / "mine" / "val.npz@blur")):
+        run(
+            capsys,
+            "soup",
+            ckpt["ft0"],
+            "--greedy",
+            "--val",
+            data,
+            *scoring,
+            "-o",
+            "out.safetensors",
+            "--force",
+        )
+        records.append(shares(Path("out.safetensors"))["selection"])
+    assert records[0]["data"] == "val.npz@blur"
+    assert records[0] == records[1]
+
+
 def test_a_uniform_soup_is_written_without_importing_torch(ckpt: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "soup.safetensors"
     code = (
@@ -64,6 +95,7 @@ def test_a_greedy_soup_writes_what_it_chose_and_says_why(
     assert f"wrote {out}" in talk
     record = shares(out)
     assert record["selection"]["by"] == "greedy_soup"
+    assert record["selection"]["data"] == VAL
     assert record["model"]["name"] == "tiny"
     assert sorted(record["parents"]) == sorted(record["selection"]["ingredients"])
 

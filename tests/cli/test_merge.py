@@ -221,6 +221,13 @@ def test_an_output_named_as_torchs_is_refused(run: Run) -> None:
     assert not Path("soup.pt").exists()
 
 
+def test_a_pattern_in_quotes_is_explained(run: Run) -> None:
+    _, _, err = run("soup", "*.safetensors", "-o", "out.safetensors")
+    assert "error: *.safetensors is a pattern, not a file\n\nhint: leave out the quotes" in err
+    _, _, err = run("soup", "none*.safetensors", "-o", "out.safetensors")
+    assert "error: no file matches none*.safetensors" in err
+
+
 def test_a_file_without_a_name_is_explained(run: Run) -> None:
     said = " ".join(run("merge", "a", "a.safetensors")[2].replace("│", " ").split())
     assert "'a.safetensors' is not NAME=FILE, such as a=a.pt" in said

@@ -1,5 +1,6 @@
 """Path → Checkpoint: which kind of file (by content, never by suffix), then open_clip's names."""
 
+import fnmatch
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,9 +55,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         from clipmerge.checkpoint import hub
 
         if not hub.is_reference(str(path)):
-            glob = any(mark in file.name for mark in "*?[")
-            message = f"no file matches {file}" if glob else f"{file} does not exist"
-            raise CheckpointError(message, hint="check the path")
+            if not any(mark in file.name for mark in "*?["):
+                raise CheckpointError(f"{file} does not exist", hint="check the path")
+            beside = file.parent.iterdir() if file.parent.is_dir() else ()
+            if any(fnmatch.fnmatch(each.name, file.name) for each in beside):
+                hint = "leave out the quotes, so that the shell puts the files in its place"
+                raise CheckpointError(f"{file} is a pattern, not a file", hint=hint)
+            raise CheckpointError(f"no file matches {file}", hint="check the path")
         file, stem, extra = hub.download(str(path))
         extra["reference"] = str(path)
     place = file
