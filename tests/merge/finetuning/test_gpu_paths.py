@@ -203,11 +203,9 @@ def arguments(tiny_checkpoints: Any, tiny_model_file: Path, tmp_path: Path) -> l
 def test_images_are_decoded_once_on_a_machine(arguments: list[str], tmp_path: Path) -> None:
     done = run_ranks(
         """
-        import clipmerge.data.pixels as pixels
-        decode, calls = pixels._decode, []
-        pixels._decode = lambda *a, **k: calls.append(1) or decode(*a, **k)
-        tune()
-        print("decoded", len(calls))
+        decoded = []
+        tune(on_progress=lambda what, done, n: decoded.append(n) if what == "decoding images" and done == n else None)
+        print("decoded", len(decoded))
         """,
         arguments,
         tmp_path,
