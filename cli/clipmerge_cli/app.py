@@ -7,21 +7,14 @@ import traceback
 from collections.abc import Callable, Sequence
 from functools import wraps
 from importlib import import_module
-from typing import Annotated, Any, NamedTuple
+from textwrap import dedent
+from typing import Annotated
 
 import typer
 
 from clipmerge.errors import ClipmergeError
 from clipmerge_cli.groups import flatten
 from clipmerge_cli.show import plain
-
-
-class Command(NamedTuple):
-    """What `clipmerge --help` says about a command, without importing it."""
-
-    panel: str
-    help: str
-
 
 START, CHOOSE, MERGE = "Start here", "Choose on held-out images", "Merge"
 MAKE, LOOK = "Make checkpoints", "Look and check"
@@ -30,23 +23,24 @@ MODULES = {START: "demo", CHOOSE: "choosing", MERGE: "merging", MAKE: "training"
 """Panel of the help → the module where its commands live."""
 
 COMMANDS = {
-    "demo": Command(START, "All of it in two minutes on real images, offline."),
-    "soup": Command(CHOOSE, "Average checkpoints: uniform, greedy or learned soup."),
-    "interpolate": Command(CHOOSE, "Between a base and a finetuned checkpoint (WiSE-FT)."),
-    "patch": Command(CHOOSE, "Learn a new task, keep the old ones (PAINT)."),
-    "add": Command(CHOOSE, "Add what finetuned checkpoints learned to the base (task addition)."),
-    "negate": Command(CHOOSE, "Make the base forget a task (task negation)."),
-    "analogy": Command(MERGE, "base + scale * (C + B - A), all as task vectors."),
-    "merge": Command(MERGE, "Any expression over checkpoints, or a TOML recipe."),
-    "task-vector": Command(MERGE, "Write finetuned minus base as a file of its own."),
-    "convert": Command(MERGE, "Between layouts: open_clip, Hugging Face."),
-    "finetune": Command(MAKE, "FLYP, cross-entropy, LP-FT, CAR-FT, linear probe, or from scratch."),
-    "sweep": Command(MAKE, "Many finetunings over a search space, ready for a soup."),
-    "evaluate": Command(LOOK, "Score checkpoints on labelled images."),
-    "inspect": Command(LOOK, "What a checkpoint holds, and what it was merged from."),
-    "compare": Command(LOOK, "How two checkpoints differ, per tower and block."),
-    "verify": Command(LOOK, "Recompute a merged file from its parents."),
+    "demo": (START, "All of it in two minutes on real images, offline."),
+    "soup": (CHOOSE, "Average checkpoints: uniform, greedy or learned soup."),
+    "interpolate": (CHOOSE, "Between a base and a finetuned checkpoint (WiSE-FT)."),
+    "patch": (CHOOSE, "Learn a new task, keep the old ones (PAINT)."),
+    "add": (CHOOSE, "Add what finetuned checkpoints learned to the base (task addition)."),
+    "negate": (CHOOSE, "Make the base forget a task (task negation)."),
+    "analogy": (MERGE, "base + scale * (C + B - A), all as task vectors."),
+    "merge": (MERGE, "Any expression over checkpoints, or a TOML recipe."),
+    "task-vector": (MERGE, "Write finetuned minus base as a file of its own."),
+    "convert": (MERGE, "Between layouts: open_clip, Hugging Face."),
+    "finetune": (MAKE, "FLYP, cross-entropy, LP-FT, CAR-FT, linear probe, or from scratch."),
+    "sweep": (MAKE, "Many finetunings over a search space, ready for a soup."),
+    "evaluate": (LOOK, "Score checkpoints on labelled images."),
+    "inspect": (LOOK, "What a checkpoint holds, and what it was merged from."),
+    "compare": (LOOK, "How two checkpoints differ, per tower and block."),
+    "verify": (LOOK, "Recompute a merged file from its parents."),
 }
+"""Command → its panel and what `clipmerge --help` says about it, without importing it."""
 
 
 def application(wanted: str | None = None) -> typer.Typer:
@@ -60,10 +54,10 @@ def application(wanted: str | None = None) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     tree.callback()(_root)
-    for name, command in COMMANDS.items():
-        function = _function(name, MODULES[command.panel]) if name == wanted else lambda: None
-        text = _explanation(function) if name == wanted else command.help
-        tree.command(name, help=text, short_help=command.help, rich_help_panel=command.panel)(function)
+    for name, (panel, summary) in COMMANDS.items():
+        function = _function(name, MODULES[panel]) if name == wanted else lambda: None
+        text = _explanation(function) if name == wanted else summary
+        tree.command(name, help=text, short_help=summary, rich_help_panel=panel)(function)
     return tree
 
 
@@ -104,29 +98,23 @@ def _refuse(message: str, hint: str | None) -> int:
     return 1
 
 
-def _function(name: str, module: str) -> Callable[..., Any]:
+def _function(name: str, module: str) -> Callable[..., None]:
     function = flatten(getattr(import_module(f"clipmerge_cli.{module}"), name.replace("-", "_")))
 
     @wraps(function)
-    def interruptible(*args: Any, **options: Any) -> None:
+    def interruptible(**options: object) -> None:
         try:
-            function(*args, **options)
+            function(**options)
         except KeyboardInterrupt:
             raise typer.Exit(130) from None  # the same with every version of typer
 
     return interruptible
 
 
-def _explanation(function: Callable[..., Any]) -> str:
-    """A command's docstring for `--help`: prose flows, indented or `\\b` paragraphs (examples) keep their lines."""
-    paragraphs = []
-    for paragraph in (inspect.getdoc(function) or "").split("\n\n"):
-        if paragraph.startswith(("\b", "    ")):
-            lines = paragraph.strip("\b\n").splitlines()
-            paragraphs.append("\n".join("  " * line.startswith("    ") + line.strip() for line in lines))
-        else:
-            paragraphs.append(" ".join(paragraph.split()))
-    return "\n\n".join(paragraphs)
+def _explanation(function: Callable[..., None]) -> str:
+    """Return a command's docstring for `--help`: prose flows, indented paragraphs (examples) keep their lines."""
+    paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+    return "\n\n".join(dedent(p) if p.startswith("    ") else " ".join(p.split()) for p in paragraphs)
 
 
 def _version(asked: bool) -> None:

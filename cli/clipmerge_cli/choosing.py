@@ -1,20 +1,21 @@
 """The commands that choose on held-out images: soup, interpolate, patch, add, negate."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
+import clipmerge
+from clipmerge.types import Progress
 from clipmerge_cli import options as shared
 from clipmerge_cli.groups import arg, opt
-from clipmerge_cli.options import INPUT, SEARCH, Several
-from clipmerge_cli.scoring import Choosing, choose, run_search
+from clipmerge_cli.options import INPUT, SEARCH, Grid, Several
+from clipmerge_cli.scoring import Choosing, Search, choose, run_search
 from clipmerge_cli.writing import Output, load_models, refuse_mixture
 
 if TYPE_CHECKING:
-    from clipmerge.evaluate.evaluator import Evaluator
-    from clipmerge.search.results import SoupResult, SweepResult
+    from clipmerge.search.results import SweepResult
     from clipmerge.search.rules import Rule
-    from clipmerge.types import Progress
 
 RuleName = Literal["best-mean", "best-id"]
 Mode = Literal["single", "sequential", "joint", "parallel"]
@@ -44,12 +45,11 @@ def soup(
     A greedy soup ranks the checkpoints on the held-out images and adds each in turn to the mean, keeping it
     if the score does not fall. Scores are remembered: a search that was stopped goes on where it was.
 
-    \b
-    clipmerge soup ckpts/*.safetensors -o soup.safetensors
-    clipmerge soup ckpts/*.safetensors --greedy --val images/val \\
-        --model ViT-B-32 -o soup.safetensors
-    torchrun --nproc-per-node 8 -m clipmerge soup ckpts/*.safetensors \\
-        --greedy --val images/val --device cuda --precision bf16 -o soup.safetensors
+        clipmerge soup ckpts/*.safetensors -o soup.safetensors
+        clipmerge soup ckpts/*.safetensors --greedy --val images/val \\
+          --model ViT-B-32 -o soup.safetensors
+        torchrun --nproc-per-node 8 -m clipmerge soup ckpts/*.safetensors \\
+          --greedy --val images/val --device cuda --precision bf16 -o soup.safetensors
     """
     kinds = {"greedy": greedy, "learned": learned, "ensemble": ensemble}
     chosen = [name for name, wanted in kinds.items() if wanted]
@@ -62,36 +62,27 @@ def soup(
         raise typer.BadParameter("an ensemble is many models, not a file", param_hint="--output")
     out.check_usage(needed=kind == "uniform")
 
-    from clipmerge.weights.weights import load_all, mean
-
-    weights = load_all(checkpoints)
+    weights = clipmerge.load_all(checkpoints)
     refuse_mixture(weights)
     if out.dry_run or val is None:
         remark = f"uniform soup: the mean of {len(weights)} checkpoints"
         if kind != "uniform":
             remark = f"a {kind} soup chooses among these; the plan shows the mean of all of them"
-        document = None
-        if out.json:
-            from clipmerge.search.soup import uniform_soup
-
-            document = uniform_soup(weights).to_json()
-        out.merge(mean(weights), model=choosing.model, document=document, remark=remark)
+        document = clipmerge.uniform_soup(weights).to_json() if out.json else None
+        out.merge(clipmerge.mean(weights), model=choosing.model, document=document, remark=remark)
         return
 
-    def search(evaluator: "Evaluator", on_progress: "Progress | None") -> "SoupResult":
-        from clipmerge.search.ensemble import greedy_ensemble
-        from clipmerge.search.learned import learned_soup
-        from clipmerge.search.soup import greedy_soup, uniform_soup
-
-        if kind == "uniform":
-            return uniform_soup(weights, evaluator)
-        options: dict[str, Any] = {"seed": seed, "on_progress": on_progress}
-        if kind == "learned":
-            options |= {"per": per, "epochs": epochs, "lr": lr, "batch_size": choosing.batch_size or 256}
-            return learned_soup(weights, evaluator, **options)
-        choose_greedily = greedy_ensemble if kind == "ensemble" else greedy_soup
-        return choose_greedily(weights, evaluator, order=order, strict=strict, **options)
-
+    search: Search
+    if kind == "uniform":
+        search = lambda evaluator, on_progress: clipmerge.uniform_soup(weights, evaluator)  # noqa: E731
+    elif kind == "learned":
+        batch_size = choosing.batch_size or 256
+        search = partial(
+            clipmerge.learned_soup, weights, per=per, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed
+        )
+    else:
+        greedily = clipmerge.greedy_ensemble if kind == "ensemble" else clipmerge.greedy_soup
+        search = partial(greedily, weights, order=order, strict=strict, seed=seed)
     run_search(search, {"val": val}, weights, choosing, out)
 
 
@@ -102,8 +93,8 @@ def interpolate(
     out: Output,
     choosing: Choosing,
     alpha: float | None = opt(None, "0 is BASE, 1 is FINETUNED; default 0.5 without --eval."),
-    alphas: str | None = opt(
-        None, "Alphas to try, as START:STOP:STEP or a list; default 0:1:0.1.", SEARCH, metavar="GRID"
+    alphas: Grid | None = shared.grid_option(
+        None, "Alphas to try, as START:STOP:STEP or a list; default 0:1:0.1."
     ),
     eval: list[str] | None = opt(
         None, "Images: `id` (or the first) is in-distribution, others are shifts.", INPUT, metavar="NAME=DATA"
@@ -118,37 +109,46 @@ def interpolate(
     With --alphas and --eval every alpha is scored, the curve is shown, and the alpha that the rule chooses is
     written. Without images to score on, alpha is 0.5.
 
-    \b
-    clipmerge interpolate base.safetensors ft.safetensors --alpha 0.5 \\
-        -o out.safetensors
-    clipmerge interpolate base.safetensors ft.safetensors --alphas 0:1:0.1 \\
-        --eval id=images/val --eval shift=sketches/val \\
-        --plot curve.png -o out.safetensors
+        clipmerge interpolate base.safetensors ft.safetensors --alpha 0.5 \\
+          -o out.safetensors
+        clipmerge interpolate base.safetensors ft.safetensors --alphas 0:1:0.1 \\
+          --eval id=images/val --eval shift=sketches/val \\
+          --plot curve.png -o out.safetensors
     """
     if alpha is not None and (alphas or eval):
         raise typer.BadParameter("give --alpha, or --alphas with --eval", param_hint="--alpha")
     if alphas and not eval:
         raise typer.BadParameter("a choice needs images: --eval NAME=DATA", param_hint="--eval")
     splits = shared.named(eval or [], "--eval", ["id", *shared.numbered("shift", len(eval or []))])
-    chosen_by = _rule(rule, list(splits)) if eval else None
+    by = _rule(rule, list(splits)) if eval else None
     value = None if eval else 0.5 if alpha is None else alpha
-    grid = shared.numbers(alphas or "0:1:0.1", "--alphas")
+    grid = alphas or shared.numbers("0:1:0.1")
     start, end = load_models(base, finetuned)
 
     beyond = alpha is not None and not 0 <= alpha <= 1
     remark = f"alpha {alpha:g} lies beyond the two models: this extrapolates" if beyond else None
-    options: dict[str, Any] = {"rule": chosen_by, "refine": refine, "remark": remark}
-    choose("interpolate", [start, end], end - start, value, grid, splits, choosing, out, **options)
+    models, vector = [start, end], end - start
+    choose(
+        "interpolate",
+        models,
+        vector,
+        value,
+        grid,
+        splits,
+        choosing,
+        out,
+        rule=by,
+        refine=refine,
+        remark=remark,
+    )
 
 
 def _rule(name: RuleName | None, splits: list[str]) -> "Rule":
-    from clipmerge.search.rules import best_id, best_mean
-
     id = "id" if "id" in splits else splits[0]
     shifts = [split for split in splits if split != id]
     if name == "best-mean" and not shifts:
         raise typer.BadParameter("best-mean needs a shift: a second --eval NAME=DATA", param_hint="--rule")
-    return best_id(id) if name == "best-id" or not shifts else best_mean(id, shifts)
+    return clipmerge.best_id(id) if name == "best-id" or not shifts else clipmerge.best_mean(id, shifts)
 
 
 def patch(
@@ -161,7 +161,7 @@ def patch(
     choosing: Choosing,
     several: Several,
     mode: Mode | None = opt(None, "How several tasks are patched; default: by their number.", SEARCH),
-    alphas: str = opt("0:1:0.05", "Alphas to try, as START:STOP:STEP or a list.", SEARCH, metavar="GRID"),
+    alphas: Grid = shared.grid_option("0:1:0.05", "Alphas to try, as START:STOP:STEP or a list."),
     refine: bool = shared.REFINE,
 ) -> None:
     """Learn a new task and keep the old ones (PAINT): interpolate towards the finetuned model.
@@ -170,28 +170,21 @@ def patch(
     Several tasks: one checkpoint finetuned on all of them (joint), one per task patched in turn (sequential: each
     should have been finetuned from the model patched before it), or all coefficients searched together (parallel).
 
-    \b
-    clipmerge patch base.safetensors cars.safetensors --patch cars/val \\
-        --supported images/val -o out.safetensors
-    clipmerge patch base.safetensors cars.safetensors dtd.safetensors \\
-        --mode sequential --patch cars/val --patch dtd/val \\
-        --supported images/val -o out.safetensors
+        clipmerge patch base.safetensors cars.safetensors --patch cars/val \\
+          --supported images/val -o out.safetensors
+        clipmerge patch base.safetensors cars.safetensors dtd.safetensors \\
+          --mode sequential --patch cars/val --patch dtd/val \\
+          --supported images/val -o out.safetensors
     """
     usual: Mode = "sequential" if len(finetuned) > 1 else "joint" if len(patching) > 1 else "single"
-    grid = shared.numbers(alphas, "--alphas")
     roles = [*shared.numbered("supported", len(supported)), *shared.numbered("patch", len(patching))]
     splits = shared.named([*supported, *patching], "--patch", roles)
     start, *tuned = load_models(base, *finetuned)
 
-    def search(evaluator: "Evaluator", on_progress: "Progress | None") -> "SweepResult":
-        from clipmerge.search.patch import patch as patch_models
-
-        old, new = list(splits)[: len(supported)], list(splits)[len(supported) :]
-        options: dict[str, Any] = {"mode": mode or usual, "grid": grid, "refine": refine, **vars(several)}
-        options |= {"patching": new, "supported": old, "on_progress": on_progress}
-        return patch_models(start, tuned, evaluator, **options)
-
-    choose("patch", [start, *tuned], tuned[0] - start, None, grid, splits, choosing, out, search=search)
+    old, new = list(splits)[: len(supported)], list(splits)[len(supported) :]
+    how: dict[str, Any] = {"mode": mode or usual, "grid": alphas, "refine": refine, **vars(several)}
+    search = partial(clipmerge.patch, start, tuned, patching=new, supported=old, **how)
+    choose("patch", [start, *tuned], tuned[0] - start, None, alphas, splits, choosing, out, search=search)
 
 
 def add(
@@ -201,9 +194,9 @@ def add(
     out: Output,
     choosing: Choosing,
     several: Several,
-    scale: str = shared.scale_option("0.4"),
+    scale: float | None = shared.scale_option("0.4"),
     val: list[str] | None = opt(None, "With auto: each task's images, in order.", INPUT, metavar="DATA"),
-    scales: str = shared.SCALES,
+    scales: Grid = shared.SCALES,
     per: Literal["all", "task", "tower", "block"] = opt("all", "With auto: what has its own scale.", SEARCH),
     refine: bool = shared.REFINE,
 ) -> None:
@@ -212,16 +205,15 @@ def add(
     With --scale auto the scale is the one with the best mean, over tasks, of held-out score divided by the
     score of that task's own checkpoint; equal means take the smaller scale.
 
-    \b
-    clipmerge add base.safetensors cars.safetensors dtd.safetensors \\
-        --scale 0.4 -o both.safetensors
-    clipmerge add base.safetensors cars.safetensors dtd.safetensors --scale auto \\
-        --val cars/val --val dtd/val -o both.safetensors
+        clipmerge add base.safetensors cars.safetensors dtd.safetensors \\
+          --scale 0.4 -o both.safetensors
+        clipmerge add base.safetensors cars.safetensors dtd.safetensors --scale auto \\
+          --val cars/val --val dtd/val -o both.safetensors
     """
-    value, grid, tasks = shared.scale_of(scale), shared.numbers(scales, "--scales"), len(finetuned)
-    if value is not None and val:
+    tasks = len(finetuned)
+    if scale is not None and val:
         raise typer.BadParameter("--val is for --scale auto", param_hint="--val")
-    if value is None and len(val or []) != tasks:
+    if scale is None and len(val or []) != tasks:
         message = f"--scale auto needs one --val for each task: {tasks}, not {len(val or [])}"
         raise typer.BadParameter(message, param_hint="--val")
     if refine and per != "all":
@@ -230,24 +222,22 @@ def add(
     splits = shared.named(val or [], "--val", [w.checkpoints[-1].name for w in tuned])
     vector = sum((w - start for w in tuned[1:]), tuned[0] - start)
 
-    def search(evaluator: "Evaluator", on_progress: "Progress | None") -> "SweepResult":
+    def search(evaluator: "clipmerge.Evaluator", *, on_progress: Progress | None) -> "SweepResult":
         from clipmerge.search.coefficients import search_coefficients, task_family
-        from clipmerge.search.rules import normalised_mean
-        from clipmerge.search.sweep import reference_scores, sweep
+        from clipmerge.search.sweep import reference_scores
 
         models = dict(zip(splits, tuned, strict=True))
-        rule = normalised_mean(reference_scores(models, evaluator))
-        options: dict[str, Any] = {"rule": rule, "on_progress": on_progress}
+        rule = clipmerge.normalised_mean(reference_scores(models, evaluator))
         if per == "all":
-            options |= {"refine": refine, "name": "add"}
-            return sweep(lambda scale: start + scale * vector, grid, evaluator, **options)
+            sums = partial(clipmerge.sweep, lambda x: start + x * vector, scales, name="add")
+            return sums(evaluator, rule=rule, refine=refine, on_progress=on_progress)
         names, family = task_family(start, models, per)
-        low, high = min(grid), max(grid)
-        options |= {"low": low, "high": high, **vars(several)}
-        options["start"] = min(max(1 / tasks, low), high)  # each part of a task vector at its task's share
-        return search_coefficients(family, names, evaluator, **options)
+        low, high = min(scales), max(scales)
+        share = min(max(1 / tasks, low), high)  # each part of a task vector starts at its task's share
+        how = {"rule": rule, "low": low, "high": high, "start": share, **vars(several)}
+        return search_coefficients(family, names, evaluator, on_progress=on_progress, **how)
 
-    choose("add", [start, *tuned], vector, value, grid, splits, choosing, out, search=search)
+    choose("add", [start, *tuned], vector, scale, scales, splits, choosing, out, search=search)
 
 
 def negate(
@@ -256,11 +246,11 @@ def negate(
     finetuned: str = arg("FINETUNED", "Finetuned on what to forget, or its task vector."),
     out: Output,
     choosing: Choosing,
-    scale: str = shared.scale_option("0.5"),
+    scale: float | None = shared.scale_option("0.5"),
     target: str | None = opt(None, "With auto: what to forget.", INPUT, metavar="DATA"),
     control: str | None = opt(None, "With auto: what to keep.", INPUT, metavar="DATA"),
     keep: float = opt(0.95, "Share of the base's control score to keep.", SEARCH, min=0, max=1),
-    scales: str = shared.SCALES,
+    scales: Grid = shared.SCALES,
     refine: bool = shared.REFINE,
 ) -> None:
     """Make the base worse at a task and leave the rest alone: base - scale * (finetuned - base).
@@ -268,20 +258,16 @@ def negate(
     With --scale auto the scale is the largest one whose score on the control images stays at or above the
     share --keep of the base's.
 
-    \b
-    clipmerge negate base.safetensors cars.safetensors --scale 0.6 \\
-        -o no-cars.safetensors
-    clipmerge negate base.safetensors cars.safetensors --scale auto \\
-        --target cars/val --control images/val -o no-cars.safetensors
+        clipmerge negate base.safetensors cars.safetensors --scale 0.6 \\
+          -o no-cars.safetensors
+        clipmerge negate base.safetensors cars.safetensors --scale auto \\
+          --target cars/val --control images/val -o no-cars.safetensors
     """
-    from clipmerge.search.rules import keep_control
-
-    value, grid = shared.scale_of(scale), shared.numbers(scales, "--scales")
-    if value is not None and (target or control):
+    if scale is not None and (target or control):
         raise typer.BadParameter("--target and --control are for --scale auto", param_hint="--scale")
-    if value is None and not (target and control):
+    if scale is None and not (target and control):
         raise typer.BadParameter("--scale auto needs --target and --control", param_hint="--target")
     start, tuned = load_models(base, finetuned)
     splits = {"target": target or "", "control": control or ""}
-    options: dict[str, Any] = {"rule": keep_control(keep), "refine": refine}
-    choose("negate", [start, tuned], start - tuned, value, grid, splits, choosing, out, **options)
+    models, vector, rule = [start, tuned], start - tuned, clipmerge.keep_control(keep)
+    choose("negate", models, vector, scale, scales, splits, choosing, out, rule=rule, refine=refine)

@@ -41,9 +41,7 @@ def run(out: Path, talk: Talk, *, force: bool = False, pace: float = 1.0) -> Stu
     _claim(out, force)
     talk.say(f"1,797 real images of digits, a CLIP of 2 million parameters; all of it goes to {out}/")
     study, threads = Study(out, talk, pace), torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # a model this small gains nothing from a second; one always gives the same bytes
+    torch.set_num_threads(1)  # a second gains nothing with so small a model; one always gives the same bytes
     try:
         study.run()
     finally:
@@ -73,12 +71,12 @@ def _claim(out: Path, force: bool) -> None:
 
 
 def _show(study: Study, out: Path) -> None:
-    singles = [row for row in study.rows if row.role not in TASK_ROLES]
     columns = ("model", "held-out", "test", "95 %", f"shift ({SPLITS['shift'].partition('@')[2]})", "95 %")
     title = "Chosen on held-out digits; reported on test digits and on the shift (top-1 %)"
-    show.table(
-        columns, [_cells(row, "held-out", "test", None, "shift", None) for row in singles], title=title
-    )
+    singles = [
+        _cells(r, "held-out", "test", None, "shift", None) for r in study.rows if r.role not in TASK_ROLES
+    ]
+    show.table(columns, singles, title=title)
     tasks = [row for row in study.rows if row.role in ("base", *TASK_ROLES)]
     task_columns = ("model", "low 0–4", "high 5–9", "upright 0–9", "blurred 0–9")
     title = "Task arithmetic and patching, on test digits (top-1 %)"

@@ -48,7 +48,11 @@ class Study:
 
     def run(self) -> None:
         """Do all steps in order; trainings whose files are there are not repeated."""
-        self.prepare()
+        for name in ("data", "ft", "tasks"):
+            (self.folder / name).mkdir(exist_ok=True, parents=True)
+        write_json(steps.MODEL, self.folder / steps.MODEL_FILE)
+        with self.step("images"):
+            write_images(self.folder / "data")
         for file, words in steps.commands("finetune", pace=self.pace).items():
             if not (self.folder / file).exists():
                 self.train(file, words)
@@ -63,14 +67,6 @@ class Study:
         with self.talk.progress(name):
             yield
         self.talk.say(f"  {name:<32} {perf_counter() - start:5.1f} s")
-
-    def prepare(self) -> None:
-        """Write the model's configuration, and three sets of images made from the digits."""
-        for name in ("data", "ft", "tasks"):
-            (self.folder / name).mkdir(exist_ok=True, parents=True)
-        write_json(steps.MODEL, self.folder / steps.MODEL_FILE)
-        with self.step("images"):
-            write_images(self.folder / "data")
 
     def train(self, file: str, words: Sequence[str]) -> None:
         """Train one model; go on from a saved state where there is one."""
@@ -162,10 +158,9 @@ class Study:
         (words,) = steps.commands("interpolate", best=best).values()
         shown = [word.replace("#val", "#test") for word in words[: words.index("--plot")]]
         points = self.command(*shown, "--fresh")["points"]
-        values = [
-            (p["coefficient"], *(p["scores"][split]["value"] for split in ("id", "shift"))) for p in points
-        ]
-        return [{"alpha": alpha, "scores": {"test": test, "shift": shift}} for alpha, test, shift in values]
+        splits = {"test": "id", "shift": "shift"}
+        scores = [{name: p["scores"][split]["value"] for name, split in splits.items()} for p in points]
+        return [{"alpha": p["coefficient"], "scores": s} for p, s in zip(points, scores, strict=True)]
 
     def ensemble(self) -> Scores:
         """Score the mean of all ingredients' logits, on the splits that the soups are compared on."""
@@ -192,12 +187,8 @@ def write_images(folder: Path) -> None:
     split = np.repeat(np.arange(3, dtype=np.uint8), [len(part) for part in parts])
     angles = np.random.default_rng(0).uniform(-45, 45, len(parts[0]))
     turned = [digits[i].rotate(angle, Image.Resampling.BICUBIC) for i, angle in enumerate(angles)]
-    low, high = labels < 5, labels >= 5
-    for name, images, rows, first in (
-        ("broad", turned, split == 0, 0),
-        ("low", digits, low, 0),
-        ("high", digits, high, 5),
-    ):
+    for name, rows in {"broad": split == 0, "low": labels < 5, "high": labels >= 5}.items():
+        images, first = turned if name == "broad" else digits, labels[rows].min()
         np.savez(
             folder / f"{name}.npz",
             images=np.stack([np.asarray(images[i]) for i in np.flatnonzero(rows)]),

@@ -12,7 +12,7 @@ _LAST = ("json", "quiet")
 """Options that `--help` lists after a group's others, though its base declares them."""
 
 
-def opt(default: Any, help: str, panel: str | None = None, *names: str, **more: Any) -> Any:
+def opt(default: object, help: str, panel: str | None = None, *names: str, **more: Any) -> Any:
     """Declare an option, as the default of a command's parameter or of a group's field.
 
     Args:
@@ -24,12 +24,12 @@ def opt(default: Any, help: str, panel: str | None = None, *names: str, **more: 
     return _declare(default, {"help": help, "panel": panel, "names": names, "more": more})
 
 
-def arg(metavar: str, help: str, default: Any = ...) -> Any:
+def arg(metavar: str, help: str, default: object = ...) -> Any:
     """Declare an argument, as the default of a command's parameter."""
     return _declare(default, {"argument": typer.Argument(metavar=metavar, help=help, show_default=False)})
 
 
-def setting(group: type, name: str, default: Any = ..., panel: str | None = None) -> Any:
+def setting(group: type, name: str, default: object = ..., panel: str | None = None) -> Any:
     """Declare an option by the metadata of a library's dataclass field: its meaning, limits and panel."""
     (like,) = (like for like in fields(group) if like.name == name)
     metadata = {**like.metadata, "panel": panel or like.metadata["panel"]}
@@ -57,7 +57,7 @@ def flatten(command: Callable[..., None]) -> Callable[..., None]:
             parameters.append(_parameter(name, hints.get(name, str), parameter.default))
 
     @wraps(command)
-    def flat(**options: Any) -> None:
+    def flat(**options: object) -> None:
         made = {name: group(**{n: options.pop(n) for n in members[name]}) for name, group in groups.items()}
         command(**made, **options)
 
@@ -65,11 +65,11 @@ def flatten(command: Callable[..., None]) -> Callable[..., None]:
     return flat
 
 
-def _declare(default: Any, metadata: Mapping[str, Any]) -> Any:
+def _declare(default: object, metadata: Mapping[str, Any]) -> Any:
     return field(default=MISSING if default is ... else default, metadata=metadata)
 
 
-def _parameter(name: str, hint: Any, default: Any) -> inspect.Parameter:
+def _parameter(name: str, hint: object, default: object) -> inspect.Parameter:
     if isinstance(default, Field):
         hint = Annotated[hint, default.metadata.get("argument") or _option(name, default.metadata)]
         default = inspect.Parameter.empty if default.default is MISSING else default.default
@@ -78,7 +78,6 @@ def _parameter(name: str, hint: Any, default: Any) -> inspect.Parameter:
 
 def _option(name: str, meta: Mapping[str, Any]) -> Any:
     names = meta.get("names") or (meta.get("option") or f"--{name.replace('_', '-')}",)
-    more: dict[str, Any] = {limit: meta[limit] for limit in ("min", "max") if limit in meta} | meta.get(
-        "more", {}
-    )
+    limits = {limit: meta[limit] for limit in ("min", "max") if limit in meta}
+    more = {**limits, **meta.get("more", {})}
     return typer.Option(*names, help=meta["help"], rich_help_panel=meta["panel"], **more)

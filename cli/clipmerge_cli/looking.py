@@ -1,23 +1,29 @@
 """The commands that look and check: evaluate, inspect, compare, verify."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
+from rich.console import Console
+from rich.filesize import decimal as size
+from rich.text import Text
+from rich.tree import Tree
 
+from clipmerge.errors import CheckpointError
+from clipmerge.evaluate.metrics import METRICS
+from clipmerge.evaluate.score import Score
 from clipmerge.text import and_more
+from clipmerge.weights.look import Summary
+from clipmerge.weights.look import compare as compare_weights
+from clipmerge.weights.look import inspect as summarise
+from clipmerge.weights.provenance import Parent, bases_of, is_original, parents_of
+from clipmerge.weights.verify import Verdict
+from clipmerge.weights.verify import verify as verify_file
+from clipmerge.weights.weights import load, load_all
 from clipmerge_cli import show
 from clipmerge_cli.groups import arg, opt
 from clipmerge_cli.options import CHECKPOINTS, INPUT, Talk, named
 from clipmerge_cli.scoring import Scoring
-
-if TYPE_CHECKING:
-    from rich.tree import Tree
-
-    from clipmerge.evaluate.score import Score
-    from clipmerge.weights.look import Distance, Summary
-    from clipmerge.weights.provenance import Parent
-    from clipmerge.weights.verify import Verdict
 
 
 def evaluate(
@@ -29,16 +35,13 @@ def evaluate(
 ) -> None:
     """Score checkpoints on labelled images, with 95 % intervals.
 
-    \b
-    clipmerge evaluate ckpts/*.safetensors --model ViT-B-32 --data images/
-    clipmerge evaluate soup.safetensors --data id=digits#test \\
-        --data shift=digits#test@rotate:30
+        clipmerge evaluate ckpts/*.safetensors --model ViT-B-32 --data images/
+        clipmerge evaluate soup.safetensors --data id=digits#test \\
+          --data shift=digits#test@rotate:30
 
     A checkpoint that holds a trained head is scored by it, any other by a zero-shot head built from prompts.
     p is McNemar's: how surprising the difference to the first checkpoint would be, were both equally good.
     """
-    from clipmerge.weights.weights import load_all
-
     sources = named(data, "--data", data)
     weights = load_all(checkpoints)
     with scoring.evaluator(sources, talk, role="test") as (evaluator, _):
@@ -57,14 +60,12 @@ def evaluate(
     show.document({"kind": "evaluation", **facts, "checkpoints": rows})
 
 
-def _scores_table(names: Sequence[str], scores: "Sequence[Mapping[str, Score]]", metric: str) -> None:
-    from clipmerge.evaluate.metrics import METRICS
-
+def _scores_table(names: Sequence[str], scores: Sequence[Mapping[str, Score]], metric: str) -> None:
     every = [score for row in scores for score in row.values()]
     others = [name for name in METRICS if name != metric and all(name in score.metrics for score in every)]
     compares = ["p"] if len(names) > 1 else []
     columns = ["checkpoint", "data", "images", METRICS[metric].title, "95 %", *compares]
-    rows: list[list[Any]] = []
+    rows: list[list[object]] = []
     for name, row in zip(names, scores, strict=True):
         for split, score in row.items():
             cells = [name, split, score.n, show.percent(score.value), show.interval(score.interval)]
@@ -88,9 +89,6 @@ def inspect(
 
     Example: [bold]clipmerge inspect soup.safetensors[/bold]
     """
-    from clipmerge.weights.look import inspect as summarise
-    from clipmerge.weights.weights import load
-
     weights = load(file)
     (checkpoint,) = weights.checkpoints
     with talk.progress() as on_progress:
@@ -108,70 +106,54 @@ def inspect(
         show.table(("tensor", "dtype", "shape", "not finite"), rows)
 
 
-def _show(summary: "Summary", model: Mapping[str, Any] | None) -> None:
-    from rich.console import Console
-
+def _show(summary: Summary, model: Mapping[str, Any] | None) -> None:
+    bad = summary.nonfinite or {}
+    listed = and_more([f"{name} ({count})" for name, count in bad.items()], 5)
+    none = "not counted" if summary.nonfinite is None else "none"
     facts = {
         "file": summary.path or summary.name,
         "holds": f"{summary.kind}, {summary.tensors} tensors, {summary.parameters:,} parameters",
         "layout": summary.layout,
         "dtypes": show.counts(summary.dtypes),
-        "size": show.size(summary.nbytes),
+        "size": size(summary.nbytes),
         "model": str(model.get("name")) if model else "not recorded",
         "digest": summary.digest or "not computed",
-        "not finite": _nonfinite(summary.nonfinite),
+        "not finite": f"{sum(bad.values())} values in {len(bad)} tensors: {listed}" if bad else none,
     }
     print(show.plain("\n".join(f"{label:<11} {value}" for label, value in facts.items())), end="\n\n")
-    Console(width=10_000, soft_wrap=True, highlight=False, markup=False).print(tree(summary))
+    console = Console(width=10_000, soft_wrap=True, highlight=False, markup=False)
+    console.print(tree(summary.name, summary.record))
     rows = []
     for part in summary.parts:
-        size, numbers = show.size(part.nbytes), f"{part.parameters:,}"
-        name, dtypes = show.part(part.tower, part.block), show.counts(part.dtypes)
-        rows.append((name, part.tensors, numbers, dtypes, size, part.nonfinite))
+        name, dtypes, nbytes = show.part(part.tower, part.block), show.counts(part.dtypes), size(part.nbytes)
+        rows.append((name, part.tensors, f"{part.parameters:,}", dtypes, nbytes, part.nonfinite))
     show.table(("part", "tensors", "parameters", "dtypes", "size", "not finite"), rows, title="Tensors")
 
 
-def _nonfinite(counts: Mapping[str, int] | None) -> str:
-    if not counts:
-        return "not counted" if counts is None else "none"
-    names = and_more([f"{name} ({count})" for name, count in counts.items()], 5)
-    return f"{sum(counts.values())} values in {len(counts)} tensors: {names}"
-
-
-def tree(summary: "Summary") -> "Tree":
-    """Draw how the file was made, and its parents, and theirs."""
-    return _branch(summary.name, summary.record)
-
-
-def _branch(label: str, record: Mapping[str, Any]) -> "Tree":
-    from rich.text import Text
-    from rich.tree import Tree
-
-    from clipmerge.weights.provenance import bases_of, is_original, parents_of
-
+def tree(label: str, record: Mapping[str, Any]) -> Tree:
+    """Draw how a file was made, from its record, and its parents, and theirs."""
     lines = [label]
     if "notation" in record and not is_original(record):
         dtype = record.get("dtype", "base")
         lines[0] += f" = {record['notation']}" + ("" if dtype == "base" else f" as {dtype}")
     elif not record:
         lines[0] += "  (no record)"
-    lines += [
-        f"{key}: {_brief(record[key])}" for key in ("training", "selection", "scores") if record.get(key)
-    ]
+    kinds = ("training", "selection", "scores")
+    lines += [f"{kind}: {_brief(record[kind])}" for kind in kinds if record.get(kind)]
     branch = Tree(Text(show.plain("\n".join(lines))))
     for parent in () if is_original(record) else parents_of(record):
-        branch.children.append(_branch(f"{parent.name}: {_file(parent)}", parent.made))
+        branch.children.append(tree(f"{parent.name}: {_file(parent)}", parent.made))
     for base in bases_of(record):
         branch.add(Text(show.plain(f"trained from: {_file(base)}")))
     return branch
 
 
-def _file(parent: "Parent") -> str:
+def _file(parent: Parent) -> str:
     digest = f"  {parent.digest[:12]}…" if parent.digest else ""
     return (parent.file or "in memory") + digest
 
 
-def _brief(value: Any) -> str:
+def _brief(value: object) -> str:
     if not isinstance(value, Mapping):
         return str(value)[:120]
     pairs = (f"{key}={item}" for key, item in value.items() if isinstance(item, str | int | float | bool))
@@ -190,29 +172,24 @@ def compare(
     The distance is the norm of A - B divided by the norm of A. With --base also the norms of the task vectors
     A - base and B - base, and the cosine between them.
 
-    \b
-    clipmerge compare cars.safetensors dtd.safetensors --base zs.safetensors
+        clipmerge compare cars.safetensors dtd.safetensors --base zs.safetensors
     """
-    from clipmerge.weights.look import compare as compare_weights
-    from clipmerge.weights.weights import load
-
     first, second, origin = load(a, "a"), load(b, "b"), load(base, "base") if base else None
     with talk.progress() as on_progress:
         comparison = compare_weights(first, second, origin, on_progress=on_progress)
     if talk.json:
         show.document({**comparison.to_json(), "a": a, "b": b, "base": base})
         return
-    columns = ["part", "tensors", "parameters", "distance", "largest"]
-    rows = [_distances(part, base is not None) for part in (*comparison.parts, comparison.whole)]
-    show.table([*columns, *(("|A - base|", "|B - base|", "cosine") if base else ())], rows)
+    columns = ("part", "tensors", "parameters", "distance", "largest")
+    vectors = ("|A - base|", "|B - base|", "cosine") if base else ()
+    rows: list[Sequence[object]] = []
+    for part in (*comparison.parts, comparison.whole):
+        where = "all" if part.tower is None else show.part(part.tower, part.block)
+        row = (where, part.tensors, f"{part.parameters:,}", part.relative, part.largest)
+        rows.append((*row, part.vector_a, part.vector_b, part.cosine) if base else row)
+    show.table((*columns, *vectors), rows)
     differing, total = len(comparison.differing), comparison.whole.tensors
     print(f"{differing} of {total} float tensors differ" if differing else "every float tensor is equal")
-
-
-def _distances(part: "Distance", has_base: bool) -> list[object]:
-    where = "all" if part.tower is None else show.part(part.tower, part.block)
-    row: list[object] = [where, part.tensors, f"{part.parameters:,}", part.relative, part.largest]
-    return [*row, part.vector_a, part.vector_b, part.cosine] if has_base else row
 
 
 def verify(
@@ -228,9 +205,6 @@ def verify(
 
     Example: [bold]clipmerge verify soup.safetensors --parents checkpoints/[/bold]
     """
-    from clipmerge.errors import CheckpointError
-    from clipmerge.weights.verify import verify as verify_file
-
     with talk.progress() as on_progress:
         verdict = verify_file(file, parents or [], on_progress=on_progress)
     if talk.json:
@@ -246,7 +220,7 @@ def verify(
     talk.say(f"{verdict.notation}: {verdict.reason}")
 
 
-def _hint(verdict: "Verdict") -> str:
+def _hint(verdict: Verdict) -> str:
     if verdict.status == "missing":
         parents = (
             f"{p.name}: {p.file or 'was in memory'}, content digest {p.digest}" for p in verdict.missing

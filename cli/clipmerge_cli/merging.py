@@ -6,10 +6,13 @@ from typing import Literal
 
 import typer
 
+import clipmerge
+from clipmerge.checkpoint import convert as convert_checkpoint
+from clipmerge.weights.recipe import Recipe, read_recipe
 from clipmerge_cli import options as shared
 from clipmerge_cli import show
 from clipmerge_cli.groups import arg, opt
-from clipmerge_cli.options import HUB_FILE, INPUT, Talk
+from clipmerge_cli.options import HUB_FILE, INPUT, Grid, Talk
 from clipmerge_cli.scoring import Choosing, choose
 from clipmerge_cli.writing import Output, load_models
 
@@ -22,33 +25,33 @@ def analogy(
     c: str = opt(..., "C of: A is to B as C is to the result.", metavar="C"),
     out: Output,
     choosing: Choosing,
-    scale: str = shared.scale_option("1.0"),
+    scale: float | None = shared.scale_option("1.0"),
     val: str | None = opt(None, "With auto: held-out images.", INPUT, metavar="DATA"),
-    scales: str = shared.SCALES,
+    scales: Grid = shared.SCALES,
     refine: bool = shared.REFINE,
 ) -> None:
     """A is to B as C is to the result: base + scale * (C + B - A), all as task vectors.
 
-    \b
-    clipmerge analogy base.safetensors --a photo-dogs.safetensors \\
-        --b photo-lions.safetensors --c sketch-dogs.safetensors \\
-        -o sketch-lions.safetensors
-    clipmerge analogy base.safetensors --a A --b B --c C --scale auto \\
-        --val images/val -o out.safetensors
+    The scale is 1 unless one is given or, with --scale auto, chosen on held-out images.
+
+        clipmerge analogy base.safetensors --a photo-dogs.safetensors \\
+          --b photo-lions.safetensors --c sketch-dogs.safetensors \\
+          -o sketch-lions.safetensors
+        clipmerge analogy base.safetensors --a A --b B --c C --scale auto \\
+          --val images/val -o out.safetensors
     """
+    if scale is not None and val:
+        raise typer.BadParameter("--val is for --scale auto", param_hint="--val")
+    if scale is None and not val:
+        raise typer.BadParameter("--scale auto needs held-out images: --val DATA", param_hint="--val")
     from clipmerge.search.rules import mean_of
 
-    value, grid = shared.scale_of(scale), shared.numbers(scales, "--scales")
-    if value is not None and val:
-        raise typer.BadParameter("--val is for --scale auto", param_hint="--val")
-    if value is None and not val:
-        raise typer.BadParameter("--scale auto needs held-out images: --val DATA", param_hint="--val")
     models = load_models(base, a, b, c)
     start, first, second, third = models
 
     vector = (third - start) + (second - start) - (first - start)
     splits, rule = {"val": val or ""}, mean_of(["val"])
-    choose("analogy", models, vector, value, grid, splits, choosing, out, rule=rule, refine=refine)
+    choose("analogy", models, vector, scale, scales, splits, choosing, out, rule=rule, refine=refine)
 
 
 def merge(
@@ -62,29 +65,21 @@ def merge(
 
     The sum of the coefficients must be 1 (a model) or 0 (a task vector).
 
-    \b
-    clipmerge merge "base + 0.4*(a - base)" \\
-        base=base.safetensors a=a.safetensors -o out.safetensors
-    clipmerge merge "mean(\\[a, b])" a=a.pt b=hf-hub:org/b -o soup/
-    clipmerge merge 'base + {"visual": 0.5}*(a - base)' \\
-        base=base.safetensors a=a.safetensors --dry-run
-    clipmerge merge recipe.toml
+        clipmerge merge "base + 0.4*(a - base)" \\
+          base=base.safetensors a=a.safetensors -o out.safetensors
+        clipmerge merge "mean(\\[a, b])" a=a.pt b=hf-hub:org/b -o soup/
+        clipmerge merge 'base + {"visual": 0.5}*(a - base)' \\
+          base=base.safetensors a=a.safetensors --dry-run
+        clipmerge merge recipe.toml
 
     A recipe is TOML: expression = "...", a table \\[checkpoints] with name = "file" (relative to the recipe),
     and, where wanted, output, dtype and shard_size. What the command line says wins.
     """
-    from clipmerge.weights.recipe import Recipe, read_recipe
-
     named_files = shared.named(files or [], "NAME=FILE")
     recipe = read_recipe(expression) if expression.endswith(".toml") else Recipe(expression, {})
     weights = replace(recipe, checkpoints={**recipe.checkpoints, **named_files}).weights()
-    out = replace(
-        out,
-        output=out.output or recipe.output,
-        dtype=out.dtype or recipe.dtype,
-        shard_size=out.shard_size or recipe.shard_size,
-    )
-    out.merge(weights, model=model)
+    first = {name: getattr(out, name) or getattr(recipe, name) for name in ("output", "dtype", "shard_size")}
+    replace(out, **first).merge(weights, model=model)
 
 
 def task_vector(*, base: str = shared.BASE, finetuned: str = shared.FINETUNED, out: Output) -> None:
@@ -92,14 +87,11 @@ def task_vector(*, base: str = shared.BASE, finetuned: str = shared.FINETUNED, o
 
     The file knows that it is a task vector: expressions use it as one, and nothing takes it for a model.
 
-    \b
-    clipmerge task-vector zs.safetensors cars.safetensors -o cars.tv.safetensors
-    clipmerge merge "zs + 0.4*cars" \\
-        zs=zs.safetensors cars=cars.tv.safetensors -o added.safetensors
+        clipmerge task-vector zs.safetensors cars.safetensors -o cars.tv.safetensors
+        clipmerge merge "zs + 0.4*cars" \\
+          zs=zs.safetensors cars=cars.tv.safetensors -o added.safetensors
     """
-    from clipmerge.weights.weights import load_all
-
-    start, end = load_all([base, finetuned])
+    start, end = clipmerge.load_all([base, finetuned])
     out.merge(end - start)
 
 
@@ -121,16 +113,11 @@ def convert(
         clipmerge convert ViT-B-32.pt -o vit-b-32.safetensors
         clipmerge convert soup.safetensors --to huggingface -o soup-hf/
     """
-    from clipmerge.checkpoint import convert as convert_checkpoint
-    from clipmerge.weights.weights import load
-
-    weights = load(checkpoint)
+    weights = clipmerge.load(checkpoint)
     (source,) = weights.checkpoints
     with talk.progress() as on_progress:
         if output.name == HUB_FILE:
-            from clipmerge.model.spec import resolve_model
-
-            record = resolve_model(model, weights).to_metadata()
+            record = clipmerge.resolve_model(model, weights).to_metadata()
             path = convert_checkpoint.convert_folder(
                 source, output.parent, to, record, force=force, on_progress=on_progress
             )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import typer
 
 from clipmerge.text import and_more
+from clipmerge.types import Progress
 from clipmerge_cli import show
 from clipmerge_cli.groups import arg, opt
 from clipmerge_cli.progress import progress
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
     from clipmerge.data.split import Split
     from clipmerge.device import Precision
-    from clipmerge.types import Progress
 
 INPUT, SCORING, SEARCH, OUTPUT = "Model and images", "Scoring", "Search", "Output"
 
@@ -35,16 +35,24 @@ def output_path(text: str) -> Path:
     return path / HUB_FILE if text.endswith(("/", "\\")) or path.is_dir() else path
 
 
-def output_option(default: Any) -> Any:
+def output_option(default: object) -> Any:
     """Declare --output, a file or the file of a Hub-ready folder."""
-    more: dict[str, Any] = {"metavar": "FILE", "parser": output_path, "show_default": False}
-    return opt(default, "Where to write; DIR/ makes a Hub-ready folder.", OUTPUT, "--output", "-o", **more)
+    text, names = "Where to write; DIR/ makes a Hub-ready folder.", ("--output", "-o")
+    return opt(default, text, OUTPUT, *names, metavar="FILE", parser=output_path, show_default=False)
 
 
 def scale_option(default: str) -> Any:
-    """Declare --scale, a number or "auto"."""
-    return opt(default, "Multiplies the task vector (or their sum); auto: chosen on images.", metavar="X")
+    """Declare --scale, a number or "auto" (None)."""
+    text = "Multiplies the task vector (or their sum); auto: chosen on images."
+    return opt(default, text, metavar="X", parser=scale)
 
+
+def grid_option(default: str | None, text: str) -> Any:
+    """Declare the coefficients to try."""
+    return opt(default, text, SEARCH, metavar="GRID", parser=numbers)
+
+
+Grid = Sequence[float]
 
 BASE = arg("BASE", "The model before finetuning.")
 FINETUNED = arg("FINETUNED", "The model after finetuning.")
@@ -53,7 +61,6 @@ FORCE = opt(False, "Overwrite an output that exists.", OUTPUT)
 PLOT = opt(None, "Draw it: FILE as PNG, and as SVG beside it.", OUTPUT, metavar="FILE")
 MODEL = opt(None, "An open_clip model name or JSON config; default: the checkpoint's.", INPUT, metavar="M")
 REFINE = opt(False, "Narrow the choice down between the points of the grid.", SEARCH)
-SCALES = opt("0:1:0.05", "With auto: scales to try, as START:STOP:STEP or a list.", SEARCH, metavar="GRID")
 SEED = opt(0, "Seed of anything random.", SEARCH)
 
 
@@ -73,7 +80,7 @@ class Talk:
         """Print a remark on stderr."""
         show.say(text, quiet=self.silent)
 
-    def progress(self, title: str | None = None) -> "AbstractContextManager[Progress | None]":
+    def progress(self, title: str | None = None) -> AbstractContextManager[Progress | None]:
         """Show bars for long work while the block runs."""
         return progress(quiet=self.silent, title=title)
 
@@ -150,7 +157,7 @@ def numbered(name: str, count: int) -> list[str]:
     return [name] if count == 1 else [f"{name}{i}" for i in range(1, count + 1)]
 
 
-def scale_of(text: str) -> float | None:
+def scale(text: str) -> float | None:
     """Return `"0.4"` as `0.4` and `"auto"` as None; anything else is wrong usage."""
     if text == "auto":
         return None
@@ -159,23 +166,24 @@ def scale_of(text: str) -> float | None:
     except InvalidOperation:
         value = Decimal("nan")
     if not value.is_finite():
-        raise typer.BadParameter(f"{text!r} is neither a number nor auto", param_hint="--scale")
+        raise typer.BadParameter(f"{text!r} is neither a number nor auto")
     return float(value)
 
 
-def numbers(text: str, option: str) -> tuple[float, ...]:
+def numbers(text: str) -> tuple[float, ...]:
     """Return `"0:1:0.25"` as `(0.0, 0.25, 0.5, 0.75, 1.0)`, exact decimals; `"0.1,0.5"` as `(0.1, 0.5)`."""
     try:
         parts = [Decimal(part) for part in text.split(":" if ":" in text else ",")]
     except InvalidOperation:
         parts = []
     if (":" in text and len(parts) != 3) or not parts or not all(part.is_finite() for part in parts):
-        raise typer.BadParameter(
-            f"{text!r} is neither START:STOP:STEP nor a list such as 0.1,0.5", param_hint=option
-        )
+        raise typer.BadParameter(f"{text!r} is neither START:STOP:STEP nor a list such as 0.1,0.5")
     if ":" not in text:
         return tuple(float(part) for part in parts)
     start, stop, step = parts
     if step <= 0 or stop < start or (stop - start) / step > 10_000:
-        raise typer.BadParameter(f"{text!r}: the step must lead from START up to STOP", param_hint=option)
+        raise typer.BadParameter(f"{text!r}: the step must lead from START up to STOP")
     return tuple(float(start + step * i) for i in range(int((stop - start) / step) + 1))
+
+
+SCALES = grid_option("0:1:0.05", "With auto: scales to try, as START:STOP:STEP or a list.")

@@ -4,14 +4,10 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from clipmerge.types import Progress as OnProgress
 from clipmerge_cli.show import percent, say
-
-if TYPE_CHECKING:
-    from rich.progress import TaskID
-
-    from clipmerge.types import Progress
 
 OnEvent = Callable[[Mapping[str, Any]], None]
 
@@ -19,7 +15,7 @@ OnEvent = Callable[[Mapping[str, Any]], None]
 @contextmanager
 def progress(
     *, quiet: bool = False, title: str | None = None, notes: Mapping[str, str] | None = None
-) -> Iterator["Progress | None"]:
+) -> Iterator[OnProgress | None]:
     """Yield a callback for long work, or None where stderr is no terminal or `quiet`.
 
     Each distinct `what` is one bar, with `title` before it and the current `notes` after it; bars vanish when the block
@@ -28,20 +24,12 @@ def progress(
     if quiet or not sys.stderr.isatty():
         yield None
         return
-    from rich import progress as rich
     from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskID, TimeElapsedColumn, TimeRemainingColumn
 
-    text, elapsed, left = rich.TextColumn, rich.TimeElapsedColumn(), rich.TimeRemainingColumn()
-    columns = (
-        text("{task.description}"),
-        rich.BarColumn(),
-        text("{task.fields[count]}"),
-        text("elapsed"),
-        elapsed,
-    )
-    bars = rich.Progress(
-        *columns, text("about"), left, text("left"), console=Console(stderr=True), transient=True
-    )
+    columns = ("{task.description}", BarColumn(), "{task.fields[count]}", "elapsed", TimeElapsedColumn())
+    about = ("about", TimeRemainingColumn(), "left")
+    bars = Progress(*columns, *about, console=Console(stderr=True), transient=True)
     tasks: dict[str, TaskID] = {}
     lock = Lock()
 
@@ -61,7 +49,7 @@ def progress(
 
 
 @contextmanager
-def training(*, quiet: bool = False) -> Iterator[tuple["Progress | None", OnEvent | None]]:
+def training(*, quiet: bool = False) -> Iterator[tuple[OnProgress | None, OnEvent | None]]:
     """Yield callbacks for `finetune`: a live line at a terminal, scores as plain lines elsewhere, none if quiet."""
     notes: dict[str, str] = {}
 

@@ -1,32 +1,38 @@
 """What commands that score on images share: their options, an evaluator, and how results show."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, get_args
 
+import clipmerge
+from clipmerge.types import Progress
+from clipmerge.weights.check import check
+from clipmerge.weights.coefficient import Scalar
+from clipmerge.weights.plan import float_dtype
+from clipmerge.weights.weights import Weights
 from clipmerge_cli import show
 from clipmerge_cli.groups import opt
-from clipmerge_cli.options import INPUT, PLOT, SCORING, SEARCH, Images, Talk
+from clipmerge_cli.options import INPUT, PLOT, SCORING, SEARCH, Grid, Images, Talk
 from clipmerge_cli.writing import Output
 
 if TYPE_CHECKING:
-    from clipmerge.evaluate.evaluator import Evaluator
     from clipmerge.evaluate.journal import Journal
     from clipmerge.search.results import SoupResult, SweepResult
     from clipmerge.search.rules import Rule
-    from clipmerge.types import Progress
-    from clipmerge.weights.coefficient import Scalar
-    from clipmerge.weights.weights import Weights
 
     Result: TypeAlias = SoupResult | SweepResult
-    Search: TypeAlias = Callable[[Evaluator, Progress | None], Result]
-    """Chooses weights by an evaluator."""
-
 Metric = Literal["top1", "top5", "mean_per_class", "macro_f1", "worst_group", "ece"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
+
+
+class Search(Protocol):
+    """Chooses weights by an evaluator."""
+
+    def __call__(self, evaluator: "clipmerge.Evaluator", *, on_progress: Progress | None) -> "Result": ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +52,9 @@ class Scoring(Images):
         talk: Talk,
         *,
         role: str,
-        models: "Sequence[Weights]" = (),
+        models: Sequence[Weights] = (),
         journal: "Journal | None" = None,
-    ) -> "Iterator[tuple[Evaluator, Progress | None]]":
+    ) -> "Iterator[tuple[clipmerge.Evaluator, Progress | None]]":
         """Make an evaluator over the named data, together with torchrun's other processes where there are any.
 
         Args:
@@ -56,8 +62,6 @@ class Scoring(Images):
             models: the model is what all of these agree on; without them, what the first weights scored record.
         """
         from clipmerge import distributed
-        from clipmerge.evaluate.evaluator import Evaluator
-        from clipmerge.model import resolve_model
 
         part = None if self.holdout else role
         device, precision = talk.device("scoring", self.device, self.precision)
@@ -65,8 +69,8 @@ class Scoring(Images):
         try:
             with talk.progress() as on_progress:
                 changes = {"holdout": self.holdout, "on_progress": on_progress}
-                evaluator = Evaluator(
-                    resolve_model(self.model, *models) if models else self.model,
+                evaluator = clipmerge.Evaluator(
+                    clipmerge.resolve_model(self.model, *models) if models else self.model,
                     {name: self.open(source, part, talk, **changes) for name, source in data.items()},
                     device=device,
                     precision=precision,
@@ -94,17 +98,17 @@ class Choosing(Scoring):
 
 def choose(
     name: str,
-    models: "Sequence[Weights]",
-    vector: "Weights",
+    models: Sequence[Weights],
+    vector: Weights,
     value: float | None,
-    grid: Sequence[float],
+    grid: Grid,
     data: Mapping[str, str],
     choosing: Choosing,
     out: Output,
     *,
     rule: "Rule | None" = None,
     refine: bool = False,
-    search: "Search | None" = None,
+    search: Search | None = None,
     remark: str | None = None,
 ) -> None:
     """Write the model at one coefficient: at `value`, or at the one that is chosen on images.
@@ -120,7 +124,7 @@ def choose(
         remark: said where `value` is written.
     """
 
-    def at(coefficient: "Scalar") -> "Weights":
+    def at(coefficient: Scalar) -> Weights:
         return models[0] + coefficient * vector
 
     coefficient = "alpha" if name in ("interpolate", "patch") else "scale"
@@ -131,19 +135,16 @@ def choose(
         out.merge(at(value), model=choosing.model, remark=remark)
         return
 
-    def sweep_grid(evaluator: "Evaluator", on_progress: "Progress | None") -> "SweepResult":
-        from clipmerge.search.sweep import sweep
-
-        assert rule is not None
-        return sweep(at, grid, evaluator, rule=rule, refine=refine, name=name, on_progress=on_progress)
-
-    run_search(search or sweep_grid, data, models, choosing, out, coefficient)
+    if rule is not None:
+        search = partial(clipmerge.sweep, at, grid, rule=rule, refine=refine, name=name)
+    assert search is not None
+    run_search(search, data, models, choosing, out, coefficient)
 
 
 def run_search(
-    search: "Search",
+    search: Search,
     data: Mapping[str, str],
-    models: "Sequence[Weights]",
+    models: Sequence[Weights],
     choosing: Choosing,
     out: Output,
     coefficient: str | None = None,
@@ -155,20 +156,15 @@ def run_search(
     """
     from clipmerge.checkpoint.cache import cache_dir
     from clipmerge.evaluate.journal import Journal
-    from clipmerge.weights.check import check
-    from clipmerge.weights.plan import float_dtype
-    from clipmerge.weights.weights import mean
 
     out.check_usage()
     dtype = float_dtype(out.dtype) or (None if coefficient is None else "F32")  # else all inputs must agree
-    check(mean(models), dtype=dtype)
-    out.check(mean(models), choosing.model, dtype)
+    check(clipmerge.mean(models), dtype=dtype)
+    out.check(clipmerge.mean(models), choosing.model, dtype)
     journal = Journal(choosing.journal or cache_dir() / "scores.jsonl", fresh=choosing.fresh)
-    with choosing.evaluator(data, out, role="val", models=models, journal=journal) as (
-        evaluator,
-        on_progress,
-    ):
-        result = search(evaluator, on_progress)
+    scoring = choosing.evaluator(data, out, role="val", models=models, journal=journal)
+    with scoring as (evaluator, on_progress):
+        result = search(evaluator, on_progress=on_progress)
         written = None
         if show.is_first() and out.output is not None:
             selection = _selection(result, evaluator, data)
@@ -176,11 +172,7 @@ def run_search(
             written = out.write(result.weights, record, on_progress)
     if not show.is_first():
         return
-    drawn: list[Path] = []
-    if choosing.plot:
-        from clipmerge.report.figures import plot
-
-        drawn = plot(result, choosing.plot)
+    drawn = clipmerge.plot(result, choosing.plot) if choosing.plot else []
     if out.json:
         show.document(result.to_json() | {"output": written} | ({"figures": drawn} if drawn else {}))
     else:
@@ -191,7 +183,7 @@ def run_search(
     out.finish(written)
 
 
-def _selection(result: "Result", evaluator: "Evaluator", data: Mapping[str, str]) -> dict[str, Any]:
+def _selection(result: "Result", evaluator: "clipmerge.Evaluator", data: Mapping[str, str]) -> dict[str, Any]:
     """Return what the written file records about how it was chosen; folders stay private, in `images/val` too."""
     from clipmerge.search.results import SoupResult
 

@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 
 def is_first() -> bool:
@@ -28,40 +27,39 @@ def short(path: Path) -> str:
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
-def document(data: Any) -> None:
+def document(data: object) -> None:
     """Print one JSON document on stdout; numbers that are not finite, which JSON does not know, are null."""
     plain_data = json.loads(json.dumps(data, default=_plain), parse_constant=lambda _: None)
     print(json.dumps(plain_data, indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None) -> None:
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None) -> None:
     """Print a table on stdout: first column to the left, the others to the right; None shows as a dash.
 
     Headers wrap between words where the terminal is narrow; cells never do.
     """
     from rich.box import SIMPLE_HEAD
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console()
-    room = console.width if sys.stdout.isatty() else 200
-    cells = [[_cell(value) for value in row] for row in rows]
-    widths = [max([1, *(len(row[i]) for row in cells)]) for i in range(len(columns))]
-    heads = list(columns)
-    if sum(max(len(head), width) + 3 for head, width in zip(heads, widths, strict=True)) > room:
-        heads = [head.replace(" ", "\n") if len(head) > width else head
-                 for head, width in zip(heads, widths, strict=True)]  # fmt: skip
-    longest = [max(width, *map(len, head.split("\n"))) for head, width in zip(heads, widths, strict=True)]
-    apart = 1 if sum(longest) + 3 * len(longest) <= room else 0
+    console.width = console.width if sys.stdout.isatty() else 200
     if title:
         console.print(Text(plain(title), style="bold"), soft_wrap=True)
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max([1, *map(cell_len, column)]) for column in zip(columns, *cells, strict=True)]
+    if sum(widths) + 3 * len(widths) > console.width:
+        words = [max(head.split(), key=cell_len, default="") for head in columns]
+        widths = [max([1, *map(cell_len, column)]) for column in zip(words, *cells, strict=True)]
+    apart = 1 if sum(widths) + 3 * len(widths) <= console.width else 0
     shown = Table(box=SIMPLE_HEAD, padding=(0, apart), pad_edge=False)
-    for i, head in enumerate(heads):
-        shown.add_column(Text(head), justify="left" if i == 0 else "right", no_wrap=True)
+    for i, (head, width) in enumerate(zip(columns, widths, strict=True)):
+        shown.add_column(Text(head), justify="left" if i == 0 else "right", width=width)
     for row in cells:
         shown.add_row(*map(Text, row))
-    console.width = max(room, sum(longest) + (2 * apart + 1) * len(longest) + 1)
+    console.width = max(console.width, sum(widths) + (2 * apart + 1) * len(widths) + 1)
     console.print(shown)
 
 
@@ -83,20 +81,7 @@ def interval(bounds: Sequence[float], digits: int = 1) -> str:
 
 def counts(numbers: Mapping[str, int]) -> str:
     """Return `{"F32": 302}` as `F32`; several with their counts: `F32 300, I64 2`."""
-    if len(numbers) == 1:
-        return next(iter(numbers))
-    return ", ".join(f"{key} {count}" for key, count in numbers.items())
-
-
-def size(nbytes: float) -> str:
-    """Return bytes for people, in thousands: `605.2 MB`."""
-    if nbytes < 1000:
-        return f"{nbytes:.0f} B"
-    for unit in ("kB", "MB", "GB"):
-        nbytes /= 1000
-        if nbytes < 1000:
-            return f"{nbytes:.1f} {unit}"
-    return f"{nbytes / 1000:.1f} TB"
+    return ", ".join(f"{key} {count}" if len(numbers) > 1 else key for key, count in numbers.items())
 
 
 def part(tower: str, block: int | None) -> str:
@@ -104,13 +89,13 @@ def part(tower: str, block: int | None) -> str:
     return tower if block is None else f"{tower}.block[{block}]"
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     if value is None:
         return "–"
     return f"{value:.4g}" if isinstance(value, float) else plain(str(value))
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Return paths as text, and numpy and torch values as numbers and lists of them."""
     if isinstance(value, Path):
         return str(value)

@@ -41,13 +41,12 @@ def finetune(
 ) -> None:
     """Finetune a CLIP model on labelled images; what is written is ready for soup, interpolate and patch.
 
-    \b
-    clipmerge finetune --base base.safetensors --train images/train \\
-        --val images/val -o ft.safetensors
-    clipmerge finetune --base base.safetensors --train digits \\
-        --method lp-ft --epochs 5 -o lpft.safetensors
-    torchrun --nproc-per-node 8 -m clipmerge finetune \\
-        --base … --train … -o ft.safetensors
+        clipmerge finetune --base base.safetensors --train images/train \\
+          --val images/val -o ft.safetensors
+        clipmerge finetune --base base.safetensors --train digits \\
+          --method lp-ft --epochs 5 -o lpft.safetensors
+        torchrun --nproc-per-node 8 -m clipmerge finetune \\
+          --base … --train … -o ft.safetensors
 
     Killed? The same command with --resume goes on, on a CPU to the same bytes. DATA is a folder of class folders, a
     .npz, a CSV, WebDataset shards, Parquet, torchvision:NAME:ROOT, or digits.
@@ -118,11 +117,10 @@ def sweep(
 ) -> None:
     """Finetune many times over a search space; what is left is ready for a soup.
 
-    \b
-    clipmerge sweep --base base.safetensors --train images/train \\
-        --val images/val --trials 72 -o runs/
-    clipmerge soup runs/trial-*.safetensors --greedy \\
-        --val images/val -o soup.safetensors
+        clipmerge sweep --base base.safetensors --train images/train \\
+          --val images/val --trials 72 -o runs/
+        clipmerge soup runs/trial-*.safetensors --greedy \\
+          --val images/val -o soup.safetensors
 
     Start it as often as you like, on one machine or with a shared --storage on many: each worker takes trials until
     none is left. Killed workers' trials are taken over; called again, a sweep goes on.

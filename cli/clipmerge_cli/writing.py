@@ -3,28 +3,29 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
+from rich.filesize import decimal as size
 
+import clipmerge
+from clipmerge.errors import RecipeError
+from clipmerge.types import Progress
+from clipmerge.weights.look import describe
+from clipmerge.weights.output_files import check_save
+from clipmerge.weights.recipe import parse_size
+from clipmerge.weights.weights import Weights
 from clipmerge_cli import show
 from clipmerge_cli.groups import opt
 from clipmerge_cli.options import FORCE, HUB_FILE, OUTPUT, Talk, output_option
 
-if TYPE_CHECKING:
-    from clipmerge.types import Progress
-    from clipmerge.weights.weights import Weights
-
 
 def _size(text: str) -> int:
     """Return `5GB` or `512MiB` in bytes."""
-    from clipmerge.errors import RecipeError
-    from clipmerge.weights.recipe import parse_size
-
     try:
         return parse_size(text)
     except RecipeError as error:
-        raise typer.BadParameter(f"{error.message}: {error.hint}", param_hint="--shard-size") from error
+        raise typer.BadParameter(f"{error.message}: {error.hint}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,22 +58,20 @@ class Output(Talk):
         if self.push_to_hub and (self.output is None or self.output.name != HUB_FILE):
             raise typer.BadParameter("goes with a folder: -o DIR/", param_hint="--push-to-hub")
 
-    def check(self, weights: "Weights", model: str | None, dtype: str | None) -> None:
+    def check(self, weights: Weights, model: str | None, dtype: str | None) -> None:
         """Refuse an output that could not be written, from headers alone: it exists, is an input, does not fit."""
         if self.output is None:
             return
-        options: dict[str, Any] = {"force": self.force, "shard_size": self.shard_size}
+        force, limit = self.force, self.shard_size
         if self.output.name == HUB_FILE:
             from clipmerge.report import model_folder
 
-            model_folder.check_save(weights, self.output.parent, model=model, **options)
+            model_folder.check_save(weights, self.output.parent, model=model, force=force, shard_size=limit)
         else:
-            from clipmerge.weights.output_files import check_save
-
-            check_save(weights, self.output, dtype=dtype, **options)
+            check_save(weights, self.output, dtype=dtype, force=force, shard_size=limit)
 
     def write(
-        self, weights: "Weights", record: Mapping[str, Any], on_progress: "Progress | None" = None
+        self, weights: Weights, record: Mapping[str, Any], on_progress: Progress | None = None
     ) -> Path | None:
         """Write the weights, with `record` ("model", "selection") in their metadata, where an output was named."""
         if self.output is None:
@@ -98,7 +97,7 @@ class Output(Talk):
 
     def merge(
         self,
-        weights: "Weights",
+        weights: Weights,
         *,
         model: str | None = None,
         document: Mapping[str, Any] | None = None,
@@ -114,13 +113,11 @@ class Output(Talk):
         self.check_usage(needed=True)
         if self.dry_run:
             self.plan(weights, model)
-            self.say(f"{remark}\ndry run: nothing was written" if remark else "dry run: nothing was written")
+            self.say(f"{remark}\n" * bool(remark) + "dry run: nothing was written")
             return
         record = {}
         if model is not None:
-            from clipmerge.model import resolve_model
-
-            record = {"model": resolve_model(model, weights).to_metadata()}
+            record = {"model": clipmerge.resolve_model(model, weights).to_metadata()}
         with self.progress() as on_progress:
             written = self.write(weights, record, on_progress)
         if self.json:
@@ -129,45 +126,38 @@ class Output(Talk):
             self.say(remark)
         self.finish(written)
 
-    def plan(self, weights: "Weights", model: str | None) -> None:
+    def plan(self, weights: Weights, model: str | None) -> None:
         """Show the plan on stdout, after every check that headers and the output's folder allow."""
-        from clipmerge.weights.look import describe
-
         plan = describe(weights, dtype=self.dtype, threads=self.threads)
         self.check(weights, model, self.dtype)
         if self.json:
             show.document({"kind": "plan", **plan.to_json(), "output": self.output})
             return
         inputs = [
-            (i.name, i.path or "in memory", i.layout, i.tensors, show.counts(i.dtypes), show.size(i.nbytes))
+            (i.name, i.path or "in memory", i.layout, i.tensors, show.counts(i.dtypes), size(i.nbytes))
             for i in plan.inputs
         ]
         show.table(("input", "path", "layout", "tensors", "dtypes", "size"), inputs, title="Inputs")
         groups = [
-            (g.formula, g.tensors, show.counts(g.towers), g.dtype, show.size(g.nbytes), g.example)
+            (g.formula, g.tensors, show.counts(g.towers), g.dtype, size(g.nbytes), g.example)
             for g in plan.groups
         ]
         show.table(("formula", "tensors", "where", "dtype", "size", "example"), groups, title="Tensors")
-        read, written, memory = map(show.size, (plan.read_bytes, plan.written_bytes, plan.memory_bytes))
-        print(
-            f"{plan.notation} gives {plan.gives}: reads {read}, writes {written}, works in {memory} at most"
-        )
+        read, written, memory = map(size, (plan.read_bytes, plan.written_bytes, plan.memory_bytes))
+        sizes = f"reads {read}, writes {written}, works in {memory} at most"
+        print(f"{plan.notation} gives {plan.gives}: {sizes}")
 
 
-def load_models(*files: str) -> "list[Weights]":
+def load_models(*files: str) -> list[Weights]:
     """Load a base and the models beside it; a task-vector file stands for the base plus that vector."""
-    from clipmerge.weights.weights import load_all
-
-    base, *others = load_all(list(files))
+    base, *others = clipmerge.load_all(list(files))
     models = [base, *(base + w if base.kind() == 1 and w.kind() == 0 else w for w in others)]
     refuse_mixture(models)
     return models
 
 
-def refuse_mixture(weights: "Sequence[Weights]") -> None:
+def refuse_mixture(weights: Sequence[Weights]) -> None:
     """Refuse task vectors that stand among models."""
-    from clipmerge.errors import RecipeError
-
     vectors = [w for w in weights if w.kind() == 0]
     if vectors and len(vectors) < len(weights):
         raise RecipeError(

@@ -61,7 +61,7 @@ def test_inspect_tells_the_whole_story(run: Run) -> None:
     assert "wise = 0.75*base + 0.25*soup" in out
     assert "= mean([a, b])" in out
     assert out.count("training: lr=1e-05, method=flyp") == 2
-    assert "visual.block[0] 1 6 F32 24 B 0" in lines
+    assert "visual.block[0] 1 6 F32 24 bytes 0" in lines
     assert "visual.conv1.weight F32 4×3 0" in lines
 
 

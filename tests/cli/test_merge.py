@@ -84,7 +84,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(run: Run, tmp_path: Path) -> 
     code, out, err = run(*arguments)
     assert code == 0
     assert "0.75*base + 0.25*a" in out
-    assert "gives a model: reads 56 B, writes 32 B" in out
+    assert "gives a model: reads 56 bytes, writes 32 bytes" in out
     assert err == "dry run: nothing was written\n"
     plan = json.loads(run(*arguments, "--json")[1])
     assert [g["formula"] for g in plan["groups"]] == ["base", "0.75*base + 0.25*a"]

@@ -26,15 +26,15 @@ def test_a_name_given_twice_is_wrong_usage() -> None:
 
 
 def test_a_grid_is_exact() -> None:
-    assert numbers("0:1:0.1", "--alphas") == (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-    assert numbers("0:0.9:0.4", "--alphas") == (0.0, 0.4, 0.8)
-    assert numbers("0.5,0.25", "--alphas") == (0.5, 0.25)
-    assert numbers("0.5", "--alphas") == (0.5,)
+    assert numbers("0:1:0.1") == (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    assert numbers("0:0.9:0.4") == (0.0, 0.4, 0.8)
+    assert numbers("0.5,0.25") == (0.5, 0.25)
+    assert numbers("0.5") == (0.5,)
 
 
 @given(st.integers(1, 200))
 def test_a_grid_of_n_steps_has_both_ends(steps: int) -> None:
-    grid = numbers(f"0:{steps * 0.05:.2f}:0.05", "--alphas")
+    grid = numbers(f"0:{steps * 0.05:.2f}:0.05")
     assert len(grid) == steps + 1
     assert grid[-1] == pytest.approx(steps * 0.05)
 
@@ -42,7 +42,7 @@ def test_a_grid_of_n_steps_has_both_ends(steps: int) -> None:
 @pytest.mark.parametrize("text", ["", "a", "0:1", "0:1:x", "0:1:0.1:2"])
 def test_what_is_no_grid_is_wrong_usage(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="neither START:STOP:STEP nor a list"):
-        numbers(text, "--alphas")
+        numbers(text)
 
 
 @pytest.mark.parametrize(
@@ -50,4 +50,4 @@ def test_what_is_no_grid_is_wrong_usage(text: str) -> None:
 )
 def test_a_grid_that_leads_nowhere_is_wrong_usage(text: str) -> None:
     with pytest.raises(typer.BadParameter):
-        numbers(text, "--alphas")
+        numbers(text)

@@ -158,6 +158,6 @@ def test_any_record_is_read_passed_on_and_shown_or_refused(record: dict[str, obj
     weights = Weights({checkpoint: Coefficient.of(1)}, checkpoint)
     with suppress(ClipmergeError):
         summary = inspect(checkpoint)
-        tree(summary)
+        tree(summary.name, summary.record)
         read = read_record(file_metadata(weights))
         assert read["notation"] == "odd"
