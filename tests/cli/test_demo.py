@@ -184,9 +184,8 @@ def test_a_training_that_was_stopped_goes_on_from_its_state(
 
     monkeypatch.setattr("clipmerge.finetuning.finetune.finetune", stopped)
     study = Study(tmp_path, Talk(quiet=True))
-    study.prepare()
     for _ in range(2):
         with pytest.raises(TrainingError) as caught:
-            study.train("base.safetensors", TRAININGS["base.safetensors"])
+            study.run()
         assert caught.value.hint == "the same command goes on from there"
     assert asked == [False, True]
