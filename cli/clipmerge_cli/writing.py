@@ -11,9 +11,7 @@ from rich.filesize import decimal as size
 import clipmerge
 from clipmerge.errors import RecipeError
 from clipmerge.types import Progress
-from clipmerge.weights.look import describe
 from clipmerge.weights.output_files import check_save
-from clipmerge.weights.recipe import parse_size
 from clipmerge.weights.weights import Weights
 from clipmerge_cli import show
 from clipmerge_cli.groups import opt
@@ -22,6 +20,8 @@ from clipmerge_cli.options import FORCE, HUB_FILE, OUTPUT, Talk, output_option
 
 def _size(text: str) -> int:
     """Return `5GB` or `512MiB` in bytes."""
+    from clipmerge.weights.recipe import parse_size
+
     try:
         return parse_size(text)
     except RecipeError as error:
@@ -128,6 +128,8 @@ class Output(Talk):
 
     def plan(self, weights: Weights, model: str | None) -> None:
         """Show the plan on stdout, after every check that headers and the output's folder allow."""
+        from clipmerge.weights.look import describe
+
         plan = describe(weights, dtype=self.dtype, threads=self.threads)
         self.check(weights, model, self.dtype)
         if self.json:
