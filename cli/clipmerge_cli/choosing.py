@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import typer
 
 import clipmerge
-from clipmerge.types import Progress
 from clipmerge_cli import options as shared
 from clipmerge_cli.groups import arg, opt
 from clipmerge_cli.options import INPUT, SEARCH, Grid, Several
@@ -16,6 +15,7 @@ from clipmerge_cli.writing import Output, load_models, refuse_mixture
 if TYPE_CHECKING:
     from clipmerge.search.results import SweepResult
     from clipmerge.search.rules import Rule
+    from clipmerge.types import Progress
 
 RuleName = Literal["best-mean", "best-id"]
 Mode = Literal["single", "sequential", "joint", "parallel"]
@@ -222,7 +222,7 @@ def add(
     splits = shared.named(val or [], "--val", [w.checkpoints[-1].name for w in tuned])
     vector = sum((w - start for w in tuned[1:]), tuned[0] - start)
 
-    def search(evaluator: "clipmerge.Evaluator", *, on_progress: Progress | None) -> "SweepResult":
+    def search(evaluator: "clipmerge.Evaluator", *, on_progress: "Progress | None") -> "SweepResult":
         from clipmerge.search.coefficients import search_coefficients, task_family
         from clipmerge.search.sweep import reference_scores
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import typer
 
 from clipmerge.text import and_more
-from clipmerge.types import Progress
 from clipmerge_cli import show
 from clipmerge_cli.groups import arg, opt
 from clipmerge_cli.progress import progress
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
     from clipmerge.data.split import Split
     from clipmerge.device import Precision
+    from clipmerge.types import Progress
 
 INPUT, SCORING, SEARCH, OUTPUT = "Model and images", "Scoring", "Search", "Output"
 
@@ -80,7 +80,7 @@ class Talk:
         """Print a remark on stderr."""
         show.say(text, quiet=self.silent)
 
-    def progress(self, title: str | None = None) -> AbstractContextManager[Progress | None]:
+    def progress(self, title: str | None = None) -> "AbstractContextManager[Progress | None]":
         """Show bars for long work while the block runs."""
         return progress(quiet=self.silent, title=title)
 

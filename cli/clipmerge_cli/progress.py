@@ -4,10 +4,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from clipmerge.types import Progress as OnProgress
 from clipmerge_cli.show import percent, say
+
+if TYPE_CHECKING:
+    from clipmerge.types import Progress as OnProgress
 
 OnEvent = Callable[[Mapping[str, Any]], None]
 
@@ -15,7 +17,7 @@ OnEvent = Callable[[Mapping[str, Any]], None]
 @contextmanager
 def progress(
     *, quiet: bool = False, title: str | None = None, notes: Mapping[str, str] | None = None
-) -> Iterator[OnProgress | None]:
+) -> "Iterator[OnProgress | None]":
     """Yield a callback for long work, or None where stderr is no terminal or `quiet`.
 
     Each distinct `what` is one bar, with `title` before it and the current `notes` after it; bars vanish when the block
@@ -49,7 +51,7 @@ def progress(
 
 
 @contextmanager
-def training(*, quiet: bool = False) -> Iterator[tuple[OnProgress | None, OnEvent | None]]:
+def training(*, quiet: bool = False) -> "Iterator[tuple[OnProgress | None, OnEvent | None]]":
     """Yield callbacks for `finetune`: a live line at a terminal, scores as plain lines elsewhere, none if quiet."""
     notes: dict[str, str] = {}
 

@@ -9,11 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, get_args
 
 import clipmerge
-from clipmerge.types import Progress
-from clipmerge.weights.check import check
-from clipmerge.weights.coefficient import Scalar
-from clipmerge.weights.plan import float_dtype
-from clipmerge.weights.weights import Weights
 from clipmerge_cli import show
 from clipmerge_cli.groups import opt
 from clipmerge_cli.options import INPUT, PLOT, SCORING, SEARCH, Grid, Images, Talk
@@ -23,6 +18,9 @@ if TYPE_CHECKING:
     from clipmerge.evaluate.journal import Journal
     from clipmerge.search.results import SoupResult, SweepResult
     from clipmerge.search.rules import Rule
+    from clipmerge.types import Progress
+    from clipmerge.weights.coefficient import Scalar
+    from clipmerge.weights.weights import Weights
 
     Result: TypeAlias = SoupResult | SweepResult
 Metric = Literal["top1", "top5", "mean_per_class", "macro_f1", "worst_group", "ece"]
@@ -32,7 +30,7 @@ Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 class Search(Protocol):
     """Chooses weights by an evaluator."""
 
-    def __call__(self, evaluator: "clipmerge.Evaluator", *, on_progress: Progress | None) -> "Result": ...
+    def __call__(self, evaluator: "clipmerge.Evaluator", *, on_progress: "Progress | None") -> "Result": ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +50,7 @@ class Scoring(Images):
         talk: Talk,
         *,
         role: str,
-        models: Sequence[Weights] = (),
+        models: "Sequence[Weights]" = (),
         journal: "Journal | None" = None,
     ) -> "Iterator[tuple[clipmerge.Evaluator, Progress | None]]":
         """Make an evaluator over the named data, together with torchrun's other processes where there are any.
@@ -98,8 +96,8 @@ class Choosing(Scoring):
 
 def choose(
     name: str,
-    models: Sequence[Weights],
-    vector: Weights,
+    models: "Sequence[Weights]",
+    vector: "Weights",
     value: float | None,
     grid: Grid,
     data: Mapping[str, str],
@@ -124,7 +122,7 @@ def choose(
         remark: said where `value` is written.
     """
 
-    def at(coefficient: Scalar) -> Weights:
+    def at(coefficient: "Scalar") -> "Weights":
         return models[0] + coefficient * vector
 
     coefficient = "alpha" if name in ("interpolate", "patch") else "scale"
@@ -144,7 +142,7 @@ def choose(
 def run_search(
     search: Search,
     data: Mapping[str, str],
-    models: Sequence[Weights],
+    models: "Sequence[Weights]",
     choosing: Choosing,
     out: Output,
     coefficient: str | None = None,
@@ -158,6 +156,9 @@ def run_search(
     from clipmerge.evaluate.journal import Journal
 
     out.check_usage()
+    from clipmerge.weights.check import check
+    from clipmerge.weights.plan import float_dtype
+
     dtype = float_dtype(out.dtype) or (None if coefficient is None else "F32")  # else all inputs must agree
     check(clipmerge.mean(models), dtype=dtype)
     out.check(clipmerge.mean(models), choosing.model, dtype)

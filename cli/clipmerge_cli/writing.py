@@ -3,19 +3,20 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.filesize import decimal as size
 
 import clipmerge
 from clipmerge.errors import RecipeError
-from clipmerge.types import Progress
-from clipmerge.weights.output_files import check_save
-from clipmerge.weights.weights import Weights
 from clipmerge_cli import show
 from clipmerge_cli.groups import opt
 from clipmerge_cli.options import FORCE, HUB_FILE, OUTPUT, Talk, output_option
+
+if TYPE_CHECKING:
+    from clipmerge.types import Progress
+    from clipmerge.weights.weights import Weights
 
 
 def _size(text: str) -> int:
@@ -58,7 +59,7 @@ class Output(Talk):
         if self.push_to_hub and (self.output is None or self.output.name != HUB_FILE):
             raise typer.BadParameter("goes with a folder: -o DIR/", param_hint="--push-to-hub")
 
-    def check(self, weights: Weights, model: str | None, dtype: str | None) -> None:
+    def check(self, weights: "Weights", model: str | None, dtype: str | None) -> None:
         """Refuse an output that could not be written, from headers alone: it exists, is an input, does not fit."""
         if self.output is None:
             return
@@ -68,10 +69,12 @@ class Output(Talk):
 
             model_folder.check_save(weights, self.output.parent, model=model, force=force, shard_size=limit)
         else:
+            from clipmerge.weights.output_files import check_save
+
             check_save(weights, self.output, dtype=dtype, force=force, shard_size=limit)
 
     def write(
-        self, weights: Weights, record: Mapping[str, Any], on_progress: Progress | None = None
+        self, weights: "Weights", record: Mapping[str, Any], on_progress: "Progress | None" = None
     ) -> Path | None:
         """Write the weights, with `record` ("model", "selection") in their metadata, where an output was named."""
         if self.output is None:
@@ -97,7 +100,7 @@ class Output(Talk):
 
     def merge(
         self,
-        weights: Weights,
+        weights: "Weights",
         *,
         model: str | None = None,
         document: Mapping[str, Any] | None = None,
@@ -126,7 +129,7 @@ class Output(Talk):
             self.say(remark)
         self.finish(written)
 
-    def plan(self, weights: Weights, model: str | None) -> None:
+    def plan(self, weights: "Weights", model: str | None) -> None:
         """Show the plan on stdout, after every check that headers and the output's folder allow."""
         from clipmerge.weights.look import describe
 
@@ -150,7 +153,7 @@ class Output(Talk):
         print(f"{plan.notation} gives {plan.gives}: {sizes}")
 
 
-def load_models(*files: str) -> list[Weights]:
+def load_models(*files: str) -> "list[Weights]":
     """Load a base and the models beside it; a task-vector file stands for the base plus that vector."""
     base, *others = clipmerge.load_all(list(files))
     models = [base, *(base + w if base.kind() == 1 and w.kind() == 0 else w for w in others)]
@@ -158,7 +161,7 @@ def load_models(*files: str) -> list[Weights]:
     return models
 
 
-def refuse_mixture(weights: Sequence[Weights]) -> None:
+def refuse_mixture(weights: "Sequence[Weights]") -> None:
     """Refuse task vectors that stand among models."""
     vectors = [w for w in weights if w.kind() == 0]
     if vectors and len(vectors) < len(weights):
