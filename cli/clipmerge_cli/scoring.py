@@ -154,11 +154,10 @@ def run_search(
     """
     from clipmerge.checkpoint.cache import cache_dir
     from clipmerge.evaluate.journal import Journal
-
-    out.check_usage()
     from clipmerge.weights.check import check
     from clipmerge.weights.plan import float_dtype
 
+    out.check_usage()
     dtype = float_dtype(out.dtype) or (None if coefficient is None else "F32")  # else all inputs must agree
     check(clipmerge.mean(models), dtype=dtype)
     out.check(clipmerge.mean(models), choosing.model, dtype)

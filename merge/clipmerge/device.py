@@ -1,12 +1,14 @@
 """Resolve `--device` and `--precision` once, for scoring and for training."""
 
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from clipmerge.distributed import local_rank
 from clipmerge.errors import DeviceError
 from clipmerge.text import did_you_mean
 
@@ -18,6 +20,7 @@ __all__ = [
     "out_of_memory_hint",
     "resolve_device",
     "resolve_precision",
+    "to_device",
 ]
 
 Precision: TypeAlias = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -51,14 +54,14 @@ def resolve_device(name: str | torch.device | None = None) -> torch.device:
             "no CUDA device can be used here",
             hint="leave --device out to use the CPU; `nvidia-smi` shows GPUs",
         )
-    local = os.environ.get("LOCAL_RANK")
-    if local is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        if device.index is not None and device.index != int(local):
+    local = local_rank()
+    if local is not None:
+        if device.index is not None and device.index != local:
             raise DeviceError(
                 f"{asked} would be shared by all of torchrun's processes",
                 hint="use --device cuda: each process takes its own GPU",
             )
-        device = torch.device("cuda", int(local))
+        device = torch.device("cuda", local)
     index = device.index or 0
     if index >= torch.cuda.device_count():
         raise DeviceError(
@@ -82,6 +85,12 @@ def resolve_precision(name: str | None, device: torch.device) -> Precision:
         if name == precision:
             return precision  # type: ignore[no-any-return]
     raise DeviceError(f"there is no precision {name!r}", hint="use auto, fp32, tf32, bf16 or fp16")
+
+
+def to_device(numbers: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """Copy a few numbers to the device; a GPU's copy is not waited for."""
+    tensor = torch.from_numpy(np.ascontiguousarray(numbers))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def describe(device: torch.device, precision: str) -> str:

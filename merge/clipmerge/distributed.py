@@ -20,6 +20,7 @@ from clipmerge.errors import DeviceError
 __all__ = [
     "all_gather_object", "all_reduce_sum", "any_rank", "average_gradients", "barrier", "broadcast", "broadcast_object",
     "explain_lost_peer", "finish", "first_on_machine_first", "gather", "gather_object", "independent", "is_first",
+    "local_rank", "local_world",
     "rank", "share", "start", "world",
 ]  # fmt: skip
 
@@ -89,6 +90,17 @@ def world() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def local_rank() -> int | None:
+    """Return this process's number on its machine; None where torchrun did not start several."""
+    local = os.environ.get("LOCAL_RANK")
+    return int(local) if local is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+
+
+def local_world() -> int:
+    """Return how many processes torchrun started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def is_first() -> bool:
     """Return whether this process is the one that writes files and speaks."""
     return rank() == 0
@@ -108,7 +120,8 @@ def barrier() -> None:
 
 def first_on_machine_first(work: Callable[[], T]) -> T:
     """Call `work` in every process, on each machine in one process before the others: they find what it cached."""
-    leads = world() == 1 or int(os.environ.get("LOCAL_RANK", rank())) == 0
+    local = local_rank()
+    leads = world() == 1 or (rank() if local is None else local) == 0
     result = work() if leads else None
     barrier()
     return work() if result is None else result

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-__all__ = ["eval_transform_uint8", "mean_and_std", "normalise", "pixels"]
+__all__ = ["eval_transform_uint8", "image_size", "mean_and_std", "normalise", "pixels"]
 
 _FIELDS = ("size", "interpolation", "resize_mode", "fill_color")  # all that uint8 pixels depend on
 
@@ -48,7 +48,7 @@ def pixels(
         DataError: images that cannot be decoded; all of them are counted, ten are named.
         OutputError: the cache cannot be written.
     """
-    shape = (len(split), 3, *_size(preprocess_cfg))
+    shape = (len(split), 3, *image_size(preprocess_cfg))
     path = (cache or cache_dir()) / "pixels" / f"{_key(split, preprocess_cfg)}.u8"
     cached = map_intact(path)
     if cached is not None:
@@ -124,7 +124,8 @@ def eval_transform_uint8(preprocess_cfg: Mapping[str, Any]) -> Callable[["Image"
     return shaped
 
 
-def _size(preprocess_cfg: Mapping[str, Any]) -> tuple[int, int]:
+def image_size(preprocess_cfg: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the height and width of what a model takes."""
     size = preprocess_cfg.get("size", 224)
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[-1]))
 
@@ -135,6 +136,6 @@ def _key(split: Split, preprocess_cfg: Mapping[str, Any]) -> str:
 
     fields = {"interpolation": "bicubic", "resize_mode": "shortest", "fill_color": 0}
     fields |= {key: preprocess_cfg[key] for key in _FIELDS if preprocess_cfg.get(key) is not None}
-    fields |= {"size": _size(preprocess_cfg), "pillow": PIL.__version__}
+    fields |= {"size": image_size(preprocess_cfg), "pillow": PIL.__version__}
     text = json.dumps(fields, sort_keys=True)
     return blake3(b"clipmerge pixels 1\0" + text.encode() + split.keys.tobytes()).hexdigest()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clipmerge.data.pixels import mean_and_std, normalise
 from clipmerge.data.split import Split
+from clipmerge.device import to_device
 from clipmerge.types import Ints, Pixels
 
 __all__ = ["DeviceSplit", "Span", "fits"]
@@ -53,7 +54,7 @@ class DeviceSplit:
         if self._device.type != "cuda":
             yield from self._read_ahead(order, spans)
             return
-        index = torch.from_numpy(order).pin_memory().to(self._device, non_blocking=True)
+        index = to_device(order, self._device)
         if self._on_device is not None:
             for start, stop in spans:
                 yield index[start:stop], self._on_device[index[start:stop]]

@@ -125,9 +125,15 @@ class Predictor:
         digest = self.resident.text_digest()
         if self._heads.get(name, ("",))[0] != digest:
             self._tokenizer = self._tokenizer or get_tokenizer(self.spec())
-            templates, cache = self.templates_of(name), self.cache or cache_dir()
-            build: Any = (module, self._tokenizer, split.classes, templates)
-            head = zero_shot_head(*build, cache=cache, digest=digest, on_progress=self.on_progress)
+            head = zero_shot_head(
+                module,
+                self._tokenizer,
+                split.classes,
+                self.templates_of(name),
+                cache=self.cache or cache_dir(),
+                digest=digest,
+                on_progress=self.on_progress,
+            )
             self._heads[name] = (digest, head)
         return self._heads[name][1]
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from PIL.Image import Image
@@ -20,10 +19,12 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
+from clipmerge.data.pixels import image_size
+from clipmerge.device import to_device
 from clipmerge.errors import TrainingError
 from clipmerge.types import Pixels
 
-__all__ = ["Augmentation", "Crop", "DeviceCrops", "device_crops", "parse_augmentation", "to_device"]
+__all__ = ["Augmentation", "Crop", "DeviceCrops", "device_crops", "parse_augmentation"]
 
 Step: TypeAlias = Callable[[Image, random.Random], Image]
 Augmentation: TypeAlias = Callable[[Image, str], Pixels]
@@ -52,7 +53,7 @@ def parse_augmentation(
     if augment == "none":
         return None
     crop, steps = _parse(augment)
-    height, width = _size(preprocess)
+    height, width = image_size(preprocess)
 
     def apply(image: Image, seed: str) -> Pixels:
         generator = random.Random(seed)
@@ -77,7 +78,7 @@ def device_crops(augment: str | Mapping[str, Any], preprocess: Mapping[str, Any]
     crop, steps = _parse(augment)
     if any(step is not _flip for step in steps):
         raise TrainingError("only crops and flips can be made on the device", hint="leave out --augment-on")
-    height, width = _size(preprocess)
+    height, width = image_size(preprocess)
 
     def apply(pixels: Tensor, seeds: Sequence[str]) -> Tensor:
         size = pixels.shape[-1]
@@ -93,17 +94,6 @@ def device_crops(augment: str | Mapping[str, Any], preprocess: Mapping[str, Any]
         return F.grid_sample(pixels.float(), grid, padding_mode="border", align_corners=False)
 
     return apply
-
-
-def _size(preprocess: Mapping[str, Any]) -> tuple[int, int]:
-    size = preprocess["size"]
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
-def to_device(numbers: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """Copy a few numbers to the device without waiting for it."""
-    tensor = torch.from_numpy(np.ascontiguousarray(numbers))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from clipmerge.finetuning.towers import HEAD, Towers, freeze, set_modes, wrap
 from clipmerge.model import ModelSpec, build_model, load_weights, resolve_model
 from clipmerge.types import Progress
 from clipmerge.weights.digest import content_digest
-from clipmerge.weights.weights import Weights, load
+from clipmerge.weights.weights import Weights, as_weights, load
 
 __all__ = ["apply_method", "base_contexts", "finetune", "starting_model"]
 
@@ -93,7 +93,7 @@ def finetune(
     with float32_matmul(precision), own_seed, less, distributed.explain_lost_peer():
         torch.manual_seed(settings.seed + distributed.rank())  # dropout follows it
         # The model, its images and prompts.
-        base, head = (load(w) if isinstance(w, (str, Path)) else w for w in (base, head))
+        base, head = (None if w is None else as_weights(w) for w in (base, head))
         if settings.shots is not None:
             train = few_shot(train, settings.shots, settings.seed)
         net, spec = starting_model(base, model, settings.seed, device)

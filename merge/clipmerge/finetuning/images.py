@@ -16,15 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from clipmerge.data.pixels import pixels
 from clipmerge.data.split import Split
-from clipmerge.distributed import first_on_machine_first, share
+from clipmerge.device import to_device
+from clipmerge.distributed import first_on_machine_first, local_world, share
 from clipmerge.errors import DataError, TrainingError
-from clipmerge.finetuning.augment import (
-    Augmentation,
-    DeviceCrops,
-    device_crops,
-    parse_augmentation,
-    to_device,
-)
+from clipmerge.finetuning.augment import Augmentation, DeviceCrops, device_crops, parse_augmentation
 from clipmerge.finetuning.batches import Batch
 from clipmerge.finetuning.settings import Settings
 from clipmerge.finetuning.towers import Towers, image_features
@@ -250,4 +245,4 @@ def _default_workers(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return max(1, min(16, cores // local_world()))

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipmerge.device import to_device
 from clipmerge.distributed import gather, rank, share, world
 from clipmerge.evaluate.heads import class_logits
 from clipmerge.finetuning import losses
-from clipmerge.finetuning.augment import to_device
 from clipmerge.finetuning.batches import Batch, Prompts, unique_prompts
 from clipmerge.finetuning.settings import Settings
 from clipmerge.finetuning.state import generators, restore_generators
