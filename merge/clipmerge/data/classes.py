@@ -15,7 +15,7 @@ from clipmerge.data.split import Split
 from clipmerge.errors import DataError
 from clipmerge.text import did_you_mean
 
-__all__ = ["Names", "imagenet_names", "names_from", "settle_classes"]
+__all__ = ["Names", "imagenet_names", "names_from", "plain_name", "settle_classes"]
 
 Names = str | Path | Sequence[str] | Mapping[str, str | Sequence[str]]
 """A file, "imagenet", names in the order of labels, or the data's words (or numbers) → one name or several."""
@@ -61,6 +61,7 @@ def settle_classes(split: Split, raw: RawSplit, classnames: Names | None) -> tup
         names, index = _by_wordnet(words)
     else:
         names, index = tuple(w.replace("_", " ") for w in words), {w: i for i, w in enumerate(words)}
+    called = dict(enumerate(raw.classes or ())) if numbered else {i: word for word, i in index.items()}
     for word in words:
         if word not in index:
             guess = did_you_mean(word, names)
@@ -75,6 +76,8 @@ def settle_classes(split: Split, raw: RawSplit, classnames: Names | None) -> tup
         labels=np.array([index.get(label, -1) for label in labels], np.int64),
         class_subset=subset if merged or len(subset) < len(names) else None,
         counts_as=target if merged else None,
+        words=tuple(called.get(i, "") for i in range(len(names))) if called else (),
+        given=split.given | ({"classes"} if user_names is not None else frozenset()),
     ), problems
 
 
@@ -146,14 +149,15 @@ def _by_table(
     return names, index, {place[name]: index[word] for name, word in word_of.items()}
 
 
+def plain_name(name: str) -> str:
+    """Return a class name as it is compared: blind to case, and to `_` and `-` for spaces."""
+    return " ".join(re.split(r"[\s_-]+", name.lower().strip(" _-")))
+
+
 def _by_name(words: Sequence[str], names: tuple[str, ...]) -> dict[str, int]:
     """Return word → index of the name that it means."""
-
-    def plain(name: str) -> str:
-        return " ".join(re.split(r"[\s_-]+", name.lower().strip(" _-")))
-
-    places = {plain(name): i for i, name in enumerate(names)}
-    index = {w: places[plain(w)] for w in words if plain(w) in places}
+    places = {plain_name(name): i for i, name in enumerate(names)}
+    index = {w: places[plain_name(w)] for w in words if plain_name(w) in places}
     if not index and len(words) == len(names):
         return {w: i for i, w in enumerate(sorted(words))}
     return index

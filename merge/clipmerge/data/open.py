@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from clipmerge.data.classes import Names, settle_classes
+from clipmerge.data.prompts import templates as resolve_templates
 from clipmerge.data.readers import read
 from clipmerge.data.sampling import fraction_of, held_out, limited
 from clipmerge.data.shifts import Shift, parse_shift
@@ -24,6 +25,7 @@ def open_split(
     source: str | Path,
     *,
     classnames: Names | None = None,
+    templates: str | Path | Sequence[str] | None = None,
     role: str | None = None,
     holdout: str | float | None = None,
     keep: Literal["holdout", "rest"] = "holdout",
@@ -39,6 +41,7 @@ def open_split(
     Args:
         classnames: a file (one name a line, a JSON list, or a JSON object from the data's words to names),
             "imagenet", or the names themselves.
+        templates: prompts for these images, as `data.prompts.templates` takes them, whatever a checkpoint records.
         role: the part to take where the text names none: "train", "val" or "test" (the default).
         holdout: "2%" or 0.02 of the items; a hash of the item's name decides which.
         keep: the held-out items, or the rest.
@@ -63,7 +66,8 @@ def open_split(
         groups=None if raw.groups is None else np.asarray(raw.groups, np.int64)[index],
         group_names=raw.group_names,
         captions=None if raw.captions is None else tuple(raw.captions[i] for i in index),
-        templates=raw.templates,
+        templates=raw.templates if templates is None else resolve_templates(templates),
+        given=frozenset() if templates is None else frozenset({"templates"}),
     )
     split, unusable = settle_classes(split, raw, classnames)
     chosen = np.ones(len(split), bool)

@@ -9,7 +9,15 @@ from typing import Any
 from clipmerge.data.split import Split
 from clipmerge.errors import DataError
 
-__all__ = ["CONTEXTS", "check_templates", "context_templates", "prompts", "read_list", "templates"]
+__all__ = [
+    "CONTEXTS",
+    "check_templates",
+    "context_templates",
+    "prompts",
+    "read_list",
+    "recorded_prompts",
+    "templates",
+]
 
 DEFAULT = ("a photo of a {}.",)
 
@@ -67,6 +75,16 @@ _HINT = 'write templates as "a photo of a {}."; or openai, simple, or a file wit
 def prompts(classes: Sequence[str], templates: Sequence[str]) -> list[list[str]]:
     """Return [class][template]: every template filled with every class name."""
     return [[template.replace("{}", name) for template in templates] for name in classes]
+
+
+def recorded_prompts(
+    split: Split, choice: str | Path | Sequence[str] | None = None
+) -> list[dict[str, list[str]]]:
+    """Return what a checkpoint that was finetuned on these images records: `weights.record.prompts_of` reads it."""
+    if not split.classes:
+        return []
+    entry = {"templates": templates(choice, split), "classes": split.classes, "words": split.words}
+    return [{key: list(texts) for key, texts in entry.items() if texts}]
 
 
 def context_templates(contexts: Sequence[str] = CONTEXTS) -> tuple[str, ...]:

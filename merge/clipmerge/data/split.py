@@ -38,7 +38,9 @@ class Split:
             logits of the others.
         counts_as: for each of `class_subset` the label that it counts as: ObjectNet's "alarm clock" is both
             "analog clock" and "digital clock" of ImageNet. None where each counts as itself.
-        templates: the data's own prompt templates with `{}`, None where it has none.
+        templates: prompt templates with `{}`: those given, or the data's own; None where it has none.
+        words: what the data itself calls each of `classes`; () where it is not known, or just that.
+        given: "templates" and "classes", where the user gave them: no checkpoint's own stand in for these.
         skipped: what `skip_bad` left out, "item: reason" each.
         stored_keys: (n, 32) digests of the images as they are stored, where they are known already.
     """
@@ -56,6 +58,8 @@ class Split:
     class_subset: Ints | None = None
     counts_as: Ints | None = None
     templates: tuple[str, ...] | None = None
+    words: tuple[str, ...] = ()
+    given: frozenset[str] = frozenset()
     skipped: tuple[str, ...] = ()
     stored_keys: Bytes | None = None
 

@@ -1,6 +1,6 @@
 """What a run leaves on disk: the checkpoint, held-out scores, the best and the trajectory, the saved state."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +61,7 @@ class Checkpoints:
         steps: of the whole run.
         identity: what a state must agree on to be resumed.
         training: the hyperparameters, recorded in every checkpoint; `metadata` is the caller's own.
+        prompts: what the checkpoint will be prompted with, as `weights.record.prompts_of` reads it.
         score: returns held-out scores of the model as it is; None where there is no held-out split.
         best: the best held-out scores so far and their step; `last` those of the last scored step.
     """
@@ -74,6 +75,7 @@ class Checkpoints:
     identity: Mapping[str, Any]
     training: Mapping[str, Any]
     metadata: Mapping[str, Any]
+    prompts: Sequence[Mapping[str, Any]]
     spec: ModelSpec
     score: Callable[[], Mapping[str, float]] | None
     best: dict[str, float] = field(default_factory=dict)
@@ -146,9 +148,10 @@ class Checkpoints:
         tensors = self.state.model_tensors()
         if is_first():
             path.parent.mkdir(exist_ok=True)
-            model = write_record({"format": FORMAT, "total": 1, "model": self.spec.to_metadata()})
+            about = {"model": self.spec.to_metadata(), "prompts": [dict(entry) for entry in self.prompts]}
+            record = write_record({"format": FORMAT, "total": 1, **about})
             training = {**self.training, "step": step} | ({"scores": dict(scores)} if scores else {})
-            weights = from_state_dict(tensors, "trained", model)
+            weights = from_state_dict(tensors, "trained", record)
             weights.save(path, metadata={**self.metadata, "training": training}, force=True)
         self.log("written", step, file=path.name)
 

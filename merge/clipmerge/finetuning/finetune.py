@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from clipmerge import distributed
-from clipmerge.data.prompts import CONTEXTS, context_templates
+from clipmerge.data.prompts import CONTEXTS, context_templates, recorded_prompts
 from clipmerge.data.sampling import few_shot
 from clipmerge.data.split import Split
 from clipmerge.device import float32_matmul, out_of_memory_hint, resolve_device, resolve_precision
@@ -129,6 +129,7 @@ def finetune(
             identity=identity,
             training={**recorded, "base": _parents(base), "images": len(train)},
             metadata=metadata or {},
+            prompts=recorded_prompts(train, settings.templates),
             spec=spec,
             score=_scorer(towers, tokenizer, images, settings),
         )

@@ -14,7 +14,7 @@ from clipmerge.checkpoint.tensors import Checkpoint
 from clipmerge.errors import MismatchError, RecipeError
 from clipmerge.types import Floats
 from clipmerge.weights.coefficient import Coefficient, Scalar, number_text
-from clipmerge.weights.record import model_record, read_record
+from clipmerge.weights.record import model_record, prompts_of, read_record
 
 TOLERANCE = Fraction(1, 10**6)
 """How far a total may be from 0 or 1: softmaxed coefficients sum to 1 only up to their own rounding."""
@@ -182,6 +182,12 @@ class Expression:
         """What clipmerge wrote into the base's (or first checkpoint's) file: provenance, model; {} otherwise."""
         first = self.base if isinstance(self.base, Checkpoint) else next(iter(self.checkpoints), None)
         return read_record(first.metadata) if first else {}
+
+    @property
+    def prompts(self) -> list[dict[str, Any]]:
+        """What the checkpoints record of their prompts, each entry once, in an order that no listing decides."""
+        entries = (entry for checkpoint in self.checkpoints for entry in prompts_of(checkpoint))
+        return [json.loads(text) for text in sorted({json.dumps(entry, sort_keys=True) for entry in entries})]
 
     @property
     def model(self) -> dict[str, Any] | None:

@@ -79,6 +79,8 @@ def file_metadata(
     }
     if (model := weights.model) is not None:
         record["model"] = model
+    if prompts := weights.prompts:
+        record["prompts"] = prompts
     if any(needs_quick_gelu(checkpoint) for checkpoint in weights.checkpoints):
         record["quick_gelu"] = True
     return write_record({**record, **(extra or {})})

@@ -52,6 +52,26 @@ def model_record(checkpoint: Checkpoint) -> dict[str, Any] | None:
     return None
 
 
+def prompts_of(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """List what the checkpoint records of its prompts, an entry for each set of classes that it was finetuned on.
+
+    An entry has "templates", and may have "classes" (the names in the prompts) and "words" (what the data calls them).
+    """
+    record = read_record(checkpoint.metadata)
+    entries, training = record.get("prompts"), record.get("training")
+    if entries is None and isinstance(training, dict) and training.get("templates"):
+        templates = training["templates"]  # files of old record them as they were given
+        entries = [{"templates": [templates] if isinstance(templates, str) else templates}]
+    entries = entries if isinstance(entries, list) else []
+    return [entry for entry in entries if isinstance(entry, dict) and _are_texts(entry)]
+
+
+def _are_texts(entry: Mapping[str, Any]) -> bool:
+    """Whether each list of an entry of prompts is one of texts, and there are templates."""
+    lists = [entry.get("templates"), entry.get("classes", []), entry.get("words", [])]
+    return bool(lists[0]) and all(isinstance(x, list) and all(isinstance(t, str) for t in x) for x in lists)
+
+
 def needs_quick_gelu(checkpoint: Checkpoint) -> bool:
     """Whether the weights were trained with QuickGELU, as OpenAI's were: no tensor tells, so the record must."""
     recorded = read_record(checkpoint.metadata).get("quick_gelu") is True
