@@ -43,6 +43,7 @@ PUBLIC = [
     "sweep",
     "uniform_soup",
     "verify",
+    "within",
 ]
 
 

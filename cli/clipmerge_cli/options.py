@@ -170,6 +170,14 @@ def scale(text: str) -> float | None:
     return float(value)
 
 
+def one_number(text: str, option: str) -> float:
+    """Return `"1"` as `1.0`; anything else is wrong usage of the option."""
+    try:
+        return float(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not a number", param_hint=option) from error
+
+
 def numbers(text: str) -> tuple[float, ...]:
     """Return `"0:1:0.25"` as `(0.0, 0.25, 0.5, 0.75, 1.0)`, exact decimals; `"0.1,0.5"` as `(0.1, 0.5)`."""
     try:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from clipmerge.search.rules import keep_control as keep_control
     from clipmerge.search.rules import normalised_mean as normalised_mean
     from clipmerge.search.rules import paint as paint
+    from clipmerge.search.rules import within as within
     from clipmerge.search.soup import greedy_soup as greedy_soup
     from clipmerge.search.soup import uniform_soup as uniform_soup
     from clipmerge.search.sweep import sweep as sweep
@@ -53,7 +54,7 @@ _NAMES = {
     "search.ensemble": "greedy_ensemble",
     "search.learned": "learned_soup",
     "search.patch": "patch",
-    "search.rules": "best_id best_mean keep_control normalised_mean paint",
+    "search.rules": "best_id best_mean keep_control normalised_mean paint within",
     "search.soup": "greedy_soup uniform_soup",
     "search.sweep": "sweep",
     "weights.look": "compare inspect",

@@ -149,6 +149,23 @@ def test_a_curve_is_swept_drawn_and_its_best_point_written(
     assert shares(out)["selection"]["by"] == "sweep"
 
 
+def test_an_alpha_is_chosen_by_a_rule_that_needs_no_shift(
+    ckpt: dict[str, str], scoring: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["interpolate", ckpt["base"], ckpt["ft0"], "--alphas", "0,0.5,1", "--eval", VAL, *scoring]
+    for rule, says in (("within:100", "smallest within 100 points of the best id"), ("best-id", "best id")):
+        document = json.loads(run(capsys, *command, "--rule", rule, "--json")[0])
+        assert document["rule"]["says"] == says
+        assert (document["coefficient"] == 0) is (rule == "within:100") or rule == "best-id"
+    for rule, wrong in (
+        ("within:a", "'a' is not a number"),
+        ("best", "neither best-mean"),
+        ("best-mean", "a shift"),
+    ):
+        assert main([*command, "--rule", rule]) == 2
+        assert wrong in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
 def test_without_images_alpha_is_what_is_given_or_a_half(
     ckpt: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -229,9 +246,10 @@ def test_patching_in_four_ways(
     out = tmp_path / "patched.safetensors"
     document = json.loads(run(
         capsys, "patch", ckpt["base"], *models, *tasks, "--supported", "digits#train", "--mode", mode,
-        "--alphas", "0,0.5,1", "--budget", "4", *scoring, "--json", "-o", str(out),
+        "--alphas", "0,0.5,1", "--budget", "4", "--keep", "3", *scoring, "--json", "-o", str(out),
     )[0])  # fmt: skip
     assert document["mode"] == mode
+    assert "points at most" in str(document)
     assert isinstance(document["alpha"], list) is several
     assert out.exists()
 

@@ -27,7 +27,9 @@ def model_stock(base: Floats, *points: Floats) -> Floats:
     """Move from the base towards the mean of the points, as far as the points agree.
 
     t = k·cos / ((k - 1)·cos + 1) with cos the mean pairwise cosine of the task vectors, then
-    t·mean + (1 - t)·base.
+    t·mean + (1 - t)·base. A negative mean cosine counts as 0 and gives the base. The paper's geometry has no such
+    case: its cosine is |centre|² / |vector|², of which the measured one is an estimate. Put into the formula, it would
+    lead away from all points, without bound as cos nears -1 / (k - 1).
 
     Source: Jang et al. 2024, arXiv 2403.19522.
     """

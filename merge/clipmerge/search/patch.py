@@ -33,6 +33,7 @@ def patch(
     patching: str | Sequence[str] = "patch",
     supported: str | Sequence[str] = "supported",
     mode: Mode = "single",
+    keep: float | None = None,
     grid: Sequence[Scalar] = steps(0, 1, 0.05),
     refine: bool | float = False,
     method: Method = "coordinate",
@@ -46,6 +47,7 @@ def patch(
         finetuned: one model (single), the jointly finetuned one (joint), one a patching task (sequential, in
             order; parallel). A callable gets the model patched so far and returns its finetuning.
         patching, supported: the evaluator's splits in these roles.
+        keep: how many points of the base's mean over supported tasks may be lost at most; None: any number.
         grid, refine: as in `sweep`.
         method, budget, seed: how parallel patching searches all coefficients together.
 
@@ -62,11 +64,12 @@ def patch(
     models: list[Finetuned] = list(finetuned) if several else [finetuned]  # type: ignore[arg-type,list-item]
     _check(mode, len(models), new)
     images, patched, done = count_images(evaluator), as_weights(base), list[SweepResult]()
+    start = patched
     if mode == "parallel":
         names, family = task_family(
             patched, {task: _tuned(model, patched) for task, model in zip(new, models, strict=True)}
         )
-        rule = paint(new, old)
+        rule = paint(new, old, keep=keep)
         done.append(
             search_coefficients(
                 family,
@@ -76,6 +79,7 @@ def patch(
                 method=method,
                 budget=budget,
                 seed=seed,
+                start=None if keep is None else 0.0,  # the base, which keep always allows
                 on_progress=on_progress,
             )
         )
@@ -85,10 +89,11 @@ def patch(
             partial(interpolate, patched, _tuned(model, patched)),
             grid,
             evaluator,
-            rule=paint(tasks, old),
+            rule=paint(tasks, old, keep=keep),
             refine=refine,
             name="patch",
             splits=(*old, *tasks),
+            base=start,  # not the model patched so far: what may be lost must not add up
             on_progress=on_progress,
         )
         patched = step.weights

@@ -1,6 +1,6 @@
 """One coefficient over a grid, and a rule that chooses: WiSE-FT, PAINT, scaling, negation."""
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from fractions import Fraction
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from clipmerge.errors import SelectionError
 from clipmerge.evaluate.sources import Source
 from clipmerge.search.results import Point, SweepResult, count_images
-from clipmerge.search.rules import Rule, Scores
+from clipmerge.search.rules import Rule, Scores, normalised_mean
 from clipmerge.types import Progress
 from clipmerge.weights.check import check
 from clipmerge.weights.coefficient import Scalar, exact
@@ -38,6 +38,7 @@ def sweep(
     refine: bool | float = False,
     name: str = "interpolate",
     splits: Sequence[str] | None = None,
+    base: Source | None = None,
     on_progress: Progress | None = None,
 ) -> SweepResult:
     """Score `family(coefficient)` for each coefficient of the grid and choose by the rule.
@@ -50,6 +51,7 @@ def sweep(
             takes the largest allowed) to this width, by default a tenth of the grid's step.
         name: what the family is: "interpolate", "add", "negate", "patch".
         splits: those to score, by default all of the evaluator's; the rule's are always among them.
+        base: what a rule that keeps something of the base measures against, by default the family at 0.
 
     Raises:
         SelectionError: an empty grid, a split that the evaluator lacks, or no point that the rule allows.
@@ -72,8 +74,34 @@ def sweep(
         rule=rule,
         splits=tuple(dict.fromkeys([*(splits or evaluator.splits), *rule.splits])),
         expected=len(coefficients),
+        base=base,
         on_progress=on_progress,
     )
+
+
+def sweep_scale(
+    family: MakeWeights,
+    tasks: Mapping[str, Source],
+    evaluator: "Evaluator",
+    *,
+    grid: Sequence[Scalar] | None = None,
+    refine: bool | float = False,
+    name: str = "add",
+    on_progress: Progress | None = None,
+) -> SweepResult:
+    """Choose the scale with the best mean over tasks of score ÷ score of the task's own finetuned model.
+
+    Equal means take the smaller scale. Any family will do: task addition, or a merging method times a number.
+
+    Args:
+        tasks: split → that task's finetuned model.
+        grid: as in `sweep`; by default 0, 0.05 … 1.
+
+    Source: Ilharco et al. 2023, arXiv 2212.04089.
+    """
+    rule = normalised_mean(reference_scores(tasks, evaluator))
+    scales = steps(0, 1, 0.05) if grid is None else grid
+    return sweep(family, scales, evaluator, rule=rule, refine=refine, name=name, on_progress=on_progress)
 
 
 def choose_point(
@@ -88,20 +116,23 @@ def choose_point(
     splits: Sequence[str],
     expected: int,
     budget: int | None = None,
+    base: Source | None = None,
     on_progress: Progress | None = None,
 ) -> SweepResult:
     """Score what a search asks for, each point once, and choose among all points by the rule.
 
     Args:
         expected: how many points there will be, for progress. budget: how many there may be.
+        base: as in `sweep`.
     """
     for split in splits:
         evaluator.split_name(split)
     images, what = count_images(evaluator), "sweeping" if kind == "sweep" else "searching"
     tried: dict[tuple[Fraction, ...], Point] = {}
-    base: Scores | None = None
+    before: Scores | None = None
     if rule.needs_base:
-        base = evaluator.scores(family(dict.fromkeys(parameters, Fraction(0))), splits)
+        start = family(dict.fromkeys(parameters, Fraction(0))) if base is None else base
+        before = evaluator.scores(start, splits)
     asked, again = next(search, None), 0
     while asked is not None and (budget is None or (len(tried) < budget and again < 20 * budget)):
         vector = tuple(map(exact, asked))
@@ -110,16 +141,16 @@ def choose_point(
             if on_progress:
                 on_progress(what, min(len(tried), expected), expected)
             numbers = dict(zip(parameters, vector, strict=True))
-            scores = base if base and not any(vector) else evaluator.scores(family(numbers), splits)
+            scores = evaluator.scores(family(numbers), splits)
             refined = kind == "sweep" and len(tried) >= expected
-            tried[vector] = Point(numbers, scores, rule.value(scores), rule.allowed(scores, base), refined)
+            tried[vector] = Point(numbers, scores, rule.value(scores), rule.allowed(scores, before), refined)
         try:
             asked = search.send(tried[vector])
         except StopIteration:
             break
     if on_progress:
         on_progress(what, expected, expected)
-    chosen = best_point(tried.values(), rule)
+    chosen = rule.best(tried.values())
     return SweepResult(
         kind=kind,
         name=name,
@@ -132,25 +163,21 @@ def choose_point(
     )
 
 
-def best_point(points: Iterable[Point], rule: Rule) -> Point:
-    """Return the point that the rule chooses."""
-    allowed = [point for point in points if point.allowed]
-    if not allowed:
-        raise SelectionError(f"nothing that was tried fits the rule {rule.name}: {rule.says}")
-    return max(allowed, key=lambda point: rule.rank(tuple(point.coefficients.values()), point.value))
-
-
 def _try_grid(coefficients: Sequence[Fraction], rule: Rule, width: float) -> Search:
     """Try every coefficient; then, with a width, look closer around the best."""
     points: dict[Fraction, Point] = {}
     for coefficient in coefficients:
         points[coefficient] = yield (coefficient,)
     if width:
-        best = next(c for c, point in points.items() if point is best_point(points.values(), rule))
+        chosen = rule.best(points.values())
+        best = next(c for c, point in points.items() if point is chosen)
         where, width = coefficients.index(best), max(width, 10**-_DIGITS)
         low, high = coefficients[max(where - 1, 0)], coefficients[min(where + 1, len(coefficients) - 1)]
         if rule.largest_allowed:
-            yield from _bisect(float(best), float(high), width)
+            yield from _bisect(float(best), float(high), width, lambda point: point.allowed)
+        elif rule.within is not None:
+            border = rule.border(point for point in points.values() if point.allowed)
+            yield from _bisect(float(best), float(low), width, lambda point: point.value >= border)
         else:
             yield from _golden(float(low), float(high), width)
 
@@ -168,14 +195,14 @@ def _golden(low: float, high: float, width: float) -> Search:
             right = low + _GOLDEN * (high - low)
 
 
-def _bisect(low: float, high: float, width: float) -> Search:
-    """Find the border between an allowed coefficient and the next one of the grid, to four decimals."""
-    while high - low > width:
-        middle = round((low + high) / 2, _DIGITS)
-        if not low < middle < high:
+def _bisect(inside: float, outside: float, width: float, may_be_chosen: Callable[[Point], bool]) -> Search:
+    """Find the border between a coefficient that may be chosen and its neighbour on the grid, to four decimals."""
+    while abs(outside - inside) > width:
+        middle = round((inside + outside) / 2, _DIGITS)
+        if not min(inside, outside) < middle < max(inside, outside):
             return
         point = yield (middle,)
-        low, high = (middle, high) if point.allowed else (low, middle)
+        inside, outside = (middle, outside) if may_be_chosen(point) else (inside, middle)
 
 
 def steps(start: Scalar, stop: Scalar, step: Scalar) -> tuple[Fraction, ...]:

@@ -74,6 +74,15 @@ def test_model_stock_of_models_at_right_angles_is_the_base() -> None:
     )
 
 
+def test_model_stock_of_models_that_disagree_is_the_base(draw: Callable[[], F64]) -> None:
+    """Our reading: the formula itself would give t = -2 for a cosine of -0.5, and no number for one of -1."""
+    base = draw()
+    step, across = np.zeros((4, 5)), np.zeros((4, 5))
+    step[0, 0], across[0, 1] = 1.0, np.sqrt(3.0)
+    np.testing.assert_array_equal(model_stock(base, base + step, base - step / 2 + across / 2), base)
+    np.testing.assert_array_equal(model_stock(base, base + step, base - step), base)
+
+
 def test_model_stock_of_untouched_tensors_is_the_base(draw: Callable[[], F64]) -> None:
     base = draw()
     np.testing.assert_array_equal(model_stock(base, base, base), base)

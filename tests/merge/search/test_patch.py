@@ -62,6 +62,30 @@ def test_sequential_patching_starts_each_task_from_what_is_patched_so_far() -> N
     assert len(found.table().rows) == 42
 
 
+def test_what_patching_may_cost_is_measured_from_the_base_at_every_step() -> None:
+    """Two points at each step would be four; the second step has nothing left to lose."""
+    free, kept = (
+        patch(
+            ZS,
+            [CARS, DTD],
+            evaluator(),
+            patching=["cars", "dtd"],
+            supported="old",
+            mode="sequential",
+            keep=keep,
+        )
+        for keep in (None, 2)
+    )
+    lost = [0.9 - step.chosen.scores["old"].value for step in kept.steps]
+    assert free.steps[0].chosen.scores["old"].value < 0.87
+    assert all(points <= 0.02 + 1e-9 for points in lost)
+    assert kept.coefficients["cars"] == 0.15
+    together = patch(
+        ZS, [CARS, DTD], evaluator(), patching=["cars", "dtd"], supported="old", mode="parallel", keep=2
+    )
+    assert together.chosen.scores["old"].value >= 0.88 - 1e-9
+
+
 def test_parallel_patching_searches_all_coefficients_together() -> None:
     found = patch(
         ZS, [CARS, DTD], evaluator(), patching=["cars", "dtd"], supported="old", mode="parallel", budget=40

@@ -14,8 +14,8 @@ from tests.merge.search.table import Recipe, Table, point, recipe, table_evaluat
 
 from clipmerge.errors import SelectionError
 from clipmerge.evaluate.evaluator import Evaluator
-from clipmerge.search.rules import best_id, best_mean, keep_control, mean_of, normalised_mean, paint
-from clipmerge.search.sweep import reference_scores, steps, sweep
+from clipmerge.search.rules import best_id, best_mean, keep_control, mean_of, normalised_mean, paint, within
+from clipmerge.search.sweep import reference_scores, steps, sweep, sweep_scale
 from clipmerge.weights.weights import Weights, interpolate
 
 N = 1000
@@ -36,13 +36,15 @@ def counted(curves: dict[str, Callable[[float], float]]) -> Evaluator:
     return with_table(curves)[0]
 
 
-def with_table(curves: dict[str, Callable[[float], float]], **options: Any) -> tuple[Evaluator, Table]:
+def with_table(
+    curves: dict[str, Callable[[float], float]], images: int = N, **options: Any
+) -> tuple[Evaluator, Table]:
 
     def bits(made: Recipe, split: str) -> Any:
         alpha = float(Fraction(dict(made).get("ft", "0")))
-        return np.arange(N) < round(N * curves[split](alpha))
+        return np.arange(images) < round(images * curves[split](alpha))
 
-    return table_evaluator(dict.fromkeys(curves, N), bits, **options)
+    return table_evaluator(dict.fromkeys(curves, images), bits, **options)
 
 
 def test_steps_are_exact_decimals() -> None:
@@ -169,3 +171,57 @@ def test_what_cannot_be_swept_is_refused() -> None:
         best_mean("id", [])
     with pytest.raises(SelectionError, match="between 0 and 1"):
         keep_control(95)
+
+
+def test_the_smallest_coefficient_near_the_best_needs_no_shift() -> None:
+    evaluator = counted({"id": lambda a: 0.8 - 0.4 * (a - 0.8) ** 2})
+    found = sweep(between, GRID, evaluator, rule=within(1))
+    assert found.coefficient == 0.7  # 0.796, and 0.6 scores 0.784
+    assert sweep(between, GRID, evaluator, rule=within(0)).coefficient == 0.8
+    assert sweep(between, GRID, evaluator, rule=within(100)).coefficient == 0.0
+    fine = sweep(between, GRID, evaluator, rule=within(1), refine=0.005)
+    assert 0.6 < fine.coefficient <= 0.65  # 0.01 below the best at 0.642
+    assert fine.chosen.refined
+    with pytest.raises(SelectionError, match="between 0 and 100"):
+        within(-1)
+
+
+def test_patching_that_may_cost_little_of_the_supported_tasks() -> None:
+    """The best mean lies at 0.6 and costs 21.6 points; of those that cost 4 at most, 0.2 is the best."""
+    curves = {
+        "patch": lambda a: 0.2 + 0.7 * a,
+        "old1": lambda a: 0.8 - 0.6 * a * a,
+        "old2": lambda a: 0.6 - 0.6 * a * a,
+    }
+    found = sweep(between, GRID, counted(curves), rule=paint(["patch"], ["old1", "old2"], keep=4))
+    assert found.coefficient == 0.2
+    assert [p.allowed for p in found.history] == [True] * 3 + [False] * 8
+    worse = counted({"old": lambda a: 0.7 - a})  # what may be lost is measured from another model
+    assert sweep(between, GRID, worse, rule=paint(["old"], ["old"], keep=100), base=FT).coefficient == 0.0
+
+
+def test_any_family_gets_the_scale_with_the_best_normalised_mean() -> None:
+    evaluator = counted({"hard": lambda a: 0.1 + 0.1 * a, "easy": lambda a: 0.9 - 0.1 * a})
+    found = sweep_scale(between, {"hard": FT, "easy": ZS}, evaluator, name="ties")
+    assert (found.coefficient, found.name, len(found.history)) == (1.0, "ties", 21)
+    flat = counted({"a": lambda x: 0.5})
+    assert sweep_scale(between, {"a": FT}, flat, grid=[0.2, 0.1, 0.3]).coefficient == 0.1
+
+
+def test_what_each_rule_costs_on_published_curves() -> None:
+    """Mean loss in points over 18 published WiSE-FT runs, against the best of the grid: on the shifts, and on id."""
+    document = json.loads(Path(__file__).with_name("wiseft_curves.json").read_text())
+    costs: dict[str, list[tuple[float, float]]] = {}
+    for curve in document["curves"]:
+        ours = {name: lambda a, y=curve[name]: y[round(10 * a)] for name in ("id", "shift")}
+        evaluator, _ = with_table(ours, images=50_000)
+        for rule in (best_id(), within(1), best_mean("id", ["shift"])):
+            chosen = sweep(between, GRID, evaluator, rule=rule).chosen
+            lost = (max(curve[s]) - float(chosen.scores[s].figure) for s in ("shift", "id"))
+            costs.setdefault(rule.name, []).append((100 * next(lost), 100 * next(lost)))
+        half = [100 * (max(curve[s]) - curve[s][5]) for s in ("shift", "id")]
+        costs.setdefault("half", []).append((half[0], half[1]))
+    assert {len(rows) for rows in costs.values()} == {18}
+    expected = {"best-id": [1.73, 0], "within": [0.52, 0.6], "half": [0.25, 1.63], "best-mean": [0.49, 0.4]}
+    for name, rows in costs.items():
+        np.testing.assert_allclose(np.mean(rows, axis=0), expected[name], atol=0.006, err_msg=name)
