@@ -2,9 +2,12 @@
 
 import inspect
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
 from textwrap import dedent
@@ -62,10 +65,14 @@ def application(wanted: str | None = None) -> typer.Typer:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted."""
+    """Run the command. Returns the exit code.
+
+    0 done, 1 refused or failed, 2 wrong usage, 130 stopped by Ctrl-C, 143 by SIGTERM.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     wanted = next((word for word in args if not word.startswith("-")), None)
-    code = _run(args, wanted)
+    with _signals() as came:
+        code = _run(args, wanted, came)
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -75,21 +82,61 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _run(args: list[str], wanted: str | None) -> int:
+class _Interrupted(KeyboardInterrupt):
+    """A signal. Python ends by SIGINT, whatever the exit code, once a plain KeyboardInterrupt has left an exec()."""
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Make SIGTERM interrupt like Ctrl-C, so that nothing half-written stays. Yields the signals that have come.
+
+    Torchrun's processes keep the system's SIGTERM: it is sent to those that wait, in code that no handler of Python's
+    interrupts, for one that was lost.
+    """
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+
+    def stop(number: int, frame: object) -> None:
+        came.append(number)
+        raise _Interrupted
+
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    numbers = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+def _run(args: list[str], wanted: str | None, came: list[int]) -> int:
     try:
         application(wanted)(args=args, prog_name="clipmerge")
     except (SystemExit, KeyboardInterrupt) as end:
         code = 130 if isinstance(end, KeyboardInterrupt) else end.code
         if code == 130:
-            print("interrupted", file=sys.stderr)
+            return _stopped(came)
         return code if isinstance(code, int) else int(code is not None)
     except ClipmergeError as error:
-        return _refuse(error.message, error.hint)
+        if came:
+            return _stopped(came)
+        return max(_refuse(error.message, error.hint), getattr(error, "exit_code", 1))
     except Exception as error:
+        if came:  # some libraries turn an interruption into an error of their own, above all while they are imported
+            return _stopped(came)
         traceback.print_exc()
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         return _refuse(f"clipmerge broke: {what}", "this is a bug; please report it with the traceback above")
     return 0
+
+
+def _stopped(came: list[int]) -> int:
+    number = came[-1] if came else signal.SIGINT
+    print("terminated" if number == signal.SIGTERM else "interrupted", file=sys.stderr)
+    return 128 + number
 
 
 def _refuse(message: str, hint: str | None) -> int:

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+from clipmerge.checkpoint.output import make_folder
 from clipmerge.errors import OutputError
 from clipmerge_cli import show
 from clipmerge_cli.demo_steps import MODEL, MODEL_FILE, SPLITS
@@ -53,7 +54,7 @@ def _claim(out: Path, force: bool) -> None:
     """Refuse a folder that is not a demo's, or that holds a finished demo, unless `force`."""
     model = out / MODEL_FILE
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         return
     if not model.is_file():
         message = f"{out} is not empty and was not created by `clipmerge demo`"

@@ -35,6 +35,16 @@ def output_path(text: str) -> Path:
     return path / HUB_FILE if text.endswith(("/", "\\")) or path.is_dir() else path
 
 
+def figure_path(text: str) -> Path:
+    """Return where to draw, once it is certain that both files can be written there."""
+    from clipmerge.checkpoint.output import check_target
+    from clipmerge.report.style import targets
+
+    for file in targets(Path(text).expanduser()):
+        check_target(file, force=True)
+    return Path(text).expanduser()
+
+
 def output_option(default: object) -> Any:
     """Declare --output, a file or the file of a Hub-ready folder."""
     text, names = "Where to write; DIR/ makes a Hub-ready folder.", ("--output", "-o")
@@ -58,7 +68,7 @@ BASE = arg("BASE", "The model before finetuning.")
 FINETUNED = arg("FINETUNED", "The model after finetuning.")
 CHECKPOINTS = arg("CKPT...", "Checkpoints: files, folders, hf-hub:ORG/NAME.")
 FORCE = opt(False, "Overwrite an output that exists.", OUTPUT)
-PLOT = opt(None, "Draw it: FILE as PNG, and as SVG beside it.", OUTPUT, metavar="FILE")
+PLOT = opt(None, "Draw it: FILE as PNG, and as SVG beside it.", OUTPUT, metavar="FILE", parser=figure_path)
 MODEL = opt(None, "An open_clip model name or JSON config; default: the checkpoint's.", INPUT, metavar="M")
 REFINE = opt(False, "Narrow the choice down between the points of the grid.", SEARCH)
 SEED = opt(0, "Seed of anything random.", SEARCH)

@@ -65,7 +65,7 @@ class Scoring(Images):
         device, precision = talk.device("scoring", self.device, self.precision)
         distributed.start(device)
         try:
-            with talk.progress() as on_progress:
+            with distributed.explain_lost_peer(), talk.progress() as on_progress:
                 changes = {"holdout": self.holdout, "on_progress": on_progress}
                 evaluator = clipmerge.Evaluator(
                     clipmerge.resolve_model(self.model, *models) if models else self.model,
@@ -161,7 +161,9 @@ def run_search(
     dtype = float_dtype(out.dtype) or (None if coefficient is None else "F32")  # else all inputs must agree
     check(clipmerge.mean(models), dtype=dtype)
     out.check(clipmerge.mean(models), choosing.model, dtype)
-    journal = Journal(choosing.journal or cache_dir() / "scores.jsonl", fresh=choosing.fresh)
+    remembered = choosing.journal or cache_dir() / "scores.jsonl"
+    resumed = f"going on from the scores remembered in {show.short(remembered)}; --fresh scores anew"
+    journal = Journal(remembered, fresh=choosing.fresh, on_resume=lambda: out.say(resumed))
     scoring = choosing.evaluator(data, out, role="val", models=models, journal=journal)
     with scoring as (evaluator, on_progress):
         result = search(evaluator, on_progress=on_progress)

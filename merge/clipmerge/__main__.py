@@ -3,4 +3,4 @@
 from importlib import import_module
 
 if __name__ == "__main__":
-    raise SystemExit(import_module("clipmerge_cli.app").main())
+    raise SystemExit(import_module("clipmerge_cli").main())

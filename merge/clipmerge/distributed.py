@@ -77,7 +77,8 @@ def explain_lost_peer() -> Iterator[None]:
         lost = isinstance(error, dist.DistError) or "gloo" in str(error) or "closed by peer" in str(error)
         if world() == 1 or not lost:
             raise
-        raise DeviceError("another process of this run stopped", hint="its own message says why") from error
+        hint = "its own message says why; without one it was killed, perhaps for want of memory"
+        raise DeviceError("another process of this run stopped", hint=hint) from error
 
 
 def rank() -> int:

@@ -1,6 +1,7 @@
 """The frame of the command: what it imports, how it fails, which code it exits with."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,32 @@ def test_an_interruption_is_one_line_and_130(
     stand_in(monkeypatch, KeyboardInterrupt())
     assert main(["inspect"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("module", ["typer", "clipmerge.weights.look"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"])
+def test_a_signal_while_modules_are_imported_is_one_line(module: str, number: signal.Signals) -> None:
+    """The second module raises an error of its own when it is interrupted, as some libraries do."""
+    code = (
+        "import signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {module!r}:\n"
+        f"            try: signal.raise_signal({number.value})\n"
+        "            except KeyboardInterrupt as error:\n"
+        "                if '.' not in name: raise\n"
+        "                raise ImportError('this import was disturbed') from error\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from clipmerge_cli import main\n"
+        "sys.argv = ['clipmerge', 'inspect', 'x']\n"
+        "sys.exit(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if module == "typer" and number == signal.SIGTERM:  # before there is a handler, the system's own
+        assert (done.returncode, done.stderr) == (-signal.SIGTERM, "")
+    else:
+        word = "interrupted" if number == signal.SIGINT else "terminated"
+        assert (done.returncode, done.stderr) == (128 + number, f"{word}\n")
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:

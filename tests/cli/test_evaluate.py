@@ -1,6 +1,10 @@
 """`clipmerge evaluate`, as it is typed."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from typing import Any, get_args
 
 import pytest
@@ -81,3 +85,45 @@ def test_what_is_left_out_is_said(files, tiny_model_file, tmp_path, capsys):
     assert said in capsys.readouterr().err
     assert main([*given, "--skip-bad", "--quiet"]) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_a_process_that_is_lost_is_one_sentence_of_those_that_stay(files, tiny_model_file):
+    """Two processes, as torchrun starts them; the second is killed when its first images come to the model."""
+    arguments = [
+        "evaluate",
+        files[0],
+        "--model",
+        str(tiny_model_file),
+        "--data",
+        "digits#val",
+        "--limit",
+        "64",
+    ]
+    code = (
+        "import os, signal, sys\n"
+        "import open_clip, sklearn.datasets, torchvision\n"  # once, before the processes part
+        "from clipmerge.evaluate.predictor import Predictor\n"
+        "from clipmerge_cli import main\n"
+        "other = os.fork()\n"
+        "os.environ |= {'RANK': str(int(not other)), 'LOCAL_RANK': str(int(not other))}\n"
+        "if not other: Predictor._logits = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"sys.argv = ['clipmerge', *{arguments!r}, '--device', 'cpu']\n"
+        "sys.exit(main())"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **place, "WORLD_SIZE": "2"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "Traceback" not in done.stderr
+    assert done.stderr.partition("error: ")[2] == (
+        "another process of this run stopped\n\n"
+        "hint: its own message says why; without one it was killed, perhaps for want of memory\n"
+    )

@@ -1,6 +1,7 @@
 """`clipmerge soup` on bad input: one clear error with its hint, exit code 1, and nothing written."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,3 +185,55 @@ def test_wrong_usage_exits_2(
     assert main(["soup", *words]) == 2
     assert capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+BOTH = ["base.safetensors", "ft0.safetensors"]
+SEARCH = ["soup", *BOTH, "--greedy", "--val", "gone", "--model", "tiny.json"]
+TRAIN = ["--base", "base.safetensors", "--train", "digits", "--model", "tiny.json", "--device", "cpu"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["soup", *BOTH, "-o", "readonly/out.safetensors"],
+        ["interpolate", *BOTH, "-o", "readonly/out.safetensors"],
+        ["task-vector", *BOTH, "-o", "readonly/out.safetensors"],
+        ["convert", "base.safetensors", "-o", "readonly/out.safetensors"],
+        [*SEARCH, "-o", "readonly/out.safetensors"],
+        [*SEARCH, "--plot", "readonly/curve.png"],
+        [*SEARCH, "--journal", "readonly/scores.jsonl"],
+        ["finetune", *TRAIN, "-o", "readonly/new/ft.safetensors"],
+        ["finetune", *TRAIN, "-o", "ft.safetensors", "--plot", "readonly/curve.png"],
+        ["finetune", *TRAIN, "-o", "ft.safetensors", "--tensorboard", "readonly/board"],
+        ["sweep", *TRAIN, "--val", "digits", "-o", "readonly/runs", "--trials", "1"],
+        ["demo", "--out", "readonly/demo"],
+    ],
+    ids=lambda words: words[0] + words[-2],
+)
+def test_a_read_only_folder_is_refused_before_any_work_in_every_command(
+    words: list[str],
+    tmp_path: Path,
+    tiny_checkpoints: Any,
+    tiny_model_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """No model is built; the held-out images of a search do not exist, as whoever looks at them first would say.
+
+    The system is asked by os.access alone, which answers as it does to a user who may not (the suite may be root's).
+    """
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "ft0"):
+        Path(f"{name}.safetensors").symlink_to(tiny_checkpoints[name])
+    Path("tiny.json").symlink_to(tiny_model_file)
+    Path("readonly").mkdir()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "readonly" and access(path, mode))
+    monkeypatch.setattr("clipmerge.model.build_model", lambda *_, **__: pytest.fail("a model was built"))
+    assert main(words) == 1
+    out, err = capsys.readouterr()
+    message = err.partition("error: ")[2].splitlines()[0]
+    assert out == ""
+    assert "readonly" in message
+    assert "cannot be written" in message
+    assert list(Path("readonly").iterdir()) == []

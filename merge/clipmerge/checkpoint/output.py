@@ -50,9 +50,29 @@ def check_target(path: Path, *, force: bool, inputs: Collection[Path] = ()) -> P
             raise OutputError(
                 f"{path} already exists", hint="choose another name, or replace it with --force"
             )
-    if not os.access(real.parent, os.W_OK | os.X_OK):
-        raise OutputError(f"the folder {real.parent} cannot be written to", hint="check its permissions")
+    _check_access(real.parent)
     return real
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it.
+
+    Raises:
+        OutputError: it cannot be made or written to, or is a file.
+    """
+    for place in (folder, *folder.absolute().parents):
+        if place.exists():
+            if not place.is_dir():
+                raise OutputError(f"{place} is a file, not a folder", hint="name another folder")
+            _check_access(place)
+            break
+    with _explain(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def _check_access(folder: Path) -> None:
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"the folder {folder} cannot be written to", hint="check its permissions")
 
 
 def check_folder(folder: Path, names: Sequence[str], *, force: bool, inputs: Collection[Path] = ()) -> None:

@@ -23,10 +23,21 @@ class Journal:
     Args:
         path: the file; made with its folder on the first `put`.
         fresh: ignore what the file holds (it is kept, and appended to).
+        on_resume: called when the first record that the file held is asked for.
+
+    Raises:
+        SelectionError: the file is not a journal, or cannot be written.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, fresh: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        fresh: bool = False,
+        on_resume: Callable[[], object] | None = None,
+    ) -> None:
         self.path = Path(path)
+        self._on_resume = on_resume
         self._records: dict[str, dict[str, Any]] = {}
         self._torn = False
         if self.path.is_dir():
@@ -34,12 +45,19 @@ class Journal:
         for record in self._lines():
             if not fresh:
                 self._note(record)
+        self._held = frozenset(self._records)
+        places = (self.path, *self.path.absolute().parents)
+        if not os.access(next(place for place in places if place.exists()), os.W_OK):
+            raise self._unwritable("no permission")
 
     def __len__(self) -> int:
         return len(self._records)
 
     def get(self, key: str) -> Mapping[str, Any] | None:
         """Return the record of `key`, None where there is none."""
+        if self._on_resume is not None and key in self._held:
+            self._on_resume()
+            self._on_resume = None
         return self._records.get(key)
 
     def put(self, key: str, record: Mapping[str, Any]) -> None:
@@ -59,13 +77,14 @@ class Journal:
             finally:
                 os.close(handle)
         except OSError as error:
-            raise SelectionError(
-                f"the journal {self.path} cannot be written: {error.strerror}",
-                hint="name another file with --journal, or set CLIPMERGE_CACHE to a folder of yours",
-            ) from error
+            raise self._unwritable(str(error.strerror)) from error
         if self._torn:
-            raise SelectionError(f"the journal {self.path} cannot be written: disk full")
+            raise self._unwritable("disk full")
         self._note(entry)
+
+    def _unwritable(self, why: str) -> SelectionError:
+        hint = "name another file with --journal, or set CLIPMERGE_CACHE to a folder of yours"
+        return SelectionError(f"the journal {self.path} cannot be written: {why}", hint=hint)
 
     def _note(self, entry: dict[str, Any]) -> None:
         known = self._records.get(entry["key"])
@@ -80,14 +99,20 @@ class Journal:
         except OSError as error:
             raise SelectionError(f"the journal {self.path} cannot be read: {error.strerror}") from error
         self._torn = bool(raw) and not raw.endswith(b"\n")
-        records = []
-        for line in raw.split(b"\n"):
+        records, foreign = [], False
+        for line in filter(None, raw.split(b"\n")):
             try:
                 record = json.loads(line)
             except ValueError:
+                foreign |= not line.startswith(b'{"')  # else it is a record that was cut off
                 continue
             if isinstance(record, dict) and isinstance(record.get("key"), str):
                 records.append(record)
+            else:
+                foreign = True
+        if foreign and not records:
+            hint = "name a new file, or one that a search has written"
+            raise SelectionError(f"{self.path} is not a journal, and nothing else is appended to", hint=hint)
         return records
 
 

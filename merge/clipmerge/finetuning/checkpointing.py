@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from clipmerge.checkpoint.output import make_folder
 from clipmerge.distributed import broadcast_object, is_first
 from clipmerge.errors import OutputError, TrainingError
 from clipmerge.finetuning.log import Log
@@ -40,7 +41,8 @@ class Files:
         """Refuse what would be overwritten.
 
         Raises:
-            OutputError: the checkpoint exists, or has another format. TrainingError: an unfinished run is there.
+            OutputError: the checkpoint exists, has another format, or its folder cannot be written to.
+            TrainingError: an unfinished run is there.
         """
         if self.out.suffix != ".safetensors":
             hint = "checkpoints are written as safetensors"
@@ -50,7 +52,7 @@ class Files:
         if self.state.exists() and not (force or resume):
             hint = "--resume goes on from it, --force starts over"
             raise TrainingError(f"{self.state} is the state of an unfinished run", hint=hint)
-        self.out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.out.parent)
 
 
 @dataclass

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from clipmerge import distributed
+from clipmerge.checkpoint.output import make_folder
 from clipmerge.data.prompts import CONTEXTS, context_templates, recorded_prompts
 from clipmerge.data.sampling import few_shot
 from clipmerge.data.split import Split
@@ -86,6 +87,10 @@ def finetune(
     device = resolve_device(settings.device)
     precision = resolve_precision(settings.precision, device)
     distributed.start(device)
+    files = Files(Path(out))
+    files.check(force=force, resume=resume)
+    if tensorboard is not None:
+        make_folder(Path(tensorboard))
     if settings.fsdp and distributed.world() == 1:
         raise DeviceError("--fsdp needs several processes", hint="start it with torchrun -m clipmerge")
     own_seed = torch.random.fork_rng([device.index] if device.type == "cuda" else [])
@@ -97,8 +102,6 @@ def finetune(
         if settings.shots is not None:
             train = few_shot(train, settings.shots, settings.seed)
         net, spec = starting_model(base, model, settings.seed, device)
-        files = Files(Path(out))
-        files.check(force=force, resume=resume)
         images = Images(train, val, spec.preprocess, device, settings, on_progress)
         loader = images.loader()
         tokenizer = tokenizer_of(spec)

@@ -32,7 +32,13 @@ PATIENCE = 10.0
 
 
 class StoppedBySignalError(TrainingError):
-    """A signal asked the run to stop; nothing is wrong with it."""
+    """A signal asked the run to stop; nothing is wrong with it.
+
+    Attributes:
+        exit_code: what a command that ends by it returns, 128 plus the signal's number.
+    """
+
+    exit_code = 128 + signal.SIGTERM
 
 
 def train_steps(
@@ -93,10 +99,13 @@ def train_steps(
                 saved = checkpoints.save(step + 1)
                 if stop and step + 1 < steps:
                     what = f"everything is saved in {saved}" if saved else "nothing was saved: saving is off"
-                    raise StoppedBySignalError(
-                        f"stopped by {interrupted() or 'another rank'} after step {step + 1} of {steps}; {what}",
+                    number = interrupted()
+                    error = StoppedBySignalError(
+                        f"stopped by {number or 'another rank'} after step {step + 1} of {steps}; {what}",
                         hint="the same command with --resume goes on from there" if saved else None,
                     )
+                    error.exit_code = 128 + signal.Signals[number or "SIGTERM"]
+                    raise error
     losses.check()
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from clipmerge.checkpoint.output import make_folder
 from clipmerge.data.split import Split
 from clipmerge.distributed import independent
 from clipmerge.errors import ClipmergeError, MissingExtraError, TrainingError
@@ -209,7 +210,7 @@ def finetune_sweep(
         TrainingError: no trial could be finished; the last reason is named.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     space = space if isinstance(space, Space) else load_space(space)
     method = str({"method": "flyp", **fixed, **space.fixed}["method"])
     if method in METHODS and METHODS[method].head is None:  # no labels to mix

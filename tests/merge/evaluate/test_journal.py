@@ -49,6 +49,32 @@ def test_lines_that_are_not_ours_are_passed_over(tmp_path: Path) -> None:
     assert len(Journal(path)) == 1
 
 
+@pytest.mark.parametrize(
+    "content", ["a,b\n1,2\n", '{"event": "step", "loss": 1.0}\n', "# Notes\n\n", "\x08\x00{}"]
+)
+def test_a_file_of_something_else_is_refused_and_left_as_it_is(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "notes.md"
+    path.write_text(content)
+    for fresh in (False, True):
+        with pytest.raises(SelectionError, match=r"notes\.md is not a journal"):
+            Journal(path, fresh=fresh)
+    assert path.read_text() == content
+
+
+def test_it_tells_once_that_a_search_goes_on_and_nothing_of_what_it_was_just_given(tmp_path: Path) -> None:
+    path, told = tmp_path / "scores.jsonl", list[str]()
+    journal = Journal(path, on_resume=lambda: told.append("again"))
+    journal.put("k", {"n": 4})
+    assert journal.get("k")
+    assert told == []
+    again = Journal(path, on_resume=lambda: told.append("again"))
+    assert again.get("other") is None
+    assert told == []
+    assert again.get("k")
+    assert again.get("k")
+    assert told == ["again"]
+
+
 def test_a_full_score_is_not_replaced_by_a_bound(tmp_path: Path) -> None:
     path = tmp_path / "scores.jsonl"
     journal = Journal(path)

@@ -13,6 +13,7 @@ import pytest
 
 from clipmerge.errors import OutputError, TrainingError
 from clipmerge.finetuning.log import read
+from clipmerge.finetuning.loop import StoppedBySignalError
 
 KILLED = """
 import os, random, signal, sys
@@ -97,11 +98,12 @@ def test_a_signal_saves_and_says_how_to_resume(
     tune: Callable[..., Any], tmp_path: Path, number: signal.Signals
 ) -> None:
     whole = tune("whole")
-    with pytest.raises(TrainingError) as stopped:
+    with pytest.raises(StoppedBySignalError) as stopped:
         tune("ft", on_progress=at(3, lambda: os.kill(os.getpid(), number)))
     assert f"stopped by {number.name} after step 3 of 6" in stopped.value.message
     assert "ft.state" in stopped.value.message
     assert "--resume" in str(stopped.value.hint)
+    assert stopped.value.exit_code == 128 + number
     assert not (tmp_path / "ft.safetensors").exists()
     with pytest.raises(TrainingError, match="unfinished run"):
         tune("ft")

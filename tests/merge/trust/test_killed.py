@@ -102,8 +102,10 @@ def test_a_run_killed_while_it_overwrites_shards_leaves_those_of_one_run_or_no_i
     assert found["files"] == sorted(["a.safetensors", "b.safetensors", *shards, "out.safetensors.index.json"])
 
 
-def _interrupted(arguments: list[Any], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Start the command, wait until it writes, and press Ctrl-C."""
+def _interrupted(
+    arguments: list[Any], folder: Path, number: signal.Signals
+) -> subprocess.CompletedProcess[str]:
+    """Start the command, wait until it writes, and send it a signal."""
     running = subprocess.Popen(
         [sys.executable, "-m", "clipmerge", *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -116,21 +118,24 @@ def _interrupted(arguments: list[Any], folder: Path) -> subprocess.CompletedProc
         assert running.poll() is None, running.stderr and running.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(number)
     said, errors = running.communicate(timeout=60)
     return subprocess.CompletedProcess(running.args, running.returncode, said, errors)
 
 
-def test_ctrl_c_during_a_merge_exits_130_and_leaves_target_and_folder_as_they_were(
-    tmp_path: Path, put_sparse: Callable[..., Path]
+@pytest.mark.parametrize(
+    ("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")], ids=["INT", "TERM"]
+)
+def test_a_signal_during_a_merge_is_one_line_and_leaves_target_and_folder_as_they_were(
+    tmp_path: Path, put_sparse: Callable[..., Path], number: signal.Signals, word: str
 ) -> None:
     names = [put_sparse(tmp_path / f"{name}.safetensors", "F16", (60_000_000,)) for name in "ab"]
     target = tmp_path / "out" / "soup.safetensors"
     target.parent.mkdir()
     target.write_bytes(b"the old file")
-    done = _interrupted(["soup", *names, "-o", target, "--force"], target.parent)
-    assert done.returncode == 130
-    assert done.stderr.splitlines()[-1] == "interrupted"
+    done = _interrupted(["soup", *names, "-o", target, "--force"], target.parent, number)
+    assert done.returncode == 128 + number
+    assert done.stderr.splitlines()[-1] == word
     assert "Traceback" not in done.stderr
     assert [path.name for path in target.parent.iterdir()] == [target.name]
     assert target.read_bytes() == b"the old file"
