@@ -213,6 +213,7 @@ def add(
     *,
     base: str = shared.BASE,
     finetuned: list[str] = arg("FINETUNED...", "One checkpoint, or task-vector file, per task."),
+    origin: str | None = shared.ORIGIN,
     out: Output,
     choosing: Choosing,
     several: Several,
@@ -231,6 +232,8 @@ def add(
           --scale 0.4 -o both.safetensors
         clipmerge add base.safetensors cars.safetensors dtd.safetensors --scale auto \\
           --val cars/val --val dtd/val -o both.safetensors
+        clipmerge add vit-b-32.safetensors cars_encoder.pt --base zeroshot_encoder.pt \\
+          -o added.safetensors
     """
     tasks = len(finetuned)
     if scale is not None and val:
@@ -240,7 +243,7 @@ def add(
         raise typer.BadParameter(message, param_hint="--val")
     if refine and per != "all":
         raise typer.BadParameter("--refine is for one scale", param_hint="--refine")
-    start, *tuned = load_models(base, *finetuned)
+    start, *tuned = load_models(base, *finetuned, origin=origin)
     splits = shared.named(val or [], "--val", [w.checkpoints[-1].name for w in tuned])
     vector = sum((w - start for w in tuned[1:]), tuned[0] - start)
 
@@ -266,6 +269,7 @@ def negate(
     *,
     base: str = shared.BASE,
     finetuned: str = arg("FINETUNED", "Finetuned on what to forget, or its task vector."),
+    origin: str | None = shared.ORIGIN,
     out: Output,
     choosing: Choosing,
     scale: float | None = shared.scale_option("0.5"),
@@ -289,7 +293,7 @@ def negate(
         raise typer.BadParameter("--target and --control are for --scale auto", param_hint="--scale")
     if scale is None and not (target and control):
         raise typer.BadParameter("--scale auto needs --target and --control", param_hint="--target")
-    start, tuned = load_models(base, finetuned)
+    start, tuned = load_models(base, finetuned, origin=origin)
     splits = {"target": target or "", "control": control or ""}
     models, vector, rule = [start, tuned], start - tuned, clipmerge.keep_control(keep)
     choose("negate", models, vector, scale, scales, splits, choosing, out, rule=rule, refine=refine)

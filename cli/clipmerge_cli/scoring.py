@@ -161,6 +161,7 @@ def run_search(
     dtype = float_dtype(out.dtype) or (None if coefficient is None else "F32")  # else all inputs must agree
     check(clipmerge.mean(models), dtype=dtype)
     out.check(clipmerge.mean(models), choosing.model, dtype)
+    out.say_left_alone(clipmerge.mean(models))
     remembered = choosing.journal or cache_dir() / "scores.jsonl"
     resumed = f"going on from the scores remembered in {show.short(remembered)}; --fresh scores anew"
     journal = Journal(remembered, fresh=choosing.fresh, on_resume=lambda: out.say(resumed))

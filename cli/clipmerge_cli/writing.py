@@ -98,6 +98,13 @@ class Output(Talk):
 
             self.say(f"uploaded to {push(written, self.push_to_hub)}")
 
+    def say_left_alone(self, weights: "Weights") -> None:
+        """Say which towers and heads some of the checkpoints lack, and whose are kept."""
+        from clipmerge.weights.check import left_alone
+
+        for sentence in left_alone(weights):
+            self.say(sentence)
+
     def merge(
         self,
         weights: "Weights",
@@ -116,6 +123,7 @@ class Output(Talk):
         self.check_usage(needed=True)
         if self.dry_run:
             self.plan(weights, model)
+            self.say_left_alone(weights)
             self.say(f"{remark}\n" * bool(remark) + "dry run: nothing was written")
             return
         record = {}
@@ -123,6 +131,7 @@ class Output(Talk):
             record = {"model": clipmerge.resolve_model(model, weights).to_metadata()}
         with self.progress() as on_progress:
             written = self.write(weights, record, on_progress)
+        self.say_left_alone(weights)
         if self.json:
             show.document({**(document or {"kind": "merge", "notation": repr(weights)}), "output": written})
         if remark:
@@ -153,12 +162,22 @@ class Output(Talk):
         print(f"{plan.notation} gives {plan.gives}: {sizes}")
 
 
-def load_models(*files: str) -> "list[Weights]":
-    """Load a base and the models beside it; a task-vector file stands for the base plus that vector."""
-    base, *others = clipmerge.load_all(list(files))
-    models = [base, *(base + w if base.kind() == 1 and w.kind() == 0 else w for w in others)]
-    refuse_mixture(models)
-    return models
+def load_models(*files: str, origin: str | None = None) -> "list[Weights]":
+    """Load a base and the models beside it.
+
+    A task-vector file stands for the base plus that vector; towers that a model lacks are the base's.
+
+    Args:
+        origin: what the others were finetuned from, where that is not the base: each is then the base plus what its
+            finetuning changed.
+    """
+    base, *others = clipmerge.load_all([*files, *([origin] if origin else [])])
+    start = others.pop() if origin else None
+    if base.kind() == 1:
+        others = [base + w if w.kind() == 0 else base - start + w if start else w for w in others]
+        others = [w.completed_from(base) if w.kind() == 1 else w for w in others]
+    refuse_mixture([base, *others])
+    return [base, *others]
 
 
 def refuse_mixture(weights: "Sequence[Weights]") -> None:

@@ -34,7 +34,7 @@ def load_weights(
     """
     names, copy = weights.names, fill or (lambda values, module: values.load_into(module))
     if f"{HEAD}.weight" in names:
-        classes, width = weights.checkpoints[0].tensors[f"{HEAD}.weight"].shape
+        classes, width = weights.tensor(f"{HEAD}.weight").shape
         _fit_head(model, classes, width, bias=f"{HEAD}.bias" in names)
         copy(weights, _without_absent_text(model, names))
         return

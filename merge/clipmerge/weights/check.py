@@ -1,12 +1,12 @@
 """Do these checkpoints fit together? Answered from headers, before a byte of tensor is read, all at once."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from clipmerge.checkpoint.tensors import Checkpoint
 from clipmerge.errors import MismatchError, RecipeError
 from clipmerge.text import and_more, did_you_mean, nearest
-from clipmerge.weights.expression import Applied, Expression
-from clipmerge.weights.names import TOWERS, matches
+from clipmerge.weights.expression import Applied, Expression, checkpoints_of
+from clipmerge.weights.names import PARTS, TOWERS, absent_parts, matches
 
 SHOWN = 10
 """Problems listed in full; the rest are counted."""
@@ -26,6 +26,7 @@ def check(weights: Expression, *, dtype: str | None = None) -> None:
     if checkpoints:
         reference = weights.reference
         problems = [p for other in checkpoints if other is not reference for p in _misfits(reference, other)]
+        problems = problems or _towers_lacking(weights)
         if not problems and weights.base is None and dtype is None:
             problems = _different_dtypes(checkpoints)
         if problems:
@@ -33,9 +34,27 @@ def check(weights: Expression, *, dtype: str | None = None) -> None:
                 "the checkpoints do not fit together:\n  " + and_more(problems, SHOWN, "\n  "),
                 hint=_hint(problems),
             )
-        _check_patterns(weights, weights.names)
+        _check_patterns(weights, sorted({name for checkpoint in checkpoints for name in checkpoint.tensors}))
     weights.kind()
     weights.model  # noqa: B018 - raises where two models are mixed
+
+
+def left_alone(weights: Expression) -> list[str]:
+    """Say which towers and heads some checkpoints lack, and where these are taken from; a sentence for each lack."""
+    names, lacking = set(weights.names), dict[tuple[str, ...], list[str]]()
+    sources: dict[tuple[str, ...], str] = {}
+    for checkpoint in weights.checkpoints:
+        if parts := absent_parts(missing := names - checkpoint.tensors.keys(), names):
+            lacking.setdefault(parts, []).append(checkpoint.name)
+            first = min(missing)
+            used = (
+                c for leaf, value in weights.terms.items() if value.at(first) for c in checkpoints_of(leaf)
+            )
+            sources[parts] = and_more(sorted({c.name for c in used if first in c.tensors})) or "nothing"
+    return [
+        f"{and_more(sorted(those))} {'has' if len(those) == 1 else 'have'} {_no(parts)}: kept as in {sources[parts]}"
+        for parts, those in lacking.items()
+    ]
 
 
 def missing_names(missing: Sequence[str], otherwise: Sequence[str]) -> list[str]:
@@ -48,6 +67,9 @@ def _misfits(reference: Checkpoint, other: Checkpoint) -> list[str]:
     mine, theirs = reference.tensors, other.tensors
     here, there = str(reference.path or reference.name), str(other.path or other.name)
     missing, extra = list(mine.keys() - theirs.keys()), sorted(theirs.keys() - mine.keys())
+    whole_parts = all(absent_parts(set(n), mine.keys() | theirs.keys()) for n in (missing, extra) if n)
+    if whole_parts:  # towers and heads that only one has: see `_towers_lacking`
+        missing, extra = [], []
     problems = [f"{there} lacks {name}" for name in missing_names(missing, extra)]
     problems += [f"{there} has {name!r}, which {here} lacks" for name in extra]
     for name in sorted(mine.keys() & theirs.keys()):
@@ -59,11 +81,39 @@ def _misfits(reference: Checkpoint, other: Checkpoint) -> list[str]:
     return problems
 
 
+def _towers_lacking(weights: Expression) -> list[str]:
+    """Name the checkpoints that are used where they have no tensor: a model must be whole, a vector need not."""
+    used: dict[Checkpoint, set[str]] = {}
+    for checkpoint, name in _used_but_missing(weights, weights.names):
+        used.setdefault(checkpoint, set()).add(name)
+    problems = []
+    for checkpoint, names in used.items():
+        parts = absent_parts(names, names | checkpoint.tensors.keys())
+        lack = f"has {_no(parts)}" if parts else f"lacks {and_more([repr(name) for name in sorted(names)])}"
+        problems.append(f"{checkpoint.path or checkpoint.name} {lack}")
+    return problems
+
+
+def _used_but_missing(weights: Expression, names: Iterable[str]) -> Iterator[tuple[Checkpoint, str]]:
+    for leaf, coefficient in weights.terms.items():
+        needed = [name for name in names if coefficient.at(name)]
+        if isinstance(leaf, Checkpoint):
+            yield from ((leaf, name) for name in needed if name not in leaf.tensors)
+        for operand in leaf.operands if isinstance(leaf, Applied) else ():
+            yield from _used_but_missing(operand, needed)
+
+
+def _no(parts: Sequence[str]) -> str:
+    """Write `no image projection, text tower or logit scale`."""
+    *others, last = [PARTS[part] for part in parts]
+    return f"no {', '.join(others)} or {last}" if others else f"no {last}"
+
+
 def _different_dtypes(checkpoints: Sequence[Checkpoint]) -> list[str]:
     first, *others = checkpoints
     problems = []
     for name, tensor in first.tensors.items():
-        for other in [c for c in others if c.tensors[name].dtype != tensor.dtype][:1]:
+        for other in [c for c in others if name in c.tensors and c.tensors[name].dtype != tensor.dtype][:1]:
             here, there = first.path or first.name, other.path or other.name
             problems.append(
                 f"{name!r} is {tensor.dtype} in {here} and {other.tensors[name].dtype} in {there}"
@@ -74,8 +124,10 @@ def _different_dtypes(checkpoints: Sequence[Checkpoint]) -> list[str]:
 def _hint(problems: Sequence[str]) -> str:
     if all(" is F" in p or " is BF16" in p for p in problems):
         return "a mean has no base to take the dtype from; choose one: --dtype fp32"
-    if any("'classification_head" in p for p in problems):
+    if any("'classification_head" in p or p.endswith("no classification head") for p in problems):
         return "a trained head is merged like any tensor: every checkpoint must have it, or none"
+    if any(" has no " in p for p in problems):
+        return "a model must be whole, a difference need not: base + 0.4*(encoder - base), with a whole base"
     return "all checkpoints must come from one architecture; `clipmerge inspect FILE` shows what each holds"
 
 

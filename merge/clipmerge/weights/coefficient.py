@@ -93,6 +93,15 @@ class Coefficient:
             raise RecipeError("division by zero")
         return self * Coefficient({(): 1 / divisor})
 
+    def masked(self, mask: Mapping[str, int]) -> "Coefficient":
+        """Multiply by a mapping of zeros and ones; once more changes nothing."""
+        ((rules,),) = Coefficient.of(mask)._terms
+        masked = Coefficient({})
+        for factors, value in self._terms.items():
+            once = factors if rules in factors else tuple(sorted((*factors, rules)))
+            masked = masked + Coefficient({once: value})
+        return masked
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Coefficient) and self._terms == other._terms
 

@@ -5,15 +5,16 @@ expression is still one streaming weighted sum. `Weights` is this value with the
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal, Self, TypeAlias, TypeVar
 
-from clipmerge.checkpoint.tensors import Checkpoint
+from clipmerge.checkpoint.tensors import Checkpoint, Tensor
 from clipmerge.errors import MismatchError, RecipeError
 from clipmerge.types import Floats
 from clipmerge.weights.coefficient import Coefficient, Scalar, number_text
+from clipmerge.weights.names import absent_parts
 from clipmerge.weights.record import model_record, prompts_of, read_record
 
 TOLERANCE = Fraction(1, 10**6)
@@ -64,6 +65,13 @@ def checkpoints_of(leaf: Leaf) -> Iterator[Checkpoint]:
             yield from checkpoints_of(inner)
 
 
+def names_of(leaf: Leaf) -> Set[str]:
+    """Return the names of a leaf's tensors, of a method's those of all its operands."""
+    if isinstance(leaf, Checkpoint):
+        return leaf.tensors.keys()
+    return set().union(*(operand.names for operand in leaf.operands))
+
+
 class Expression:
     """Σ coefficient · leaf.
 
@@ -76,7 +84,7 @@ class Expression:
     __slots__ = ("base", "terms")
 
     def __init__(self, terms: Mapping[Leaf, Coefficient], base: Leaf | None) -> None:
-        self.terms = {leaf: c for leaf, c in terms.items() if c}
+        self.terms = {leaf: c for leaf, c in _completed(terms, base).items() if c}
         self.base = base if base is None or base in self.terms else next(iter(self.terms), None)
 
     @classmethod
@@ -133,8 +141,30 @@ class Expression:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The tensor names, sorted (those of the first checkpoint: all must have the same)."""
-        return tuple(sorted(self.checkpoints[0].tensors)) if self.terms else ()
+        """The names of what is computed, sorted: all that a checkpoint has.
+
+        A difference of an encoder and a whole model is as the encoder: what only one side has is left out.
+        """
+        leaves = {leaf: names_of(leaf) for leaf in self.terms}
+        every: set[str] = set().union(*leaves.values())
+        partial = {name for name in every if any(name not in names for names in leaves.values())}
+        if not partial or self.total:
+            return tuple(sorted(every))
+
+        def is_left_out(name: str) -> bool:
+            held = [c.at(name) * _total(leaf) for leaf, c in self.terms.items() if name in leaves[leaf]]
+            counted = [leaf for leaf, c in self.terms.items() if name in leaves[leaf] and c.at(name)]
+            return not counted or (len(counted) == 1 and sum(held) != 0)
+
+        return tuple(sorted(name for name in every if name not in partial or not is_left_out(name)))
+
+    def tensor(self, name: str) -> Tensor:
+        """Return the stored tensor that decides shape and dtype: the base's, or of another that has the name."""
+        if name in self.reference.tensors:
+            return self.reference.tensors[name]
+        return min(
+            (c for c in self.checkpoints if name in c.tensors), key=lambda c: (c.name, str(c.path))
+        ).tensors[name]
 
     @property
     def total(self) -> Fraction:
@@ -146,11 +176,12 @@ class Expression:
         summed = sum((c * Coefficient.of(_total(leaf)) for leaf, c in self.terms.items()), Coefficient({}))
         if summed.constant is not None:
             return summed.constant
-        totals = {name: summed.at(name) for name in self.names}
+        names = sorted(set().union(*map(names_of, self.terms)))
+        totals = {name: summed.at(name) for name in names}
         if max(totals.values()) - min(totals.values()) <= TOLERANCE:
             return max(totals.values())
-        first = self.names[0]
-        other = next(name for name in self.names if totals[name] != totals[first])
+        first = names[0]
+        other = next(name for name in names if totals[name] != totals[first])
         raise RecipeError(
             f"the total is {number_text(totals[first])} for {first!r} "
             f"but {number_text(totals[other])} for {other!r}",
@@ -217,6 +248,33 @@ class Expression:
 E = TypeVar("E", bound=Expression)
 
 
+def _completed(terms: Mapping[Leaf, Coefficient], base: Leaf | None) -> Mapping[Leaf, Coefficient]:
+    """Count as the base's what other leaves lack: whole towers and heads, never a tensor inside one.
+
+    So a task vector that lacks a tower is zero there, whatever is added to what in which order, and
+    `base + 1*(encoder - base)` still has the base's text tower. Where the base has no such tower, and the leaves
+    without it do not cancel, the terms stay as they are, for `check` to refuse.
+    """
+    leaves = {leaf: names_of(leaf) for leaf in terms}
+    first: Set[str] = next(iter(leaves.values()), set())
+    if all(names == first for names in leaves.values()):
+        return terms
+    every: set[str] = set().union(*leaves.values())
+    completed, moved, needed = dict(terms), Coefficient({}), set[str]()
+    for leaf, coefficient in terms.items():
+        missing = every - leaves[leaf]
+        parts = absent_parts(missing, every) if missing else None
+        masked = coefficient.masked({**dict.fromkeys(parts, 0), "*": 1}) if parts else coefficient
+        if masked != coefficient:
+            completed[leaf] = masked
+            moved = moved + (coefficient - masked) * Coefficient.of(_total(leaf))
+            needed |= missing
+    if base is not None and base in terms and needed <= leaves[base]:
+        completed[base] = completed[base] + moved
+        return completed
+    return terms if moved else completed
+
+
 def _total(leaf: Leaf) -> int:
     """1 for a point, 0 for a vector."""
     return leaf.method.gives if isinstance(leaf, Applied) else int(read_record(leaf.metadata).get("total", 1))
@@ -251,7 +309,8 @@ def mean(weights: Iterable[E]) -> E:
 
 def baseless_sum(weights: Sequence[E]) -> E:
     """Add expressions of which none is the base, in whatever order: what `sum([...])` writes."""
-    total = weights[0]
-    for other in weights[1:]:
-        total = total + other
-    return type(total)(total.terms, None)
+    terms: dict[Leaf, Coefficient] = {}
+    for each in weights:
+        for leaf, coefficient in each.terms.items():
+            terms[leaf] = terms[leaf] + coefficient if leaf in terms else coefficient
+    return type(weights[0])(terms, None)

@@ -205,7 +205,7 @@ def compare(
     for other in others:
         if (difference := first - other).terms:
             check(Weights(difference.terms, first.base))
-    names = [name for name in first.names if first.reference.tensors[name].is_float]
+    names = [name for name in first.names if first.tensor(name).is_float]
     parts, differing, done = [], [], 0
     whole = np.zeros(8)
     with Reader([c for w in operands for c in w.checkpoints]) as reader, np.errstate(all="ignore"):
@@ -268,7 +268,7 @@ def _aligned_pieces(operands: Sequence[Weights], name: str, reader: Reader) -> I
             tensor = leaf.tensors[name]
             yield from (to_float64(raw, tensor.dtype) for _, raw in reader.blocks(tensor, PIECE))
         else:
-            computed = evaluate(weights, name, read).reshape(-1)
+            computed = evaluate(weights, name, weights.tensor(name).shape, read).reshape(-1)
             yield from (computed[low : low + PIECE] for low in range(0, computed.size, PIECE))
 
     return zip(*map(stretches, operands), strict=True)

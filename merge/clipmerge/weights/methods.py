@@ -10,6 +10,7 @@ from clipmerge.errors import RecipeError
 from clipmerge.ops import points, vectors
 from clipmerge.text import did_you_mean
 from clipmerge.weights.expression import Applied, E, Expression, Method
+from clipmerge.weights.names import absent_parts
 
 METHODS: Mapping[str, Method] = {
     method.name: method
@@ -47,7 +48,20 @@ def apply(name: str, operands: Sequence[E], **options: float) -> E:
                 "models (total 1)" if method.takes == "points" else "task vectors (total 0), such as a - base"
             )
             raise RecipeError(f"{name} takes {meant}, not {operand!r}")
+    if method.takes == "vectors":
+        operands = _zero_where_missing(operands)
     return type(operands[0]).of(Applied(method, tuple(operands), {**method.options, **options}))
+
+
+def _zero_where_missing(vectors: Sequence[E]) -> list[E]:
+    """Make a task vector zero in the towers and heads that others have and it lacks."""
+    every: set[str] = set().union(*(vector.names for vector in vectors))
+    parts = [absent_parts(every.difference(vector.names), every) for vector in vectors]
+    masks = [{**dict.fromkeys(gone or (), 0), "*": 1} for gone in parts]
+    return [
+        type(v)({leaf: c.masked(mask) for leaf, c in v.terms.items()}, v.base) if len(mask) > 1 else v
+        for v, mask in zip(vectors, masks, strict=True)
+    ]
 
 
 def function_of(method: Method) -> Callable[..., Expression]:

@@ -5,10 +5,21 @@ A pattern is a shell glob (`visual.*`), a tower (`visual`, `text`, `head`), or b
 """
 
 import re
+from collections.abc import Collection, Set
 from fnmatch import fnmatchcase
 from functools import lru_cache
 
 TOWERS = ("visual", "text", "head", "other")
+
+PARTS = {
+    "visual": "image tower",
+    "visual.proj": "image projection",
+    "text": "text tower",
+    "transformer.*": "text transformer",
+    "head": "classification head",
+    "other": "logit scale",
+}
+"""What a checkpoint may lack as a whole: pattern → in words."""
 
 _BLOCK = re.compile(r"(?:^|\.)(?:resblocks|blocks|layers|layer|stages)\.?(\d+)\.")
 _TEXT = ("transformer.", "token_embedding.", "ln_final.", "text.", "positional_embedding", "text_projection")
@@ -28,6 +39,29 @@ def block_of(name: str) -> int | None:
     """Return the number of the transformer block (or ResNet stage) that the tensor belongs to, None outside blocks."""
     match = _BLOCK.search(name)
     return int(match.group(1)) if match else None
+
+
+def absent_parts(missing: Set[str], names: Collection[str]) -> tuple[str, ...] | None:
+    """Return the patterns of `PARTS` that `missing` consists of; None where a tensor inside a tower is among it.
+
+    Encoders are published without their text tower, or with all of it but the transformer (wise-ft, model-soups,
+    task_vectors); Hugging Face's CLIPVisionModel has no projection either.
+
+    Args:
+        names: all names of the model, the missing ones included.
+    """
+    absent = []
+    for tower in TOWERS:
+        gone, whole = ({name for name in of if tower_of(name) == tower} for of in (missing, names))
+        if gone and gone == whole:
+            absent.append(tower)
+        elif tower == "text" and gone and gone == {name for name in whole if name.startswith("transformer.")}:
+            absent.append("transformer.*")
+        elif gone == {"visual.proj"} and all(tower_of(name) != "text" or name in missing for name in names):
+            absent.append("visual.proj")
+        elif gone:
+            return None
+    return tuple(absent) if {"visual", "text", "transformer.*", "head"} & set(absent) else None
 
 
 @lru_cache(maxsize=65536)

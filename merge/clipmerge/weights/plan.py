@@ -51,7 +51,8 @@ class Step:
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
         """Every checkpoint whose tensor of this name is read."""
-        return tuple(dict.fromkeys(c for _, leaf in self.terms for c in checkpoints_of(leaf)))
+        used = (c for _, leaf in self.terms for c in checkpoints_of(leaf))
+        return tuple(dict.fromkeys(c for c in used if self.name in c.tensors))
 
     @property
     def inputs(self) -> list[tuple[float, Tensor]]:
@@ -122,18 +123,20 @@ def make_plan(weights: Expression, *, dtype: str | None = None) -> Plan:
     dtype = float_dtype(dtype)
     check(weights, dtype=dtype)
     reference, ordered = weights.reference, _canonical(weights)
-    steps = {name: _step(name, weights, ordered, reference, dtype) for name in reference.tensors}
+    steps = {name: _step(name, weights, ordered, reference, dtype) for name in weights.names}
     return Plan(steps, weights.checkpoints)
 
 
 def _step(
     name: str, weights: Expression, ordered: Expression, reference: Checkpoint, dtype: str | None
 ) -> Step:
-    tensor = reference.tensors[name]
+    tensor = weights.tensor(name)
     if not tensor.is_float:  # integers are never averaged: they agree, or they are step counters
-        is_counter, others = name.endswith("num_batches_tracked"), weights.checkpoints
+        is_counter = name.endswith("num_batches_tracked")
+        others = [checkpoint for checkpoint in weights.checkpoints if name in checkpoint.tensors]
         kind: Kind = "largest" if is_counter and weights.base is None else "agree"
-        sources = [reference] if is_counter and weights.base else [reference, *others]
+        first = [reference] if reference in others else others[:1]
+        sources = first if is_counter and weights.base else [*first, *others]
         return Step(name, tensor.dtype, tensor.shape, kind, tuple((1.0, c) for c in dict.fromkeys(sources)))
     used = [(leaf, value) for leaf, c in ordered.terms.items() if (value := c.at(name))]
     factors, divisor = [_float(c) for _, c in used], 1.0

@@ -206,12 +206,14 @@ def _refuse_inputs(step: Step, reader: Reader) -> None:
             )
 
 
-def evaluate(weights: Expression, name: str, read: Callable[[Checkpoint], Floats]) -> Floats:
+def evaluate(
+    weights: Expression, name: str, shape: tuple[int, ...], read: Callable[[Checkpoint], Floats]
+) -> Floats:
     """Compute one tensor of an expression, in float64, from the same tensor of its checkpoints."""
     used = [(leaf, c.at(name)) for leaf, c in weights.terms.items() if c.at(name)]
     factors, divisor = integer_factors([c for _, c in used])
     terms = zip(factors, (leaf for leaf, _ in used), strict=True)
-    return _weighted(terms, divisor, weights.checkpoints[0].tensors[name].shape, name, read)
+    return _weighted(terms, divisor, shape, name, read)
 
 
 def _weighted(
@@ -227,7 +229,7 @@ def _weighted(
         if isinstance(leaf, Checkpoint):
             array = read(leaf)
         else:
-            operands = [evaluate(operand, name, read) for operand in leaf.operands]
+            operands = [evaluate(operand, name, shape, read) for operand in leaf.operands]
             array = leaf.method.function(*operands, **leaf.options)
         total = factor * array if total is None else total + factor * array
     return np.zeros(shape) if total is None else np.ascontiguousarray(total / divisor).reshape(shape)

@@ -114,14 +114,16 @@ def _find(
         folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
         candidates.update(dict.fromkeys(sorted(p for p in folder.iterdir() if p.is_file())))
     names = {parent.file for parent in recorded}
-    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    shapes = {(name, tensor.shape) for name, tensor in checkpoint.tensors.items()}
     files: dict[str, Path] = {}
     for file in sorted(candidates, key=lambda file: file.name not in names):
         if len(files) == len(recorded):  # every parent is found: nothing more is read
             break
         with suppress(ClipmergeError, OSError):
             other = open_checkpoint(file) if file.name.endswith(SUFFIXES) else None
-            if other and {name: tensor.shape for name, tensor in other.tensors.items()} == shapes:
+            # A parent may lack a tower that another has, or have one that a task vector leaves out.
+            theirs = {(name, tensor.shape) for name, tensor in other.tensors.items()} if other else set()
+            if other and (theirs <= shapes or shapes <= theirs):
                 digest = content_digest(other, on_progress)
                 files = {**{p.name: file for p in recorded if p.digest == digest}, **files}
     return files

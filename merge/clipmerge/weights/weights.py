@@ -22,11 +22,12 @@ from clipmerge.dtypes import BY_TORCH_NAME, torch_dtype
 from clipmerge.errors import CheckpointError, MismatchError, ModelError, RecipeError
 from clipmerge.text import and_more
 from clipmerge.types import Bytes, Progress
-from clipmerge.weights.check import SHOWN, missing_names
+from clipmerge.weights.check import SHOWN, check, missing_names
 from clipmerge.weights.coefficient import Coefficient
 from clipmerge.weights.digest import Digests
 from clipmerge.weights.expression import Expression, interpolate, mean
 from clipmerge.weights.methods import METHODS, function_of
+from clipmerge.weights.names import absent_parts
 from clipmerge.weights.notation import notation
 from clipmerge.weights.output_files import check_save, output_files
 from clipmerge.weights.plan import float_dtype, make_plan
@@ -46,6 +47,19 @@ class Weights(Expression):
 
     def __repr__(self) -> str:
         return notation(self)
+
+    def completed_from(self, base: "Weights") -> "Weights":
+        """Take the whole towers and heads that these weights lack from `base`: an encoder becomes a model.
+
+        Weights that lack nothing are returned as they are. `check.left_alone` says what was taken of the result.
+
+        Raises:
+            MismatchError: what is missing is not a whole tower or head, or the shapes differ.
+        """
+        missing = set(base.names).difference(self.names)
+        if missing and absent_parts(missing, missing.union(self.names)) is None:
+            check(interpolate(base, self, 0.5))  # lists all that differs
+        return base + (self - base) if missing else self
 
     def save(
         self,
@@ -160,7 +174,8 @@ class Weights(Expression):
         Raises:
             ModelError: names or shapes differ; all of them are listed.
         """
-        tensors, targets = self.checkpoints[0].tensors, module.state_dict(keep_vars=True)
+        tensors = {name: self.tensor(name) for name in self.names}
+        targets = module.state_dict(keep_vars=True)
         problems = []
         if strict:
             missing, extra = sorted(targets.keys() - tensors.keys()), sorted(tensors.keys() - targets.keys())
