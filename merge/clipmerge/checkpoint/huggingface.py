@@ -1,7 +1,7 @@
 """Names of Hugging Face's CLIPModel ↔ open_clip's.
 
-Three things differ besides names: q, k and v are apart (open_clip keeps them as one `in_proj`), the two
-projections are transposed, and old files carry integer `position_ids`. All three are views: nothing is read.
+Two things differ besides names: q, k and v are apart (open_clip keeps them as one `in_proj`), and the two projections
+are transposed. Both are views: nothing is read.
 """
 
 import re
@@ -44,19 +44,17 @@ _BACK = {ours: theirs for table in (_PLAIN, _TRANSPOSED, _TOWERS, _BLOCK) for th
 
 
 def from_huggingface(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors under open_clip's names, and the names that were dropped (`position_ids`).
+    """Return the tensors under open_clip's names, and the names that have no place in open_clip's CLIP, sorted.
 
     Raises:
-        MismatchError: a name has no place in open_clip's CLIP, or one of q, k, v is missing or different.
+        MismatchError: one of q, k, v is missing or different, where every name has a place.
     """
     ours: dict[str, Tensor] = {}
     fused: dict[str, dict[str, Tensor]] = {}
-    dropped, unknown = [], []
+    unknown = []
     for name, tensor in tensors.items():
         layer = _LAYER.fullmatch(name)
-        if name.endswith(".position_ids"):
-            dropped.append(name)
-        elif name in _PLAIN:
+        if name in _PLAIN:
             ours[_PLAIN[name]] = tensor
         elif name in _TRANSPOSED and len(tensor.shape) == 2:
             ours[_TRANSPOSED[name]] = transpose(tensor)
@@ -67,10 +65,11 @@ def from_huggingface(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
             ours[f"{_TOWERS[layer[1]]}.resblocks.{layer[2]}.{_BLOCK[layer[3]]}.{layer[4]}"] = tensor
         else:
             unknown.append(name)
-    _refuse(unknown, "have no place in open_clip's CLIP")
+    if unknown:
+        return ours, sorted(unknown)
     _refuse([name for name, parts in fused.items() if not _fit(parts)], "cannot be made of their q, k and v")
     ours |= {name: concatenate([parts[letter] for letter in "qkv"]) for name, parts in fused.items()}
-    return ours, dropped
+    return ours, []
 
 
 def to_huggingface(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,24 +2,22 @@
 
 | layout        | names                                                                     |
 |---------------|---------------------------------------------------------------------------|
-| `open_clip`   | as they are; `module.` in training checkpoints, `_orig_mod.` when compiled |
+| `open_clip`   | as they are; words of wrappers are taken off before, see `sets.py`         |
 | `openai`      | the same, and `input_resolution`, `context_length`, `vocab_size`          |
 | `model-soups` | `[module.]model.…` and `classification_head.…`                            |
 | `wise-ft`     | `image_encoder.model.…` and `classification_head.…` (patching, FLYP too)   |
 | `task-vectors`| `model.…` (and TALL, TSV, Iso, LiNeS)                                     |
 | `head`        | `weight` and `bias` alone: a file of its own for a classification head    |
 | `huggingface` | CLIPModel's, see `huggingface.py`                                         |
+| `transformers`| of a model that has no place in open_clip's CLIP: names stay as they are   |
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from clipmerge.checkpoint.huggingface import from_huggingface
+from clipmerge.checkpoint.sets import WeightSet
 from clipmerge.checkpoint.tensors import Tensor
-from clipmerge.errors import MismatchError
-
-WRAPPERS = ("module", "_orig_mod", "image_encoder", "model")
-"""First words that only say what wrapped the model."""
 
 _HUGGING_FACE = ("text_model.e", "vision_model.e")
 _OPENAI = frozenset({"input_resolution", "context_length", "vocab_size"})
@@ -29,47 +27,50 @@ _MASKS = frozenset({"attn_mask", "text.attn_mask"})
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """Tensors under open_clip's names, the layout they came in, and the names that were left out."""
+    """Tensors under open_clip's names, the layout they came in, and the names that were left out.
+
+    `without_place` are the names for which open_clip has no place: the reason why all kept their own names.
+    """
 
     tensors: dict[str, Tensor]
     layout: str
     dropped: tuple[str, ...] = ()
+    without_place: tuple[str, ...] = ()
 
 
-def to_open_clip(tensors: Mapping[str, Tensor]) -> Named:
-    """Return the tensors under open_clip's names, sorted.
+def to_open_clip(weights: WeightSet) -> Named:
+    """Return the tensors under open_clip's names, sorted; under their own where some of them have no place there.
 
     Raises:
-        MismatchError: two names become one, or a name of Hugging Face's has no place in open_clip's model.
+        MismatchError: one of Hugging Face's q, k and v is missing or different.
     """
-    if 0 < len(tensors) <= 2 and tensors.keys() <= {"weight", "bias"} and "weight" in tensors:
-        return Named({f"classification_head.{name}": t for name, t in sorted(tensors.items())}, "head")
-    bare, seen = _unwrapped(tensors)
+    bare = weights.tensors
+    if 0 < len(bare) <= 2 and bare.keys() <= {"weight", "bias"} and "weight" in bare:
+        return Named({f"classification_head.{name}": t for name, t in sorted(bare.items())}, "head")
     if any(name.startswith(_HUGGING_FACE) for name in bare):
-        renamed, dropped = from_huggingface(bare)
-        return Named(dict(sorted(renamed.items())), "huggingface", tuple(sorted(dropped)))
+        return _from_huggingface(weights)
     dropped = sorted(bare.keys() & (_OPENAI | _MASKS))
     ours = {name: bare[name] for name in sorted(bare) if name not in dropped}
-    return Named(ours, _layout(ours, seen, dropped), tuple(dropped))
+    return Named(ours, _layout(ours, weights.words, dropped), (*dropped, *sorted(weights.dropped)))
 
 
-def _unwrapped(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
-    """Names without their wrappers' words, and which words there were."""
-    unwrapped: dict[str, Tensor] = {}
-    origin: dict[str, str] = {}
-    seen: set[str] = set()
-    for name, tensor in tensors.items():
-        words = name.split(".")
-        while len(words) > 1 and words[0] in WRAPPERS:
-            seen.add(words.pop(0))
-        bare = ".".join(words)
-        if bare in unwrapped:
-            raise MismatchError(
-                f"{origin[bare][:120]!r} and {name[:120]!r} both stand for {bare[:120]!r}",
-                hint="the file holds two models (an averaged copy?); save the one you want alone",
-            )
-        unwrapped[bare], origin[bare] = tensor, name
-    return unwrapped, seen
+def _from_huggingface(weights: WeightSet) -> Named:
+    """Translate names; where one of them has no place, all stay as their author's library has them.
+
+    A merge needs equal names, not open_clip's: only scoring and finetuning build a model.
+    """
+    bare, masks = weights.tensors, [name for name in weights.tensors if name.endswith(".position_ids")]
+    dropped = tuple(sorted([*masks, *weights.dropped]))
+    learned = {name: tensor for name, tensor in bare.items() if name not in masks}
+    renamed, unknown = from_huggingface(learned)
+    if not unknown:
+        return Named(dict(sorted(renamed.items())), "huggingface", dropped)
+    own = {
+        name: weights.wrapped[name]
+        for name in sorted(weights.wrapped)
+        if name.rpartition(".")[2] != "position_ids"
+    }
+    return Named(own, "transformers", dropped, tuple(unknown))
 
 
 def _layout(names: Iterable[str], seen: set[str], dropped: list[str]) -> str:

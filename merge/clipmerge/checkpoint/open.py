@@ -10,11 +10,15 @@ from clipmerge.checkpoint import safetensors
 from clipmerge.checkpoint.configs import model_beside
 from clipmerge.checkpoint.index import SUFFIX, read_index
 from clipmerge.checkpoint.layouts import to_open_clip
+from clipmerge.checkpoint.other_kinds import refuse_other_kinds
+from clipmerge.checkpoint.sets import choose_set
 from clipmerge.checkpoint.tensors import Checkpoint, Tensor, identifiers
 from clipmerge.errors import CheckpointError
 from clipmerge.text import and_more
 
 LOCAL = "local-dir:"
+Groups = Mapping[str, Mapping[str, Tensor]]
+"""Tensors by name, by the key under which a file holds them."""
 PREFERRED = (
     "open_clip_model.safetensors",
     "open_clip_model.safetensors.index.json",
@@ -28,7 +32,9 @@ PREFERRED = (
 )
 """open_clip's own names first: its folders on the Hub often carry a Hugging Face copy too."""
 
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", SUFFIX)
+_LONG_SUFFIXES = (SUFFIX, ".pth.tar", ".pt.tar")
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", *_LONG_SUFFIXES)
+"""What a file that holds weights is called: only in folders is a file known by its name alone."""
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -36,25 +42,30 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
     Args:
         path: a file of any layout, an index of shards, a folder that holds one checkpoint, `local-dir:FOLDER`,
-            `hf-hub:org/name`, or open_clip's `model:tag`.
+            `hf-hub:org/name`, or open_clip's `model:tag`. Behind it, `#ema`, `#raw` or the file's own key chooses one
+            of several sets of weights.
 
     Returns:
         The checkpoint. What a reader understood besides stands in `extra`: "model" (the record of a configuration
         beside the weights), "saved" (epoch, name … of a training checkpoint), "class" (of a pickled module), "dropped"
-        (names left out), "reference" (`hf-hub:…` or `model:tag`, where the file was fetched by one).
+        (names left out), "without_place" (names for which open_clip has none, so that all kept their own), "set" (which
+        of several sets of weights was chosen), "reference" (`hf-hub:…` or `model:tag`, where it was fetched by one).
 
     Raises:
         CheckpointError: there is nothing to read there, or it breaks its format's rules.
         UnsafeFileError: reading it would need code to run; says which.
-        MismatchError: its names have no place in open_clip's model.
+        MismatchError: two of its names become one, or what open_clip keeps in one tensor is incomplete.
     """
-    file = Path(str(path).removeprefix(LOCAL))
-    stem = file.name.partition(".")[0] if file.name.endswith(SUFFIX) else file.stem
+    text, choice = str(path).removeprefix(LOCAL), None
+    if "#" in text and not os.path.exists(text):  # noqa: PTH110 (unlike Path.exists, it answers for any text)
+        text, _, choice = text.rpartition("#")
+    file = Path(text)
+    stem = file.name.partition(".")[0] if file.name.endswith(_LONG_SUFFIXES) else file.stem
     extra: dict[str, Any] = {}
-    if not os.path.exists(file):  # noqa: PTH110 (unlike Path.exists, it answers for any text)
+    if not os.path.exists(file):  # noqa: PTH110
         from clipmerge.checkpoint import hub
 
-        if not hub.is_reference(str(path)):
+        if not hub.is_reference(text):
             if not any(mark in file.name for mark in "*?["):
                 raise CheckpointError(f"{file} does not exist", hint="check the path")
             beside = file.parent.iterdir() if file.parent.is_dir() else ()
@@ -62,14 +73,20 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
                 hint = "leave out the quotes, so that the shell puts the files in its place"
                 raise CheckpointError(f"{file} is a pattern, not a file", hint=hint)
             raise CheckpointError(f"no file matches {file}", hint="check the path")
-        file, stem, extra = hub.download(str(path))
-        extra["reference"] = str(path)
+        file, stem, extra = hub.download(text)
+        extra["reference"] = text
     place = file
     if file.is_dir():
         file, stem = checkpoint_in(file), file.resolve().name
-    metadata, tensors, saved = _read(file)
-    named = to_open_clip(tensors)
+    metadata, groups, saved = _read(file)
+    chosen = choose_set(str(file), groups, choice)
+    refuse_other_kinds(file, chosen.tensors, saved.get("saved", {}))
+    named = to_open_clip(chosen)
     extra |= saved
+    if choice is not None:
+        extra["set"], stem = choice, f"{stem}_{choice}"
+    if named.without_place:
+        extra["without_place"] = named.without_place
     if file.name in PREFERRED and (record := model_beside(file)) is not None:
         extra["model"] = record  # a folder of the Hub's kind says what its model is
     if named.dropped:
@@ -77,20 +94,25 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(identifiers([stem])[0], named.tensors, metadata, named.layout, place, extra)
 
 
-def _read(
-    path: Path, *, is_shard: bool = False
-) -> tuple[Mapping[str, str], Mapping[str, Tensor], dict[str, Any]]:
-    """Metadata, tensors under the file's own names, and what else a torch file holds."""
+def _read(path: Path, *, is_shard: bool = False) -> tuple[Mapping[str, str], Groups, dict[str, Any]]:
+    """Metadata, tensors under the file's own names by the key that held them, and what else a torch file holds."""
     head = _head(path)
     if safetensors.looks_like(head):
-        return *safetensors.read_header(path), {}
+        metadata, tensors = safetensors.read_header(path)
+        return metadata, {"": tensors}, {}
     if head.lstrip()[:1] == b"{" and not is_shard:
-        return *read_index(path, lambda shard: _read(shard, is_shard=True)[:2]), {}
+        metadata, tensors = read_index(path, _read_shard)
+        return metadata, {"": tensors}, {}
     from clipmerge.checkpoint import torch_file
 
     if torch_file.looks_like(head):
         return {}, *torch_file.read_torch(path)
     raise _unknown(path, head)
+
+
+def _read_shard(path: Path) -> tuple[Mapping[str, str], Mapping[str, Tensor]]:
+    metadata, groups, _ = _read(path, is_shard=True)
+    return metadata, next(iter(groups.values()))
 
 
 def checkpoint_in(folder: Path) -> Path:
@@ -106,7 +128,7 @@ def checkpoint_in(folder: Path) -> Path:
     for name in PREFERRED:
         if name in names:
             return folder / name
-    files = [name for name in names if name.endswith(_SUFFIXES) and not name.startswith(".")]
+    files = [name for name in names if name.endswith(SUFFIXES) and not name.startswith(".")]
     indexes = [name for name in files if name.endswith(SUFFIX)]
     if len(indexes) == 1:
         return folder / indexes[0]

@@ -1,4 +1,4 @@
-"""From what a pickle holds to one flat mapping of names: state dicts, training checkpoints, whole modules."""
+"""From what a pickle holds to flat mappings of names: state dicts, training checkpoints, whole modules."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -12,6 +12,10 @@ from clipmerge.checkpoint.zip_file import Archive
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "params")
 """Keys under which training scripts keep the weights, in the order they are tried."""
 MAX_MODULES, MAX_TENSORS, MAX_DEPTH, MAX_NAME, MAX_CODE = 100_000, 100_000, 64, 1024, 8 << 20
+MAX_NESTED = 2
+"""Dicts around the dict that holds the weights, beside the outermost."""
+_OPTIMISER = re.compile(r"optim|scheduler|scaler|rng|random", re.IGNORECASE)
+"""Keys beside the weights under which a training state is kept."""
 _CLASS = re.compile(r"^class (\w{1,200})\(Module\):$", re.MULTILINE)
 _STATE = re.compile(r"^  __(?:parameters|buffers)__ = \[([^\]\n]*)\]$", re.MULTILINE)
 
@@ -38,36 +42,73 @@ def script_members(archive: Archive, folder: str) -> dict[str, frozenset[str]]:
     return members
 
 
-def find_state_dict(
+def find_state_dicts(
     root: Any, members: Mapping[str, frozenset[str]] | None = None
-) -> tuple[dict[str, AnyTensor], dict[str, Any]]:
+) -> tuple[dict[str, dict[str, AnyTensor]], dict[str, Any]]:
     """Find the weights in an unpickled object.
 
     Args:
         members: of a TorchScript archive, see `script_members`.
 
     Returns:
-        Tensors by name; and the "class" of a module, and what was "saved" beside the weights.
+        Tensors by name, by the key under which they were saved ("" where there is none), those that training scripts
+        call the model's first; and the "class" of a module, and what was "saved" beside the weights.
     """
     if isinstance(root, Stub):
-        walk = _module_tensors(root, members)
-        tensors = dict(islice(walk, MAX_TENSORS))
-        if next(walk, None):
-            raise Malformed(f"its modules hold more than {MAX_TENSORS} tensors")
+        tensors = _of_module(root, members)
         if not tensors:
             raise Malformed(f"it holds a {root.path[:200]!r} without tensors, not weights")
-        return tensors, {"class": root.path}
+        return {"": tensors}, {"class": root.path}
     if not isinstance(root, dict):
         raise Malformed(f"it holds a {type(root).__name__}, not weights")
-    for name in WRAPPERS:
-        inner = root.get(name)
-        if _is_module(inner) or (isinstance(inner, dict) and any(_is_tensor(v) for v in inner.values())):
-            tensors, extra = find_state_dict(inner)
-            return tensors, {**extra, "saved": _plain(root)}
-    tensors = {_name("", name): value for name, value in root.items() if _is_tensor(value)}
-    if not tensors:
+    nested = dict(_nested(root))
+    direct = {_name("", name): value for name, value in root.items() if _is_tensor(value)}
+    known = {key: nested.pop(key) for key in sorted(nested, key=_rank) if _rank(key) < len(WRAPPERS)}
+    groups = known | ({"": direct} if direct else {}) | nested
+    if not groups:
+        if "param_groups" in root or any(isinstance(n, str) and n.startswith("optim") for n in root):
+            raise Malformed("it holds an optimiser's state, not weights")
         raise Malformed("it holds a dict without tensors, not weights")
-    return tensors, {}
+    first = next(iter(groups))
+    owner = root.get(first.partition(".")[0])
+    extra = {"class": owner.path} if isinstance(owner, Stub) else {}
+    return groups, extra | ({"saved": _plain(root)} if first else {})
+
+
+def _rank(key: str) -> int:
+    first = key.partition(".")[0]
+    return WRAPPERS.index(first) if first in WRAPPERS else len(WRAPPERS)
+
+
+def _nested(root: dict[Any, Any]) -> Iterator[tuple[str, dict[str, AnyTensor]]]:
+    """Every module, and every dict that holds tensors by name, inside dicts; optimisers' states are not entered."""
+    waiting, seen = [("", root, 0)], 0
+    for prefix, inside, depth in waiting:
+        for name, value in inside.items():
+            if not isinstance(name, str) or _OPTIMISER.search(name):
+                continue
+            seen += 1 + (len(value) if isinstance(value, dict) else 0)
+            if seen > MAX_TENSORS:
+                raise Malformed(f"its dicts hold more than {MAX_TENSORS} entries")
+            if _is_module(value):
+                tensors = _of_module(value, None)
+                seen += len(tensors)
+                yield _name(prefix, name), tensors
+            elif isinstance(value, dict):
+                tensors = {_name("", n): v for n, v in value.items() if isinstance(n, str) and _is_tensor(v)}
+                if tensors:
+                    seen += len(tensors)
+                    yield _name(prefix, name), tensors
+                elif depth < MAX_NESTED:
+                    waiting.append((_name(prefix, name), value, depth + 1))
+
+
+def _of_module(root: Stub, members: Mapping[str, frozenset[str]] | None) -> dict[str, AnyTensor]:
+    walk = _module_tensors(root, members)
+    tensors = dict(islice(walk, MAX_TENSORS))
+    if next(walk, None):
+        raise Malformed(f"its modules hold more than {MAX_TENSORS} tensors")
+    return tensors
 
 
 def _module_tensors(

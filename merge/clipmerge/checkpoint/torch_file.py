@@ -18,7 +18,7 @@ import numpy as np
 
 from clipmerge.checkpoint import zip_file
 from clipmerge.checkpoint.safetensors import check_shape
-from clipmerge.checkpoint.state_dict import AnyTensor, find_state_dict, script_members
+from clipmerge.checkpoint.state_dict import AnyTensor, find_state_dicts, script_members
 from clipmerge.checkpoint.tensors import Extent, Tensor
 from clipmerge.checkpoint.torch_calls import RawTensor, Storage, Unreadable, call, persistent
 from clipmerge.checkpoint.unpickler import Budget, Malformed, Unpickler, Unsafe, Window
@@ -43,8 +43,11 @@ def looks_like(head: bytes) -> bool:
     return zip_file.looks_like(head) or head[:1] == b"\x80" or head[:1] in (b"c", b"(", b"}", b"]")
 
 
-def read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the tensors of a file by the names its state dict gives them, and the plain values beside them.
+def read_torch(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Read the tensors of a file by the names its state dicts give them, and the plain values beside them.
+
+    Returns:
+        Each state dict by its key, the main one first (see `find_state_dicts`); and what was saved beside it.
 
     Raises:
         UnsafeFileError: the pickle calls something that is not on the list; names it.
@@ -52,8 +55,15 @@ def read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with path.open("rb") as file:
-            tensors, extra, locate = _read(path, file)
-            return {name: _tensor(path, name, raw, locate) for name, raw in tensors.items()}, extra
+            groups, extra, locate = _read(path, file)
+            read: dict[str, dict[str, Tensor]] = {}
+            for key, tensors in groups.items():
+                try:
+                    read[key] = {name: _tensor(path, name, raw, locate) for name, raw in tensors.items()}
+                except (CheckpointError, Malformed):
+                    if not read:  # of what stands beside the weights, only what can be read is offered
+                        raise
+            return read, extra
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except Unsafe as error:
@@ -69,11 +79,11 @@ def read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from error
 
 
-def _read(path: Path, file: BinaryIO) -> tuple[dict[str, AnyTensor], dict[str, Any], Locate]:
+def _read(path: Path, file: BinaryIO) -> tuple[dict[str, dict[str, AnyTensor]], dict[str, Any], Locate]:
     if not zip_file.looks_like(file.read(8)):
         end = file.seek(0, 2)
         root, locate = _read_pickles(Window(file, path, 0, end, Budget(end)))
-        return *find_state_dict(root), locate
+        return *find_state_dicts(root), locate
     archive = zip_file.Archive(path, file)
     roots = [name for name in archive.entries if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(roots) != 1:
@@ -86,7 +96,7 @@ def _read(path: Path, file: BinaryIO) -> tuple[dict[str, AnyTensor], dict[str, A
     root, _ = _read_pickles(_in_memory(data, Budget(len(data))), nesting=1)
     is_script = any(name.startswith(f"{folder}/code/") for name in archive.entries)
     members = script_members(archive, folder) if is_script else None
-    return *find_state_dict(root, members), cache(lambda key: archive.locate(f"{folder}/data/{key}"))
+    return *find_state_dicts(root, members), cache(lambda key: archive.locate(f"{folder}/data/{key}"))
 
 
 def _read_pickles(window: Window, nesting: int = 0) -> tuple[Any, Locate]:

@@ -131,7 +131,8 @@ def _cache_path(checkpoint: Checkpoint) -> Path | None:
         return None
     stamps = sorted(checkpoint.stamps_now().values())
     names = sorted((name, tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items())
-    key = blake3(repr((stamps, names)).encode(errors="replace")).hexdigest()[:32]
+    chosen = checkpoint.extra.get("set", "")  # one file may hold two sets of the same names
+    key = blake3((repr((stamps, names)) + chosen).encode(errors="replace")).hexdigest()[:32]
     return cache_dir() / "digests" / key
 
 

@@ -67,6 +67,8 @@ def file_metadata(
     for checkpoint, name in identifiers_of(weights).items():
         # The file's own name, never its folders; of a published checkpoint what it was asked for by.
         file = checkpoint.extra.get("reference", checkpoint.path and checkpoint.path.name)
+        if "set" in checkpoint.extra:
+            file = f"{file}#{checkpoint.extra['set']}"
         digest, made = digests and digests[checkpoint], history(read_record(checkpoint.metadata))
         parents[name] = Parent(name, file, digest or None, made).to_json()
     record: dict[str, Any] = {

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from clipmerge.checkpoint.open import open_checkpoint
+from clipmerge.checkpoint.open import SUFFIXES, open_checkpoint
 from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import Checkpoint, Tensor
 from clipmerge.dtypes import ITEMSIZE
@@ -24,9 +24,6 @@ from clipmerge.weights.provenance import Parent, is_original, parents_of
 from clipmerge.weights.record import read_record
 from clipmerge.weights.run import execute
 from clipmerge.weights.weights import Weights, as_checkpoint, load
-
-SUFFIXES = (".safetensors", ".safetensors.index.json", ".pt", ".pth", ".bin")
-"""What a parent's file may end in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,19 +110,21 @@ def _find(
     if checkpoint.path is not None:
         folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
         candidates.update(dict.fromkeys(sorted(p for p in folder.iterdir() if p.is_file())))
-    names = {parent.file for parent in recorded}
+    names = {(parent.file or "").partition("#")[0] for parent in recorded}
+    choices = {"", *("#" + p.file.rpartition("#")[2] for p in recorded if p.file and "#" in p.file)}
     shapes = {(name, tensor.shape) for name, tensor in checkpoint.tensors.items()}
     files: dict[str, Path] = {}
     for file in sorted(candidates, key=lambda file: file.name not in names):
         if len(files) == len(recorded):  # every parent is found: nothing more is read
             break
-        with suppress(ClipmergeError, OSError):
-            other = open_checkpoint(file) if file.name.endswith(SUFFIXES) else None
-            # A parent may lack a tower that another has, or have one that a task vector leaves out.
-            theirs = {(name, tensor.shape) for name, tensor in other.tensors.items()} if other else set()
-            if other and (theirs <= shapes or shapes <= theirs):
-                digest = content_digest(other, on_progress)
-                files = {**{p.name: file for p in recorded if p.digest == digest}, **files}
+        for path in (Path(f"{file}{choice}") for choice in sorted(choices) if file.name.endswith(SUFFIXES)):
+            with suppress(ClipmergeError, OSError):
+                other = open_checkpoint(path)
+                # A parent may lack a tower that another has, or have one that a task vector leaves out.
+                theirs = {(name, tensor.shape) for name, tensor in other.tensors.items()}
+                if theirs <= shapes or shapes <= theirs:
+                    digest = content_digest(other, on_progress)
+                    files = {**{p.name: path for p in recorded if p.digest == digest}, **files}
     return files
 
 

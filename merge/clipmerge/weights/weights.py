@@ -255,7 +255,8 @@ def _named(checkpoint: Checkpoint, name: str) -> Weights:
     if checkpoint.name != name:
         checkpoint = replace(checkpoint, name=name)
     if checkpoint.stamps:
-        checkpoint = _opened.setdefault((name, *checkpoint.stamps.values()), checkpoint)
+        key = (name, checkpoint.extra.get("set"), *checkpoint.stamps.values())
+        checkpoint = _opened.setdefault(key, checkpoint)
     return Weights.of(checkpoint)
 
 

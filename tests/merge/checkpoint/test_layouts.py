@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from clipmerge.checkpoint.huggingface import from_huggingface, to_huggingface
-from clipmerge.checkpoint.layouts import to_open_clip
 from clipmerge.checkpoint.open import open_checkpoint
 from clipmerge.errors import MismatchError
 
@@ -203,12 +202,16 @@ def test_the_image_tower_of_hugging_face_alone(small: StateDict, tmp_path: Path,
     assert_same(open_checkpoint(tmp_path / "model.safetensors"), expected)
 
 
-def test_hugging_face_names_that_have_no_place_are_refused(small: StateDict, tmp_path: Path) -> None:
+def test_hugging_face_names_that_have_no_place_stay_as_they_are(
+    small: StateDict, tmp_path: Path, assert_same: Same
+) -> None:
     named = to_hugging_names(small)
     named["text_model.head.weight"] = torch.ones(2)
     save_file(named, tmp_path / "model.safetensors")
-    with pytest.raises(MismatchError, match=r"1 tensors have no place in open_clip's CLIP: 'text_model.head"):
-        open_checkpoint(tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path / "model.safetensors")
+    assert_same(checkpoint, named)
+    assert checkpoint.layout == "transformers"
+    assert checkpoint.extra["without_place"] == ("text_model.head.weight",)
 
 
 def test_q_without_v_is_refused(small: StateDict, tmp_path: Path) -> None:
@@ -225,15 +228,9 @@ def test_a_head_has_no_place_in_hugging_face(small: StateDict, tmp_path: Path) -
         to_huggingface(open_checkpoint(tmp_path / "a.safetensors").tensors)
 
 
-def test_two_models_in_one_file_are_refused(tmp_path: Path) -> None:
-    torch.save({"model.a.weight": torch.ones(1), "module.a.weight": torch.ones(1)}, tmp_path / "a.pt")
-    with pytest.raises(MismatchError, match=r"both stand for 'a\.weight'"):
-        open_checkpoint(tmp_path / "a.pt")
-
-
 def test_names_that_are_open_clips_are_left_alone(tmp_path: Path) -> None:
     names = ["visual.trunk.blocks.0.norm1.weight", "text.transformer.resblocks.0.ln_1.weight", "logit_bias"]
     save_file({name: torch.ones(1) for name in names}, tmp_path / "a.safetensors")
-    tensors = open_checkpoint(tmp_path / "a.safetensors").tensors
-    assert sorted(tensors) == sorted(names)
-    assert to_open_clip(tensors).layout == "open_clip"
+    checkpoint = open_checkpoint(tmp_path / "a.safetensors")
+    assert sorted(checkpoint.tensors) == sorted(names)
+    assert checkpoint.layout == "open_clip"

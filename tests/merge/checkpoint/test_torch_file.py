@@ -87,7 +87,7 @@ def test_every_kind_of_tensor_in_every_container(
 
 def test_tensors_stay_on_disk(tmp_path: Path) -> None:
     torch.save(every_kind(), tmp_path / "a.pt")
-    for tensor in read_torch(tmp_path / "a.pt")[0].values():
+    for tensor in read_torch(tmp_path / "a.pt")[0][""].values():
         assert all(isinstance(extent.source, Path) for extent in tensor.extents)
 
 
@@ -298,7 +298,7 @@ def test_one_state_dict_is_the_same_bytes_through_every_container(state: Any, tm
     reference = Checkpoint("a", expected)
     for container in CONTAINERS.values():
         container(state, tmp_path / "b")
-        found = Checkpoint("b", read_torch(tmp_path / "b")[0])
+        found = Checkpoint("b", read_torch(tmp_path / "b")[0][""])
         assert found.tensors.keys() == expected.keys()
         for name, tensor in expected.items():
             assert (found.tensors[name].dtype, found.tensors[name].shape) == (tensor.dtype, tensor.shape)
