@@ -123,6 +123,8 @@ class Images:
 
         options = {"classnames": self.classnames, "limit": self.limit, "skip_bad": self.skip_bad, **changes}
         split = open_split(data, role=role, **options)
+        for remark in split.remarks:
+            show.say(f"{split.source}: {remark}", quiet=talk.quiet or not show.is_first())
         if split.skipped:
             skipped = f"left out {len(split.skipped)} ({and_more(split.skipped, 1)})"
             text = f"{split.source}: {skipped}; {len(split)} images are used"

@@ -1,9 +1,16 @@
-"""Words that messages share: suggestions for a mistyped name, and lists that are cut."""
+"""Words that messages share: suggestions for a mistyped name, lists that are cut, and the order of names."""
 
+import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
-__all__ = ["and_more", "did_you_mean", "nearest"]
+__all__ = ["and_more", "did_you_mean", "natural", "nearest"]
+
+
+def natural(text: str) -> tuple[list[str | int], str]:
+    """Return a key that sorts the numbers in texts as numbers: "class_2" comes before "class_10"."""
+    parts = re.split(r"([0-9]+)", text)
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], text
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

@@ -2,8 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,63 +13,116 @@ from clipmerge.data.prompts import read_list
 from clipmerge.data.raw_split import RawSplit
 from clipmerge.data.split import Split
 from clipmerge.errors import DataError
-from clipmerge.text import did_you_mean
+from clipmerge.text import and_more, did_you_mean, natural
+from clipmerge.types import Ints
 
-__all__ = ["Names", "imagenet_names", "names_from", "plain_name", "settle_classes"]
+__all__ = ["Names", "class_words", "imagenet_names", "names_from", "plain_name", "settle_classes"]
 
 Names = str | Path | Sequence[str] | Mapping[str, str | Sequence[str]]
 """A file, "imagenet", names in the order of labels, or the data's words (or numbers) → one name or several."""
 
 _WORDNET = re.compile(r"n\d{8}")
+_NUMBER = re.compile(r"(-?[0-9]+)(\.0*)?")
+"""A label that is a number: pandas writes 3.0 where a column has gaps."""
+
+_ORDINAL = re.compile(r"[0-9]+[\s._-]+(?=[^\W\d_])")
+_CAMEL = re.compile(r"[A-Z]?[a-z]{2,}(?:[A-Z][a-z]+)+")
+_TABLE = 'say which is which in a JSON object: --classnames with {"%s": "a name", …}'
 
 
-def settle_classes(split: Split, raw: RawSplit, classnames: Names | None) -> tuple[Split, list[str]]:
-    """Find the class names of a source, and turn the labels of the items in `split` into indices.
+def class_words(names: Sequence[str]) -> tuple[str, ...]:
+    """Turn the class names of a data set into words for prompts, by one rule for every source.
 
-    Labels that are numbers are indices. Labels that are words are matched with the names given (blind to
-    case, `_` and `-`), or stand for them in sorted order where none matches and there are as many of both.
+    Underscores are spaces. Where every class has one, a number in front is left out ("001.Laysan_Albatross",
+    "3 - three"), and where no name has a space, AnnualCrop is "Annual Crop". Nothing else changes, and nothing at all
+    where two classes would get the same name. Names that the user gives are taken as they are.
+    """
+    words = [" ".join(name.replace("_", " ").split()) for name in names]
+    if len(words) > 1 and all(_ORDINAL.match(word) for word in words):
+        words = [_ORDINAL.sub("", word, count=1) for word in words]
+    if not any(" " in word for word in words):
+        words = [re.sub(r"(?<=[a-z])(?=[A-Z])", " ", w) if _CAMEL.fullmatch(w) else w for w in words]
+    return tuple(words) if len(set(words)) == len(set(names)) else tuple(names)
+
+
+@dataclass
+class _Classes:
+    """The classes of a source.
+
+    Attributes:
+        index: label as the source writes it → index into `names`.
+        counts_as: index → index that it counts as, where the two may differ.
+        empty: classes that should have images and have none.
+    """
+
+    names: tuple[str, ...]
+    index: Mapping[str, int]
+    counts_as: Mapping[int, int] = field(default_factory=dict)
+    empty: Sequence[str] = ()
+    remarks: Sequence[str] = ()
+
+
+def settle_classes(
+    split: Split, raw: RawSplit, classnames: Names | None, items: Ints
+) -> tuple[Split, list[str]]:
+    """Find the class names of a source, and turn the labels of `items`, those in `split`, into indices.
+
+    Labels that are numbers are indices, from 0. Labels that are words are matched with the names given (blind to case
+    and to what `class_words` changes); where none matches and there are as many of both, they are taken in order, if
+    there is one order only.
 
     Returns:
         The split, with label -1 where an item cannot be used; and what cannot be used, "item: reason" each.
+
+    Raises:
+        DataError: labels start at 1, or names and words could be paired in two ways.
     """
     if raw.labels is None:
         return split, list(raw.unusable)
-    user_names = None if classnames is None else names_from(classnames)
-    labels, known = [str(raw.labels[i]) for i in split.index.tolist()], set(map(str, raw.labels))
-    numbered = all(label.removeprefix("-").isdecimal() for label in known)
-    words = () if numbered else raw.classes or tuple(sorted({*known, *raw.empty}))
-    empty = list(raw.empty)
-    problems, counts_as = list(raw.unusable), dict[int, int]()
-    names: tuple[str, ...]
-    if isinstance(user_names, Mapping):
-        words = tuple(dict.fromkeys([*words, *sorted(set(labels))]))
-        names, index, counts_as = _by_table(user_names, known)
+    every = [str(label) for label in raw.labels]
+    known, given = set(every), None if classnames is None else names_from(classnames)
+    numbers = {label: int(match[1]) for label in known if (match := _NUMBER.fullmatch(label))}
+    numbered = 2 * sum(label in numbers for label in every) > len(every)
+    if isinstance(given, Mapping):
+        classes = _by_table(given, numbers if numbered else {}, known)
     elif numbered:
-        declared = raw.classes if user_names is None else None
-        names = user_names or declared or tuple(map(str, range(max(map(int, labels), default=-1) + 1)))
-        index = {label: int(label) for label in known if 0 <= int(label) < len(names)}
+        classes = _by_number(split.source, numbers, given, raw.classes)
+    else:
+        classes = _by_word(split.source, {*known, *raw.empty}, known, given, raw.classes)
+    index, names = classes.index, classes.names
+    labels, problems = [every[i] for i in items.tolist()], list(raw.unusable)
+    if numbered and not isinstance(given, Mapping):
+        last = len(names) - 1
         problems += [
-            f"{name}: label {label} is not in 0 … {len(names) - 1}"
+            f"{name}: label {label} is not in 0 … {last}"
+            if label in numbers
+            else f"{name}: label {label!r} is not a number, as others are"
             for name, label in zip(split.names, labels, strict=True)
             if label not in index
         ]
-        if declared is not None:
-            empty += [name for i, name in enumerate(names) if str(i) not in known]
-    elif user_names is not None:
-        names, index = user_names, _by_name(words, user_names)
-    elif all(_WORDNET.fullmatch(word) for word in words):
-        names, index = _by_wordnet(words)
     else:
-        names, index = tuple(w.replace("_", " ") for w in words), {w: i for i, w in enumerate(words)}
-    called = dict(enumerate(raw.classes or ())) if numbered else {i: word for word, i in index.items()}
-    for word in words:
-        if word not in index:
+        for word in sorted(known - index.keys(), key=natural):
             guess = did_you_mean(word, names)
             problems.append(f"class {word!r}: not among the class names" + (f" ({guess})" if guess else ""))
-    problems += [f"class {word!r}: no images" for word in empty]
-    subset = np.array(sorted(counts_as or {index[word] for word in known if word in index}), np.int64)
-    target = np.array([counts_as.get(i, i) for i in subset.tolist()], np.int64)
+    problems += [f"class {word!r}: no images" for word in dict.fromkeys([*raw.empty, *classes.empty])]
+    subset = np.array(sorted(classes.counts_as or {index[label] for label in known & index.keys()}), np.int64)
+    called = {i: word for word, i in index.items()}
+    if numbered and not isinstance(given, Mapping):
+        declared = raw.classes or ()
+        called = dict(enumerate(declared)) if len(declared) == len(names) else {}
+        called |= {
+            i: declared[numbers[label]] for label, i in index.items() if numbers[label] < len(declared)
+        }
+    target = np.array([classes.counts_as.get(i, i) for i in subset.tolist()], np.int64)
     merged = not np.array_equal(target, subset)
+    remarks = [*split.remarks, *classes.remarks]
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    if twice:
+        remarks.append(f"several classes have one name: {and_more(twice)}")
+    if len(np.unique(target)) == 1:
+        remarks.append(
+            f"its only class is {names[int(target[0])]!r}, so no score can follow: any model is right"
+        )
     return replace(
         split,
         classes=names,
@@ -77,7 +130,8 @@ def settle_classes(split: Split, raw: RawSplit, classnames: Names | None) -> tup
         class_subset=subset if merged or len(subset) < len(names) else None,
         counts_as=target if merged else None,
         words=tuple(called.get(i, "") for i in range(len(names))) if called else (),
-        given=split.given | ({"classes"} if user_names is not None else frozenset()),
+        given=split.given | ({"classes"} if given is not None else frozenset()),
+        remarks=tuple(remarks),
     ), problems
 
 
@@ -92,7 +146,7 @@ def names_from(classnames: Names) -> tuple[str, ...] | Mapping[str, tuple[str, .
     source, listed = "class names", classnames
     if isinstance(classnames, str | Path):
         hint = "give a text file with one name a line, a JSON list or object, or the word imagenet"
-        source, listed = str(classnames), read_list(Path(classnames), "class names", hint)
+        source, listed = str(classnames), read_list(Path(classnames), "class names", hint, by_line=True)
     if isinstance(listed, Mapping):
         return {word: (name,) if isinstance(name, str) else tuple(name) for word, name in listed.items()}
     names = tuple(map(str, listed))  # type: ignore[arg-type]
@@ -125,13 +179,15 @@ def _by_wordnet(ids: Sequence[str]) -> tuple[tuple[str, ...], dict[str, int]]:
     return names, {w: i for i, w in enumerate(ids)}
 
 
-def _by_table(
-    table: Mapping[str, tuple[str, ...]], known: set[str]
-) -> tuple[tuple[str, ...], dict[str, int], dict[int, int]]:
-    """Return a table's names, or ImageNet's full head where all of them are ImageNet's; and words' places.
+def _by_table(table: Mapping[str, tuple[str, ...]], numbers: Mapping[str, int], known: set[str]) -> _Classes:
+    """Return a table's names, or ImageNet's full head where all of them are ImageNet's.
 
-    Also for each class that a word of the data names the class that it counts as: the word's first name.
+    Each class that a word of the data names counts as the word's first name.
     """
+    keys = {int(match[1]): word for word in table if (match := _NUMBER.fullmatch(word))}
+    for label, number in numbers.items():  # "3.0" and "03" are the table's "3"
+        if label not in table and number in keys:
+            table = {**table, label: table[keys[number]]}
     listed = tuple(dict.fromkeys(name for names in table.values() for name in names))
     imagenet = imagenet_names()
     names = imagenet if set(listed) <= set(imagenet) else listed
@@ -146,18 +202,101 @@ def _by_table(
                     f"class name {name!r} is listed for both {other!r} and {word!r}, which count as different classes",
                     hint="words that share a name must share the first of their names",
                 )
-    return names, index, {place[name]: index[word] for name, word in word_of.items()}
+    return _Classes(names, index, {place[name]: index[word] for name, word in word_of.items()})
+
+
+def _by_number(
+    source: str,
+    numbers: Mapping[str, int],
+    given: tuple[str, ...] | None,
+    declared: tuple[str, ...] | None,
+) -> _Classes:
+    """Take labels as indices into the names that are given or that the source declares, else as names themselves."""
+    values = {value for value in numbers.values() if value >= 0}
+    highest, names = max(values, default=-1), given or declared
+    if values and min(values) == 1 and (names is None or highest == len(names)):
+        raise DataError(
+            f"{source}: its labels start at 1 (1 … {highest}), and labels are indices that start at 0",
+            hint="subtract 1 from each label, or " + _TABLE % "1",
+        )
+    remarks = list[str]()
+    if names is not None and values and min(values) == 1:
+        remarks.append(f"no image has label 0 ({names[0]}): do its labels start at 1?")
+    if names is None:
+        names = tuple(map(str, range(highest + 1)))
+        remarks.append(
+            f"its classes have no names but numbers, 0 … {highest}; prompts need words: give --classnames"
+        )
+    index = {label: value for label, value in numbers.items() if 0 <= value < len(names)}
+    if given is not None or declared is None:
+        return _Classes(names, index, remarks=remarks)
+    empty = [name for i, name in enumerate(declared) if i not in values]
+    if all(map(_WORDNET.fullmatch, declared)):
+        names, place = _by_wordnet(declared)
+        index = {label: place[declared[i]] for label, i in index.items() if declared[i] in place}
+    else:
+        names = class_words(declared)
+    return _Classes(names, index, empty=empty, remarks=remarks)
+
+
+def _by_word(
+    source: str,
+    words: Collection[str],
+    known: Collection[str],
+    given: tuple[str, ...] | None,
+    declared: tuple[str, ...] | None,
+) -> _Classes:
+    """Match labels that are words with the names that are given or declared, else make names of them."""
+    ordered = tuple(sorted(words, key=natural))
+    if given is not None and not (given == imagenet_names() and any(map(_WORDNET.fullmatch, words))):
+        index, remarks = _by_name(source, ordered, given)
+        return _Classes(given, index, remarks=remarks)
+    if all(map(_WORDNET.fullmatch, words)):
+        return _Classes(*_by_wordnet(ordered))
+    if given is None and declared is not None:
+        index, remarks = _by_name(source, ordered, declared)
+        used = {index[word] for word in known if word in index}
+        empty = [name for i, name in enumerate(declared) if i not in used]
+        return _Classes(class_words(declared), index, empty=empty, remarks=remarks)
+    return _Classes(class_words(ordered), {word: i for i, word in enumerate(ordered)})
+
+
+def _by_name(source: str, words: Sequence[str], names: tuple[str, ...]) -> tuple[dict[str, int], list[str]]:
+    """Return word → index of the name that it means, and what to remark about it."""
+    exact, plain = {name: i for i, name in enumerate(names)}, _plain(names)
+    places = {same: i for i, same in enumerate(plain) if plain.count(same) == 1}
+    meant = {word: exact.get(word, places.get(same)) for word, same in zip(words, _plain(words), strict=True)}
+    index = {word: i for word, i in meant.items() if i is not None}
+    if index or len(words) != len(names):
+        return index, []
+    if not _one_order(words):
+        raise DataError(
+            f"{source}: none of its classes is called by one of the class names, and their order is not clear: "
+            f"{and_more(words, 3)}",
+            hint=_TABLE % words[0],
+        )
+    pairs = [f"{word} is {name!r}" for word, name in zip(words, names, strict=True)]
+    shown = " … ".join([*pairs[:2], *pairs[2:][-1:]])
+    return {word: i for i, word in enumerate(words)}, [
+        f"class names are taken in the order of the classes: {shown}"
+    ]
 
 
 def plain_name(name: str) -> str:
-    """Return a class name as it is compared: blind to case, and to `_` and `-` for spaces."""
-    return " ".join(re.split(r"[\s_-]+", name.lower().strip(" _-")))
+    """Return a class name as it is compared: blind to case, spaces, `_` and `-`."""
+    return re.sub(r"[\s_-]+", "", name.lower())
 
 
-def _by_name(words: Sequence[str], names: tuple[str, ...]) -> dict[str, int]:
-    """Return word → index of the name that it means."""
-    places = {plain_name(name): i for i, name in enumerate(names)}
-    index = {w: places[plain_name(w)] for w in words if plain_name(w) in places}
-    if not index and len(words) == len(names):
-        return {w: i for i, w in enumerate(sorted(words))}
-    return index
+def _plain(names: Sequence[str]) -> list[str]:
+    return [plain_name(name) for name in class_words(names)]
+
+
+def _one_order(words: Sequence[str]) -> bool:
+    """Whether nobody could order these words differently: by text as by number, or they count from 0 or from 1."""
+    counted = [re.findall(r"[0-9]+", word) for word in words]
+    if len({re.sub(r"[0-9]+", "#", word) for word in words}) == 1 and all(
+        len(found) == 1 for found in counted
+    ):
+        numbers = sorted(int(found[0]) for found in counted)
+        return numbers[0] in (0, 1) and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    return sorted(words) == sorted(words, key=natural)

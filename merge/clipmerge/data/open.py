@@ -54,7 +54,7 @@ def open_split(
     """
     text = str(source)
     place, part, shifts = parse_source(text)
-    raw, index = read(place, part, role or ("train" if holdout is not None else "test"))
+    raw, index, taken = read(place, part, role or ("train" if holdout is not None else "test"))
     names = [raw.names[i] for i in index]
     split = Split(
         source=text,
@@ -62,21 +62,35 @@ def open_split(
         labels=np.full(len(index), -1, np.int64),
         names=_unique(names),
         images=raw.images,
-        index=index,
+        index=index if raw.which is None else np.asarray(raw.which, np.int64)[index],
         groups=None if raw.groups is None else np.asarray(raw.groups, np.int64)[index],
         group_names=raw.group_names,
         captions=None if raw.captions is None else tuple(raw.captions[i] for i in index),
         templates=raw.templates if templates is None else resolve_templates(templates),
         given=frozenset() if templates is None else frozenset({"templates"}),
+        part=taken,
+        remarks=tuple(raw.remarks),
     )
-    split, unusable = settle_classes(split, raw, classnames)
+    split, unusable = settle_classes(split, raw, classnames, index)
     chosen = np.ones(len(split), bool)
     if holdout is not None:
         chosen = held_out(names, fraction_of(holdout)) == (keep == "holdout")
     if raw.labels is not None:
         chosen &= split.labels >= 0
     split = _usable(split.subset(np.flatnonzero(chosen)), unusable, limit, skip_bad, on_progress)
-    return replace(split, shifts=tuple(shifts))
+    return replace(split, shifts=tuple(shifts), remarks=(*split.remarks, *_duplicates(split)))
+
+
+def _duplicates(split: Split) -> list[str]:
+    """Say how many images are there twice, where that is known without reading them again."""
+    pairs = () if split.stored_keys is None else split.duplicates
+    if not pairs:
+        return []
+    other = sum(split.labels[i] != split.labels[first] for i, first in pairs)
+    classes = f", {other} of them with another class" if other else ""
+    images = "1 image has" if len(pairs) == 1 else f"{len(pairs)} images have"
+    first, original = (split.names[i] for i in pairs[0])
+    return [f"{images} the content of another{classes}: {first} is {original}"]
 
 
 def _usable(

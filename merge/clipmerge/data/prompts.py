@@ -97,11 +97,14 @@ def context_templates(contexts: Sequence[str] = CONTEXTS) -> tuple[str, ...]:
     return check_templates(tuple(filled), "contexts")
 
 
-def read_list(path: Path, what: str, hint: str) -> Any:
+def read_list(path: Path, what: str, hint: str, *, by_line: bool = False) -> Any:
     """Return the lines of a text file, or what a JSON file holds.
 
+    Args:
+        by_line: a line's number means something, so that no line between others may be empty.
+
     Raises:
-        DataError: it cannot be read, or begins like JSON and is none.
+        DataError: it cannot be read, begins like JSON and is none, or has an empty line where none may be.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -113,4 +116,9 @@ def read_list(path: Path, what: str, hint: str) -> Any:
             return json.loads(text)
         except json.JSONDecodeError as error:
             raise DataError(f"{path} is not JSON: {error}", hint=hint) from error
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
+    lines = [line.strip() for line in text.rstrip().splitlines()]
+    if by_line and "" in lines:
+        raise DataError(
+            f"{path}: line {lines.index('') + 1} is empty, and a line's place is its label", hint=hint
+        )
+    return tuple(filter(None, lines))

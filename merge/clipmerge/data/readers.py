@@ -2,81 +2,101 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from inspect import signature
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from clipmerge.data.raw_split import Pick, RawSplit, is_part, pick_part
+from clipmerge.data.raw_split import IMAGE_SUFFIXES, Pick, RawSplit, expand, is_part, pick_part
 from clipmerge.data.sampling import name_hash
 from clipmerge.data.stored import FileImages, LoadedImages
 from clipmerge.data.tables import npz, parquet, table
-from clipmerge.data.webdataset import webdataset
+from clipmerge.data.webdataset import SHARD_SUFFIXES, webdataset
 from clipmerge.errors import DataError
-from clipmerge.text import did_you_mean
+from clipmerge.text import and_more, did_you_mean
 from clipmerge.types import Ints
 
 __all__ = ["read"]
 
 Reader = Callable[[str, Pick], RawSplit]
 
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif"}
-)
-"""Files in class folders that count as images."""
-
 BY_SUFFIX: Mapping[str, Reader] = {
     ".csv": table,
     ".tsv": table,
     ".npz": npz,
     ".parquet": parquet,
-    ".tar": webdataset,
+    **dict.fromkeys(SHARD_SUFFIXES, webdataset),
 }
 
 
-def read(place: str, part: str | None, role: str) -> tuple[RawSplit, Ints]:
+def read(place: str, part: str | None, role: str) -> tuple[RawSplit, Ints, str]:
     """Read what a source says of its images, which themselves are not read.
 
     Returns:
-        The source, and which of its items are of the part `part`, or of the one for the role where it is None.
+        The source; which of its items are of the part `part`, or of the one for the role where it is None; and that
+        part's name.
 
     Raises:
         DataError: there is nothing that we know how to read.
     """
 
+    taken = ""
+
     def pick(parts: Sequence[str]) -> str:
-        return pick_part(place, parts, part, role)
+        nonlocal taken
+        taken = pick_part(place, parts, part, role)
+        return taken
 
-    raw = _reader_of(place)(place, pick)
+    reader, remarks = _reader_of(place)
+    raw = reader(place, pick)
+    raw = replace(raw, remarks=[*remarks, *raw.remarks])
     if raw.parts is None:
-        return raw, np.arange(len(raw.names))
-    return raw, np.flatnonzero(np.array(raw.parts) == pick(sorted(set(raw.parts)) or [""]))
+        return raw, np.arange(len(raw.names)), taken
+    return raw, np.flatnonzero(np.array(raw.parts) == pick(sorted(set(raw.parts)) or [""])), taken
 
 
-def _reader_of(place: str) -> Reader:
+def _reader_of(place: str) -> tuple[Reader, list[str]]:
+    """Return what reads a source, and what to remark about that."""
     path = Path(place)
     if place.startswith("torchvision:"):
-        return torchvision
+        return torchvision, []
     if place == "digits" and not path.exists():
-        return digits
+        return digits, []
+    if path.is_dir():
+        return _reader_of_folder(path)
+    paths = expand(place)
+    reader = next((BY_SUFFIX[end] for end in BY_SUFFIX if paths[0].name.lower().endswith(end)), None)
+    if len(paths) > 1 and reader in (webdataset, parquet):
+        return reader, []
     if not path.exists():
         raise DataError(
             f"there are no images at {place}",
             hint="DATA is a folder of class folders, a .csv, .tsv, .npz or .parquet file, "
             "a folder of WebDataset shards, torchvision:NAME:ROOT, or digits",
         )
-    if path.is_dir():
-        suffixes = {
-            entry.suffix for pattern in ("*", "*/*") for entry in path.glob(pattern) if entry.is_file()
-        }
-        return webdataset if ".tar" in suffixes else parquet if ".parquet" in suffixes else folder
-    if path.suffix.lower() not in BY_SUFFIX:
+    if reader is None:
         raise DataError(
             f"{place} is not a file of images that can be read",
             hint=f"such files end in {', '.join(BY_SUFFIX)}; images go in a folder of class folders",
         )
-    return BY_SUFFIX[path.suffix.lower()]
+    return reader, []
+
+
+def _reader_of_folder(root: Path) -> tuple[Reader, list[str]]:
+    """Decide by most of what a folder holds: an archive beside class folders is left alone."""
+    files = [p for pattern in ("*", "*/*") for p in root.glob(pattern) if p.is_file()]
+    for reader, suffixes in ((webdataset, SHARD_SUFFIXES), (parquet, (".parquet",))):
+        shards = [path for path in files if path.name.lower().endswith(suffixes)]
+        images = (p for p in root.glob("*/**/*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        if shards and len(list(islice(images, len(shards) + 1))) <= len(shards):
+            return reader, []
+        if shards:
+            names = and_more(sorted(path.relative_to(root).as_posix() for path in shards), 3)
+            return folder, [f"most of it is images in folders; passed over {names}"]
+    return folder, []
 
 
 def digits(place: str, pick: Pick) -> RawSplit:

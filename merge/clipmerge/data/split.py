@@ -27,6 +27,7 @@ class Split:
 
     Attributes:
         source: the DATA text that it came from.
+        part: the part of the source that was taken ("train", "val", "test" …), "" where it has none.
         classes: every name of the head (ImageNet's 1000 for ImageNet-R); () where images have captions only.
         labels: (n,) indices into `classes`, also where `class_subset` is set; -1 where there is no label.
         names: unique item names that hold no absolute path.
@@ -43,6 +44,7 @@ class Split:
         given: "templates" and "classes", where the user gave them: no checkpoint's own stand in for these.
         skipped: what `skip_bad` left out, "item: reason" each.
         stored_keys: (n, 32) digests of the images as they are stored, where they are known already.
+        remarks: what was decided or noticed on opening that a user should know, a sentence each.
     """
 
     source: str
@@ -62,6 +64,8 @@ class Split:
     given: frozenset[str] = frozenset()
     skipped: tuple[str, ...] = ()
     stored_keys: Bytes | None = None
+    part: str = ""
+    remarks: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -119,6 +123,13 @@ class Split:
         hidden = torch.full_like(logits, -torch.inf)
         return hidden.scatter_reduce_(1, target_columns.expand(len(logits), -1), logits[:, shown], "amax")
 
+    @property
+    def choices(self) -> int:
+        """Count the classes that an answer chooses between; with fewer than two, any model is right."""
+        if self.class_subset is None:
+            return len(self.classes)
+        return len(np.unique(self.class_subset if self.counts_as is None else self.counts_as))
+
     @cached_property
     def _columns(self) -> dict[Any, "Tensor"]:
         return {}
@@ -134,6 +145,16 @@ class Split:
         for shift in self.shifts:
             keys = [shift.key(key, name) for key, name in zip(keys, self.names, strict=True)]
         return np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 32)
+
+    @cached_property
+    def duplicates(self) -> tuple[tuple[int, int], ...]:
+        """List (item, the first item with the same content); an image's further captions are not counted."""
+        first, seen, pairs = dict[bytes, int](), set[int](), list[tuple[int, int]]()
+        for i, (key, stored) in enumerate(zip(self.keys, self.index.tolist(), strict=True)):
+            if stored not in seen and (original := first.setdefault(key.tobytes(), i)) != i:
+                pairs.append((i, original))
+            seen.add(stored)
+        return tuple(pairs)
 
     @cached_property
     def digest(self) -> str:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from clipmerge.data.raw_split import Pick, RawSplit, part_files
 from clipmerge.data.stored import FileImages, Stored, file_stamp
 from clipmerge.errors import DataError, MissingExtraError
+from clipmerge.text import natural
 
 __all__ = ["npz", "parquet", "table"]
 
@@ -49,13 +50,17 @@ def table(place: str, pick: Pick) -> RawSplit:
     if not rows and not unusable:
         raise DataError(f"{place} lists no images", hint=_CSV_HINT)
     groups = {row["group"] for row in rows if "group" in columns}
-    group_names = sorted(groups, key=int if all(group.isdecimal() for group in groups) else None)
+    group_names = sorted(groups, key=natural)
     paths = [row["path"] for row in rows]
+    labels: Sequence[str] | Sequence[int] | None = [row[needed[1]] for row in rows] if label_columns else None
+    classes = None
+    if len(label_columns) == 2:
+        labels, classes = _named(place, rows)
     return RawSplit(
         FileImages([str(Path(place).parent / path) for path in paths]),
         _names(paths),
-        [row[needed[1]] for row in rows] if label_columns else None,
-        _names_by_number(rows) if len(label_columns) == 2 else None,
+        labels,
+        classes,
         [row.get("split", "") for row in rows],
         unusable,
         groups=[group_names.index(row["group"]) for row in rows] if group_names else None,
@@ -89,12 +94,15 @@ def _lines(place: str) -> tuple[dict[int, Row], set[str]]:
     return rows, names
 
 
-def _names_by_number(rows: Sequence[Row]) -> tuple[str, ...] | None:
-    """Return the class names of a table whose labels are numbers, where a column gives them."""
-    if not rows or not all(row["label"].isdecimal() for row in rows):
-        return None
-    names = {int(row["label"]): row["class"] for row in rows}
-    return tuple(names.get(i, str(i)) for i in range(max(names) + 1))
+def _named(place: str, rows: Sequence[Row]) -> tuple[Sequence[str] | Sequence[int], tuple[str, ...] | None]:
+    """Return labels and class names of a table with a column for each, classes in the order of their labels."""
+    names = dict[str, str]()
+    for row in rows:
+        if names.setdefault(row["label"], row["class"]) != row["class"]:
+            both = f"{names[row['label']]} and {row['class']}"
+            raise DataError(f"{place}: label {row['label']} is named both {both}", hint=_CSV_HINT)
+    order = {label: i for i, label in enumerate(sorted(names, key=natural))}
+    return [order[row["label"]] for row in rows], tuple(names[label] for label in order)
 
 
 def _names(paths: Sequence[str]) -> list[str]:
@@ -148,7 +156,7 @@ def npz(place: str, pick: Pick) -> RawSplit:
     return RawSplit(
         NpzImages(place, _images(arrays)),
         [f"{i:06d}" for i in range(len(labels))],
-        labels.tolist(),
+        (labels if labels.dtype.kind == "U" else labels.astype(np.int64)).tolist(),
         None if classes is None else tuple(map(str, classes)),
         [_PARTS.get(number, str(number)) for number in numbers],
         groups=arrays["groups"].astype(np.int64) if "groups" in arrays else None,
@@ -176,7 +184,10 @@ def _images(arrays: Arrays) -> Sequence[bytes] | npt.NDArray[np.uint8]:
 def _fit(arrays: Arrays) -> bool:
     """Return whether labels and images have the dtypes and shapes that they should have."""
     labels, data = arrays["labels"], arrays["images"] if "images" in arrays else arrays["blob"]
-    if labels.dtype.kind not in "iuU" or labels.ndim != 1 or data.dtype != np.uint8:
+    whole = labels.dtype.kind in "biuU" or (
+        labels.dtype.kind == "f" and bool((labels == np.floor(labels)).all())
+    )
+    if not whole or labels.ndim != 1 or data.dtype != np.uint8:
         return False
     if "images" in arrays:
         return len(data) == len(labels) and (data.ndim == 3 or (data.ndim == 4 and data.shape[3] == 3))
@@ -203,7 +214,7 @@ def parquet(place: str, pick: Pick) -> RawSplit:
         import pyarrow.parquet as pq
     except ImportError as error:
         raise MissingExtraError("pyarrow", extra="parquet", what=f"reading {place}") from error
-    paths = part_files(Path(place), "parquet", pick)
+    paths = part_files(place, (".parquet",), pick)
     files, where, rows = list[str](), list[tuple[str, int, int]](), list[dict[str, Any]]()
     try:
         schema = pq.read_schema(paths[0])
@@ -222,14 +233,23 @@ def parquet(place: str, pick: Pick) -> RawSplit:
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{place} cannot be read as Parquet: {error}", hint=_PARQUET_HINT) from error
     names = [(row[image] or {}).get("path") if has_path else None for row in rows]
+    items = [name or f"row {i:06d}" for i, name in enumerate(names)]
+    there = [i for i, row in enumerate(rows) if not label or row[label] is not None]
+    unusable = [f"{items[i]}: no label" for i in sorted({*range(len(rows))} - {*there})]
     classes = features.get(label, {}).get("names") if label else None
     return RawSplit(
         FileImages(files, _read_row, where),
-        [name or f"row {i:06d}" for i, name in enumerate(names)],
-        [-1 if row[label] is None else row[label] for row in rows] if label else None,
+        [items[i] for i in there],
+        [_text(rows[i][label]) for i in there] if label else None,
         None if classes is None else tuple(classes),
-        captions=[str(row[caption]) for row in rows] if caption else None,
+        unusable=unusable,
+        captions=[str(rows[i][caption]) for i in there] if caption else None,
+        which=there,
     )
+
+
+def _text(label: object) -> str:
+    return str(int(label) if isinstance(label, bool) else label)
 
 
 _reading = Lock()

@@ -114,6 +114,11 @@ class Predictor:
     def head(self, name: str) -> Tensor | None:
         """Return the zero-shot head for a split; None where the weights have a trained head, which must fit."""
         split, module = self.splits[name], self.resident.module
+        if split.choices < 2:
+            raise DataError(
+                f"{split.source} has a single class, so any model would be right",
+                hint="name the folder whose folders are the classes, or add images of the other classes",
+            )
         trained = getattr(module, "classification_head", None)
         if trained is not None:
             if len(trained.weight) != len(split.classes):
