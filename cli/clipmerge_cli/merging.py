@@ -9,6 +9,7 @@ import typer
 import clipmerge
 from clipmerge.checkpoint import convert as convert_checkpoint
 from clipmerge.weights.recipe import Recipe, read_recipe
+from clipmerge.weights.weights import one_tower
 from clipmerge_cli import options as shared
 from clipmerge_cli import show
 from clipmerge_cli.groups import arg, opt
@@ -101,6 +102,7 @@ def convert(
     output: Path = shared.output_option(...),
     talk: Talk,
     to: Literal["open_clip", "huggingface"] = opt("open_clip", "Whose names to write."),
+    only: Literal["image", "text"] | None = opt(None, "Write one tower alone."),
     model: str | None = shared.MODEL,
     force: bool = shared.FORCE,
 ) -> None:
@@ -112,9 +114,16 @@ def convert(
 
         clipmerge convert ViT-B-32.pt -o vit-b-32.safetensors
         clipmerge convert soup.safetensors --to huggingface -o soup-hf/
+        clipmerge convert soup.safetensors --only image -o encoder.safetensors
     """
     weights = clipmerge.load(checkpoint)
     (source,) = weights.checkpoints
+    if only:
+        if output.name == HUB_FILE:
+            raise typer.BadParameter(
+                "one tower is a file, not a model's folder: -o FILE", param_hint="--only"
+            )
+        source = one_tower(source, only)
     with talk.progress() as on_progress:
         if output.name == HUB_FILE:
             record = clipmerge.resolve_model(model, weights).to_metadata()

@@ -71,3 +71,38 @@ def test_a_folder_as_output_gets_the_models_configuration(
     assert main(["convert", folder, "-o", f"{tmp_path}/back/"]) == 0
     back = load_file(tmp_path / "back" / "open_clip_model.safetensors")
     assert all(torch.equal(value, back[name]) for name, value in load_file(base).items())
+
+
+@pytest.mark.parametrize("only", ["image", "text"])
+def test_one_tower_alone(
+    tiny_checkpoints: Mapping[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    only: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base, tuned = str(tiny_checkpoints["base"]), str(tiny_checkpoints["ft0"])
+    assert main(["interpolate", base, tuned, "--alpha", "0.5", "-o", "wise.safetensors"]) == 0
+    assert main(["convert", "wise.safetensors", "--only", only, "-o", "tower.safetensors"]) == 0
+    whole, tower = load_file("wise.safetensors"), load_file("tower.safetensors")
+    names = {n for n in whole if n.startswith("visual.") == (only == "image") and n != "logit_scale"}
+    assert tower.keys() == names
+    assert all(torch.equal(tower[name], whole[name]) for name in names)
+    # It goes into its base again, and does not claim to be the merge that the whole was.
+    assert main(["interpolate", base, "tower.safetensors", "--alpha", "1", "-o", "again.safetensors"]) == 0
+    again = load_file("again.safetensors")
+    assert all(torch.equal(again[n], (whole if n in names else load_file(base))[n]) for n in whole)
+    capsys.readouterr()
+    assert main(["verify", "tower.safetensors"]) == 1
+    assert "does not say how it was made" in capsys.readouterr().err
+
+
+def test_one_tower_is_no_folder_and_must_be_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"visual.proj": torch.zeros(2, 2), "logit_scale": torch.tensor(2.0)}, "a.pt")
+    assert main(["convert", "a.pt", "--only", "image", "-o", "out/"]) == 2
+    assert main(["convert", "a.pt", "--only", "text", "-o", "out.safetensors"]) == 1
+    assert "a.pt has no text tower" in capsys.readouterr().err

@@ -9,6 +9,8 @@ from clipmerge.errors import RecipeError
 
 KEY = "clipmerge"
 FORMAT = 1
+COMPUTATION = ("notation", "parents", "dtype")
+"""Keys that say how the tensors were computed: true of all of them together only."""
 MAX_DEPTH = 64
 """Lists and objects within each other in a record that is read; ours go two deeper with each generation."""
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -27,11 +27,12 @@ from clipmerge.weights.coefficient import Coefficient
 from clipmerge.weights.digest import Digests
 from clipmerge.weights.expression import Expression, interpolate, mean
 from clipmerge.weights.methods import METHODS, function_of
-from clipmerge.weights.names import absent_parts
+from clipmerge.weights.names import PARTS, absent_parts, tower_of
 from clipmerge.weights.notation import notation
 from clipmerge.weights.output_files import check_save, output_files
 from clipmerge.weights.plan import float_dtype, make_plan
 from clipmerge.weights.provenance import file_metadata
+from clipmerge.weights.record import COMPUTATION, read_record, write_record
 from clipmerge.weights.run import execute, into_arrays
 
 if TYPE_CHECKING:
@@ -280,6 +281,21 @@ def from_state_dict(
         raw = _bytes(tensor.cpu().contiguous())
         leaves[key] = Tensor(dtype, tuple(tensor.shape), (Extent(raw, 0, raw.size),))
     return Weights.of(Checkpoint(name, leaves, dict(metadata or {})))
+
+
+def one_tower(checkpoint: Checkpoint, tower: Literal["image", "text"]) -> Checkpoint:
+    """Keep the tensors of one tower, and of the record all but how the whole was computed.
+
+    Raises:
+        CheckpointError: it has no such tower.
+    """
+    wanted = "visual" if tower == "image" else "text"
+    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if tower_of(name) == wanted}
+    if not tensors:
+        raise CheckpointError(f"{checkpoint.path or checkpoint.name} has no {PARTS[wanted]}")
+    record = {k: v for k, v in read_record(checkpoint.metadata).items() if k not in COMPUTATION}
+    metadata = {**checkpoint.metadata, **(write_record(record) if record else {})}
+    return replace(checkpoint, tensors=tensors, metadata=metadata)
 
 
 def _bytes(tensor: "torch.Tensor") -> Bytes:
