@@ -15,8 +15,11 @@ from clipmerge.text import did_you_mean
 __all__ = [
     "Precision",
     "autocast",
+    "autocast_dtype",
     "describe",
+    "fits",
     "float32_matmul",
+    "keep_on_device",
     "out_of_memory_hint",
     "resolve_device",
     "resolve_precision",
@@ -25,6 +28,9 @@ __all__ = [
 
 Precision: TypeAlias = Literal["fp32", "tf32", "bf16", "fp16"]
 """What towers compute in: IEEE fp32; fp32 with TF32 products; autocast. Heads, losses and weights are fp32."""
+
+_BLOCK = 1024
+"""Images that are copied to a GPU at a time: their file need not be in memory as a whole."""
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -93,11 +99,41 @@ def to_device(numbers: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+def fits(nbytes: int, device: torch.device, *, free: float = 0.3) -> bool:
+    """Decide whether data may stay on a GPU: the share `free` of its memory must be left. A CPU's is never copied.
+
+    Args:
+        free: a pass needs 0.3 for its activations; training, which has yet to make gradients and moments, 0.75.
+    """
+    if device.type != "cuda":
+        return False
+    there, total = torch.cuda.mem_get_info(device)
+    return nbytes <= there - free * total
+
+
+def keep_on_device(
+    pixels: npt.NDArray[np.uint8], device: torch.device, *, free: float
+) -> torch.Tensor | None:
+    """Copy pixels to the GPU, if the share `free` of its memory is left beside them; else return None."""
+    if not fits(pixels.nbytes, device, free=free):
+        return None
+    whole = torch.empty(pixels.shape, dtype=torch.uint8, device=device)
+    for start in range(0, len(whole), _BLOCK):
+        block = np.ascontiguousarray(pixels[start : start + _BLOCK])
+        whole[start : start + _BLOCK].copy_(torch.from_numpy(block))
+    return whole
+
+
 def describe(device: torch.device, precision: str) -> str:
     """Return what a summary line says: "cuda:0 (NVIDIA H100), bf16 autocast, heads and losses fp32"."""
     card = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     how = f"{precision} autocast, heads and losses fp32" if precision in _AUTOCAST else precision
     return f"{device}{card}, {how}"
+
+
+def autocast_dtype(precision: Precision) -> torch.dtype | None:
+    """Return the half precision that towers compute in; None for fp32 and tf32."""
+    return _AUTOCAST.get(precision)
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:

@@ -163,7 +163,7 @@ def test_pixels_that_do_not_fit_are_copied_batch_by_batch(
     from clipmerge.evaluate import device_split
 
     resident = judge("cuda", batch_size=32).logits(weights[0])
-    monkeypatch.setattr(device_split, "_SHARE", 0.0)
+    monkeypatch.setattr(device_split, "_FREE", 1.0)
     assert bool((judge("cuda", batch_size=32).logits(weights[0]) == resident).all())
 
 

@@ -11,21 +11,19 @@ from torch import Tensor
 
 from clipmerge.data.pixels import mean_and_std, normalise
 from clipmerge.data.split import Split
-from clipmerge.device import to_device
+from clipmerge.device import keep_on_device, to_device
 from clipmerge.types import Ints, Pixels
 
-__all__ = ["DeviceSplit", "Span", "fits"]
+__all__ = ["DeviceSplit", "Span"]
 
 Span = tuple[int, int]
 """Where a batch begins and ends in an order of images."""
 
-_SHARE = 0.7
-"""How full a GPU may be with what stays there; the rest is for activations."""
+_FREE = 0.3
+"""Share of a GPU's memory that pixels leave free for activations."""
 
 _SLOTS = 3
 """Pinned batches: one is filled, one waits, one is copied to the device."""
-
-_BLOCK = 1024
 
 
 class DeviceSplit:
@@ -47,7 +45,7 @@ class DeviceSplit:
         self._device = device
         self.covered = split.covered
         self._mean_and_std = mean_and_std(preprocess, device)
-        self._on_device = self._copy_pixels()
+        self._on_device = keep_on_device(pixels, device, free=_FREE)
 
     def batches(self, order: Ints, spans: Sequence[Span]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (indices, uint8 pixels), both on the device, for each span of `order`."""
@@ -80,16 +78,6 @@ class DeviceSplit:
                 if i + 1 < len(spans):
                     ahead = reader.submit(read, spans[i + 1])
                 yield rows.to(self._device), images.to(self._device)
-
-    def _copy_pixels(self) -> Tensor | None:
-        """Copy the pixels to the GPU; None where they do not fit."""
-        if not fits(self.pixels.nbytes, self._device):
-            return None
-        whole = torch.empty(self.pixels.shape, dtype=torch.uint8, device=self._device)
-        for start in range(0, len(whole), _BLOCK):
-            block = np.ascontiguousarray(self.pixels[start : start + _BLOCK])
-            whole[start : start + _BLOCK].copy_(torch.from_numpy(block))
-        return whole
 
     def _pinned(self, order: Ints, spans: Sequence[Span]) -> Iterator[Tensor]:
         """Read batches into pinned slots and copy them on a stream of their own.
@@ -127,11 +115,3 @@ class DeviceSplit:
                 main.wait_event(event)
                 images.record_stream(main)
                 yield images
-
-
-def fits(nbytes: int, device: torch.device) -> bool:
-    """Decide whether data may stay on a GPU beside what is there and what a pass needs. A CPU's is never copied."""
-    if device.type != "cuda":
-        return False
-    free, total = torch.cuda.mem_get_info(device)
-    return nbytes <= free - (1 - _SHARE) * total

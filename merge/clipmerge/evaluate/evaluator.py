@@ -250,6 +250,10 @@ class Evaluator:
             self.predictor.load(weights)
             self._loaded = weights
 
+    def expect(self, order: Sequence[Weights]) -> None:
+        """Say which weights will be scored, in this order: a GPU gets the next ones while it scores."""
+        self.predictor.expect(order)
+
     @_explain_memory
     def logits(self, weights: Source, split: str | None = None) -> Tensor:
         """Return logits for every image, shape (n, classes), fp32 on the CPU; -inf where the data lacks a class."""
@@ -325,4 +329,6 @@ def score(
     }
     evaluator = Evaluator(model, splits, on_progress=on_progress, **options)
     sources = [checkpoints] if isinstance(checkpoints, Weights | str | os.PathLike) else checkpoints
-    return {repr(weights): evaluator.scores(weights) for weights in open_all(sources)}
+    opened = open_all(sources)
+    evaluator.expect(opened)
+    return {repr(weights): evaluator.scores(weights) for weights in opened}

@@ -16,7 +16,7 @@ from clipmerge.checkpoint.cache import cache_dir
 from clipmerge.data.pixels import pixels
 from clipmerge.data.prompts import templates as resolve_templates
 from clipmerge.data.split import Split
-from clipmerge.device import Precision, autocast, float32_matmul
+from clipmerge.device import Precision, autocast, autocast_dtype, float32_matmul
 from clipmerge.errors import DataError, ModelError, NonFiniteError
 from clipmerge.evaluate.device_split import DeviceSplit
 from clipmerge.evaluate.heads import class_logits, zero_shot_head
@@ -84,9 +84,17 @@ class Predictor:
 
     def load(self, weights: Weights) -> None:
         """Copy weights into the model."""
+        self._resident_for(weights).load(weights)
+
+    def expect(self, order: Sequence[Weights]) -> None:
+        """Say which weights will be scored, in this order: a GPU gets the next ones while it scores."""
+        if order and self.device.type != "cpu":
+            self._resident_for(order[0]).checkpoints.expect(order)
+
+    def _resident_for(self, weights: Weights) -> Resident:
         if self._resident is None:
             self._resident = Resident(self.spec(weights), self.device)
-        self._resident.load(weights)
+        return self._resident
 
     def key(self, split: str, weights: Weights | None = None) -> list[Any]:
         """Return what predictions on a split depend on beside images and weights, ready for `json.dumps`.
@@ -187,9 +195,13 @@ class Predictor:
         return collected
 
     def _features(self, images: DeviceSplit, batch: Tensor) -> Tensor:
-        ready = images.normalise(batch)
-        with autocast(self.precision, self.device):
-            features = cast("Any", self.resident.module).encode_image(ready, normalize=False)
+        ready, dtype = images.normalise(batch), autocast_dtype(self.precision)
+        lowered: Any = self.resident.lowered(dtype)
+        if lowered is not None:
+            features = lowered.encode_image(ready.to(dtype), normalize=False)
+        else:
+            with autocast(self.precision, self.device):
+                features = cast("Any", self.resident.module).encode_image(ready, normalize=False)
         return F.normalize(features.float(), dim=-1)
 
     def _logits(self, images: DeviceSplit, batch: Tensor, head: Tensor | None) -> Tensor:

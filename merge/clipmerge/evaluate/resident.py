@@ -2,7 +2,8 @@
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from copy import copy, deepcopy
 from itertools import accumulate
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -15,16 +16,17 @@ from clipmerge.checkpoint.tensors import Checkpoint
 from clipmerge.checkpoint.tensors import Tensor as Stored
 from clipmerge.dtypes import torch_dtype
 from clipmerge.errors import MismatchError
+from clipmerge.evaluate.device_checkpoints import DeviceCheckpoints, lone_checkpoint
 from clipmerge.evaluate.heads import text_digest
 from clipmerge.model import ModelSpec, build_model, load_weights
 from clipmerge.types import Bytes
 from clipmerge.weights.names import tower_of
 from clipmerge.weights.weights import Weights
 
-__all__ = ["Resident", "Upload", "tensors_of"]
+__all__ = ["Resident", "tensors_of"]
 
-_BUFFER = 64 << 20
-"""Bytes of a pinned buffer: large enough for a copy at full speed, small enough to be filled from cache."""
+_LOWERS = ("cuda",)
+"""Devices on which a plain image tower in half precision is held in that precision, beside its fp32 weights."""
 
 
 class Resident:
@@ -32,32 +34,62 @@ class Resident:
 
     Attributes:
         module: the model; its tensors keep their place for the whole of a search.
+        checkpoints: what has been copied to the device, if that is a GPU.
     """
 
     def __init__(self, spec: ModelSpec, device: torch.device) -> None:
         self.device = device
-        self.upload = Upload(device)
+        self.checkpoints = DeviceCheckpoints(device)
         self.module = build_model(spec, device).requires_grad_(False)
         self._names: tuple[str, ...] = ()
         self._flat: Tensor | None = None
         self._mean: dict[str, Tensor] = {}
         self._digest: str | None = None
         self._mean_digest = ""
-        self._lone: Weights | None = None
+        self._lone: Checkpoint | None = None
         self._digests: WeakKeyDictionary[Checkpoint, str] = WeakKeyDictionary()
+        self._digested: tuple[str, dict[str, Tensor]] | None = None
+        self._lowered: nn.Module | None = None
+        self._lowered_is_current = False
 
     def load(self, weights: Weights) -> None:
-        """Copy the weights' exact values into the model; one checkpoint goes to a GPU from its mapped pages."""
-        lone = weights.total == 1 and _lone_checkpoint(weights) is not None
-        load_weights(self.module, weights, self._fill if lone and self.device.type == "cuda" else None)
-        self._names, self._digest, self._lone = weights.names, None, weights if lone else None
+        """Copy the weights' exact values into the model; a GPU computes them where it can."""
+        load_weights(self.module, weights, self._fill)
+        self._names, self._digest, self._lone = weights.names, None, lone_checkpoint(weights)
+        self._lowered_is_current = False
 
     def _fill(self, weights: Weights, module: nn.Module) -> None:
+        there = self.checkpoints.tensors(weights)
+        if there is None:
+            weights.load_into(module)
+            return
         weights.check_fit(module)
         targets = module.state_dict(keep_vars=True)
-        with torch.no_grad(), tensors_of(weights) as tensors:
-            for name, tensor in tensors:
-                targets[name].copy_(self.upload(tensor))
+        with torch.no_grad():
+            for name, tensor in there:
+                targets[name].copy_(tensor)
+
+    def lowered(self, dtype: torch.dtype | None) -> nn.Module | None:
+        """Return the model with its image tower in `dtype`, both weights and arithmetic; None where autocast is right.
+
+        Autocast rounds each weight anew for each batch, normalises in fp32 and leaves torch's fused attention aside: a
+        third of a ViT-B/32's pass. What is rounded is the same but for the gains and offsets of LayerNorm. Other
+        towers than open_clip's transformer may want fp32 for their statistics.
+        """
+        from open_clip.transformer import VisionTransformer
+
+        visual = self.module.get_submodule("visual")
+        if dtype is None or self.device.type not in _LOWERS or not isinstance(visual, VisionTransformer):
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            if self._lowered is None:
+                self._lowered = copy(self.module)
+                self._lowered._modules = {**self.module._modules, "visual": deepcopy(visual).to(dtype)}
+            if not self._lowered_is_current:
+                halves, wholes = self._lowered.get_submodule("visual").state_dict(), visual.state_dict()
+                torch._foreach_copy_([halves[name] for name in wholes], list(wholes.values()))
+                self._lowered_is_current = True
+        return self._lowered
 
     def hold(self) -> None:
         """Keep what the model holds as the mean that `lerp` starts from."""
@@ -83,11 +115,12 @@ class Resident:
                 hint="every candidate needs the same tensors",
             )
         # Where the candidate has the mean's text tower, so has every point between: a + t·(a - a) = a.
-        source = _lone_checkpoint(candidate)
+        source = lone_checkpoint(candidate)
         shared = source is not None and self._digests.get(source) == self._mean_digest
         self._digest, self._lone = self._mean_digest if shared else None, None
-        targets = self._floats()
-        with torch.no_grad(), tensors_of(candidate) as tensors:
+        self._lowered_is_current = False
+        targets, there = self._floats(), self.checkpoints.tensors(candidate)
+        with torch.no_grad(), nullcontext(there) if there else tensors_of(candidate) as tensors:
             for name, tensor in tensors:
                 if name not in targets:
                     continue
@@ -97,17 +130,26 @@ class Resident:
                         f"{name!r} is {list(tensor.shape)} in {candidate!r}, {list(mean.shape)} in the mean",
                         hint="every candidate needs the same tensors",
                     )
-                torch.lerp(mean, self.upload(tensor).to(mean.dtype), t, out=targets[name])
+                torch.lerp(mean, tensor.to(mean), t, out=targets[name])
 
     def text_digest(self) -> str:
-        """Digest the text tower that the model now holds; from its file where that has the same bytes."""
+        """Digest the text tower that the model now holds."""
         if self._digest is None:
             held = {n: t for n, t in self.module.state_dict().items() if tower_of(n) == "text"}
-            lone, on_gpu = self._lone, self.device.type == "cuda"
-            self._digest = _digest_of_file(lone, held) if lone is not None and on_gpu else text_digest(held)
-            if lone is not None and (checkpoint := _lone_checkpoint(lone)) is not None:
-                self._digests[checkpoint] = self._digest
+            self._digest = self._digest_if_known(held) or text_digest(held)
+            if self.checkpoints.computes and (self._digested is None or self._digested[0] != self._digest):
+                self._digested = self._digest, {name: tensor.clone() for name, tensor in held.items()}
+            if self._lone is not None:
+                self._digests[self._lone] = self._digest
         return self._digest
+
+    def _digest_if_known(self, held: Mapping[str, Tensor]) -> str | None:
+        """Return the digest taken last if the tower has the same bits: a GPU compares sooner than it hands over."""
+        if self._digested is None or self._digested[1].keys() != held.keys():
+            return None
+        digest, before = self._digested
+        same = all(_bits_equal(tensor, before[name]) for name, tensor in held.items())
+        return digest if same else None
 
     def _floats(self) -> dict[str, Tensor]:
         """Return the model's float tensors that the weights have (a text tower may be absent), sorted by name."""
@@ -115,40 +157,10 @@ class Resident:
         return {n: state[n].data for n in self._names if n in state and state[n].is_floating_point()}
 
 
-class Upload:
-    """Copies tensors to a device in their own dtype, to be converted there; to a GPU through two pinned buffers.
-
-    While one buffer is copied by the GPU, the other is filled from a file's pages.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._buffers: list[tuple[Tensor, torch.cuda.Event]] = []
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        """Return the tensor on the device."""
-        if self._device.type != "cuda" or tensor.device.type != "cpu" or not tensor.numel():
-            return tensor.to(self._device)
-        if not self._buffers:
-            pinned = [torch.empty(_BUFFER, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-            self._buffers = [(buffer, torch.cuda.Event()) for buffer in pinned]  # type: ignore[no-untyped-call]
-        there = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
-        source, target = (t.reshape(-1).view(torch.uint8) for t in (tensor, there))
-        for start in range(0, len(source), _BUFFER):
-            piece = source[start : start + _BUFFER]
-            buffer, copied = self._buffers[0]
-            copied.synchronize()  # the last copy out of this buffer; at once where there was none
-            buffer[: len(piece)].copy_(piece)
-            target[start : start + len(piece)].copy_(buffer[: len(piece)], non_blocking=True)
-            copied.record()
-            self._buffers.reverse()
-        return there
-
-
 @contextmanager
 def tensors_of(weights: Weights) -> Iterator[Iterator[tuple[str, Tensor]]]:
     """Yield (name, tensor on the CPU) of each tensor; those of one checkpoint are its mapped pages, not copies."""
-    lone = _lone_checkpoint(weights)
+    lone = lone_checkpoint(weights)
     if lone is None:
         yield iter(weights.state_dict().items())
         return
@@ -156,16 +168,10 @@ def tensors_of(weights: Weights) -> Iterator[Iterator[tuple[str, Tensor]]]:
     yield ((name, _mapped_tensor(lone.tensors[name], maps)) for name in sorted(lone.tensors))
 
 
-def _lone_checkpoint(weights: Weights) -> Checkpoint | None:
-    """Return the checkpoint that the weights are; None where they are computed from others."""
-    only = next(iter(weights.terms)) if len(weights.terms) == 1 else None
-    return only if isinstance(only, Checkpoint) and weights.terms[only].constant == 1 else None
-
-
-def _digest_of_file(weights: Weights, held: Mapping[str, Tensor]) -> str:
-    with tensors_of(weights) as tensors:
-        pages = {n: t for n, t in tensors if n in held and t.dtype == held[n].dtype}
-        return text_digest(pages if pages.keys() == held.keys() else held)
+def _bits_equal(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors are the same to the bit: -0 is not 0 here."""
+    same_kind = one.dtype == other.dtype and one.shape == other.shape
+    return same_kind and torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (one, other)))
 
 
 def _mapped_tensor(tensor: Stored, maps: dict[Path, Bytes]) -> Tensor:

@@ -28,7 +28,7 @@ from clipmerge.finetuning.batches import (
 )
 from clipmerge.finetuning.checkpointing import Checkpoints, Files
 from clipmerge.finetuning.head import attach_head, held_out_scores, initial_head, read_head
-from clipmerge.finetuning.images import Images, check_images, keep_on_device
+from clipmerge.finetuning.images import Images, check_images, resident
 from clipmerge.finetuning.log import Event, Log
 from clipmerge.finetuning.loop import train_steps
 from clipmerge.finetuning.objective import BaseContexts, Classification, Contrastive, Objective
@@ -189,7 +189,7 @@ def _scorer(
     if images.val is None:
         return None
     prompts = training_prompts(towers.model, tokenizer, images.val, settings.templates, images.device)
-    pixels = keep_on_device(images.held_out(), images.device)
+    pixels = resident(images.held_out(), images.device)
     return partial(held_out_scores, towers, images.val, pixels, prompts, min(settings.batch_size, 256))
 
 

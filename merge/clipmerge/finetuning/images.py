@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from clipmerge.data.pixels import pixels
 from clipmerge.data.split import Split
-from clipmerge.device import to_device
+from clipmerge.device import keep_on_device, to_device
 from clipmerge.distributed import first_on_machine_first, local_world, share
 from clipmerge.errors import DataError, TrainingError
 from clipmerge.finetuning.augment import Augmentation, DeviceCrops, device_crops, parse_augmentation
@@ -28,10 +28,10 @@ from clipmerge.types import Pixels, Progress
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["Images", "Loader", "check_images", "keep_on_device"]
+__all__ = ["Images", "Loader", "check_images", "resident"]
 
-RESIDENT = 0.25
-"""Share of the GPU's free memory that cached pixels may take; beyond it they are copied batch by batch."""
+FREE = 0.75
+"""Share of a GPU's memory that cached pixels leave free: gradients, moments and activations are yet to come."""
 
 PIECE = 32
 """Images that a worker makes at a time: few enough that little of the shared memory is taken by what waits."""
@@ -75,22 +75,21 @@ class Images:
         settings, size = self.settings, self.preprocess["size"]
         loader = Loader(self.train, self.device, settings.seed, workers=settings.workers)
         if not self.random:
-            loader.fixed = keep_on_device(self.plain(), self.device)
+            loader.fixed = resident(self.plain(), self.device)
         elif settings.augment_on == "device":
             loader.crops = device_crops(settings.augment, self.preprocess)
             side = round(np.max(size) * 8 / 7)
             square = {**self.preprocess, "size": side, "resize_mode": "shortest"}
-            loader.fixed = keep_on_device(self._decode(self.train, square), self.device)
+            loader.fixed = resident(self._decode(self.train, square), self.device)
         else:
             loader.augment = parse_augmentation(settings.augment, self.preprocess)
         return loader
 
 
-def keep_on_device(images: Pixels, device: torch.device) -> Pixels | Tensor:
+def resident(images: Pixels, device: torch.device) -> Pixels | Tensor:
     """Return the images on the GPU if it has ample room for them, else as they are."""
-    if device.type != "cuda" or images.nbytes > RESIDENT * torch.cuda.mem_get_info(device)[0]:
-        return images
-    return torch.from_numpy(np.ascontiguousarray(images)).to(device)
+    kept = keep_on_device(images, device, free=FREE)
+    return images if kept is None else kept
 
 
 def check_images(settings: Settings, train: Split, val: Split | None) -> None:

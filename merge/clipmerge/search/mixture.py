@@ -1,6 +1,7 @@
 """A mixture of checkpoints that knows the gradient of its loss with respect to each share."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,14 @@ from torch.nn import functional as F
 
 from clipmerge import distributed
 from clipmerge.data.prompts import prompts
-from clipmerge.device import Precision, autocast, float32_matmul, out_of_memory_hint
+from clipmerge.device import Precision, autocast, fits, float32_matmul, out_of_memory_hint
+from clipmerge.dtypes import torch_dtype
 from clipmerge.errors import SelectionError
-from clipmerge.evaluate.device_split import fits
+from clipmerge.evaluate.device_checkpoints import DeviceCheckpoints
 from clipmerge.evaluate.evaluator import Evaluator
 from clipmerge.evaluate.heads import average_templates, class_logits, encode_text
 from clipmerge.evaluate.predictor import Predictor
-from clipmerge.evaluate.resident import Upload, tensors_of
+from clipmerge.evaluate.resident import tensors_of
 from clipmerge.model import get_tokenizer
 from clipmerge.weights.names import matches, tower_of
 from clipmerge.weights.weights import Weights
@@ -57,11 +59,11 @@ class Mixture:
         self.size = len(evaluator.splits[split])
         self._device, self._precision = predictor.device, predictor.precision
         self._images = predictor.device_split(split)
-        head, tokens = _head_of(predictor, split, weights)
-        classes = len(evaluator.splits[split].classes)
-        self._logits = _Logits(predictor.resident.module, head, tokens, classes, predictor.precision)
         self._candidates = Candidates(weights, groups, predictor.resident.module.state_dict(), self._device)
         self._candidates.keep()
+        head, tokens = _head_of(predictor, split, self._candidates)
+        classes = len(evaluator.splits[split].classes)
+        self._logits = _Logits(predictor.resident.module, head, tokens, classes, predictor.precision)
 
     def gradients(
         self, shares: "Float[Tensor, 'groups models']", beta: float, indices: "Int[Tensor, ' batch']"
@@ -113,7 +115,7 @@ class Candidates:
         known: Collection[str],
         device: torch.device,
     ) -> None:
-        self._weights, self._upload = tuple(weights), Upload(device)
+        self._weights, self._source = tuple(weights), DeviceCheckpoints(device, keep=False)
         with tensors_of(weights[0]) as tensors:
             shapes = {n: t.shape for n, t in tensors if t.is_floating_point() and n in known}
         self._group = {n: next(i for i, group in enumerate(groups) if matches(group, n)) for n in shapes}
@@ -129,14 +131,15 @@ class Candidates:
         """Put all candidates on the device, in their own dtype where they share one."""
         if if_it_fits and self._flat.device.type != "cuda":
             return
-        dtypes = {t.dtype for _, _, t in self._tensors(self._spans)}
+        stored = {c.tensors[name].dtype for w in self._weights for c in w.checkpoints for name in self._spans}
+        dtypes = set(map(torch_dtype, stored))
         dtype = dtypes.pop() if dtypes in ({torch.bfloat16}, {torch.float16}) else torch.float32
         shape = (self._shape[1], self._flat.numel())
         if if_it_fits and not fits(shape[0] * shape[1] * dtype.itemsize, self._flat.device):
             return
         matrix = torch.empty(shape, dtype=dtype, device=self._flat.device)
         for row, name, tensor in self._tensors(self._spans):
-            matrix[row, slice(*self._spans[name])] = self._upload(tensor).reshape(-1).to(dtype)
+            matrix[row, slice(*self._spans[name])] = tensor.reshape(-1)
         self._matrix = matrix
 
     @torch.no_grad()
@@ -158,11 +161,23 @@ class Candidates:
             sums[group, models] += torch.mv(values, gradient[start:stop]).double()
         return sums
 
+    def share_text_tower(self) -> bool:
+        """Return whether the candidates differ in their image towers alone."""
+        names = [name for name in self._spans if tower_of(name) == "text"]
+        if self._matrix is not None:
+            spans = [self._matrix[:, slice(*self._spans[name])] for name in names]
+            return all(bool((span[1:] == span[:1]).all()) for span in spans)
+        first: dict[str, Tensor] = {}
+        return all(
+            first.setdefault(name, tensor) is tensor or torch.equal(first[name], tensor)
+            for _, name, tensor in self._tensors(names)
+        )
+
     def _pieces(self, names: Collection[str]) -> Iterator[tuple[int, slice, int, int, Tensor]]:
         """Yield (group, models, start, stop, their parameters there, fp32): small enough to be widened at once."""
         if self._matrix is None:
             for row, name, tensor in self._tensors(names):
-                values = self._upload(tensor).reshape(1, -1).float()
+                values = tensor.reshape(1, -1).to(self._flat)
                 yield self._group[name], slice(row, row + 1), *self._spans[name], values
             return
         for group in range(self._shape[0]):
@@ -174,7 +189,8 @@ class Candidates:
 
     def _tensors(self, names: Collection[str]) -> Iterator[tuple[int, str, Tensor]]:
         for row, candidate in enumerate(self._weights):
-            with tensors_of(candidate) as tensors:
+            there = self._source.tensors(candidate)
+            with nullcontext(there) if there else tensors_of(candidate) as tensors:
                 yield from ((row, name, tensor) for name, tensor in tensors if name in names)
 
 
@@ -200,14 +216,12 @@ class _Logits(nn.Module):
         return class_logits(model, F.normalize(features.float(), dim=-1), head)
 
 
-def _head_of(
-    predictor: Predictor, split: str, weights: Sequence[Weights]
-) -> tuple[Tensor | None, Tensor | None]:
+def _head_of(predictor: Predictor, split: str, candidates: Candidates) -> tuple[Tensor | None, Tensor | None]:
     """Return a fixed head, or prompts to build one from at each step; neither for weights with a trained head.
 
     One text tower for all checkpoints makes one head. Where towers differ, the head follows the mixture.
     """
-    if hasattr(predictor.resident.module, "classification_head") or _one_text_tower(weights):
+    if hasattr(predictor.resident.module, "classification_head") or candidates.share_text_tower():
         return predictor.head(split), None
     texts = [
         text
@@ -220,13 +234,3 @@ def _head_of(
             hint="use fewer templates, as in --templates simple",
         )
     return None, get_tokenizer(predictor.spec())(texts).to(predictor.device)
-
-
-def _one_text_tower(weights: Sequence[Weights]) -> bool:
-    with tensors_of(weights[0]) as tensors:
-        first = {name: tensor for name, tensor in tensors if tower_of(name) == "text"}
-        for other in weights[1:]:
-            with tensors_of(other) as others:
-                if not all(torch.equal(first[name], tensor) for name, tensor in others if name in first):
-                    return False
-    return True
