@@ -50,13 +50,13 @@ def evaluate(
         return
     names = [repr(w) for w in weights]
     if not talk.json:
-        _scores_table(names, scores, scoring.metric)
+        _scores_table(names, scores, evaluator.metric)
         return
     rows = []
     for name, path, row in zip(names, checkpoints, scores, strict=True):
         documents = {split: {**s.to_json(), "p": s.p_value(scores[0][split])} for split, s in row.items()}
         rows.append({"name": name, "path": path, "scores": documents})
-    facts = {"model": evaluator.model.name, "metric": scoring.metric, "data": sources}
+    facts = {"model": evaluator.model.name, "metric": evaluator.metric, "data": sources}
     show.document({"kind": "evaluation", **facts, "checkpoints": rows})
 
 

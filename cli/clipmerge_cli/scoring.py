@@ -23,8 +23,17 @@ if TYPE_CHECKING:
     from clipmerge.weights.weights import Weights
 
     Result: TypeAlias = SoupResult | SweepResult
-Metric = Literal["top1", "top5", "mean_per_class", "macro_f1", "worst_group", "ece"]
+Metric = Literal[
+    "top1", "top5", "mean_per_class", "macro_f1", "worst_group", "ece",
+    "recall@1", "recall@5", "recall@10", "text_recall@1", "text_recall@5", "text_recall@10",
+    "image_recall@1", "image_recall@5", "image_recall@10",
+]  # fmt: skip
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
+
+
+_METRIC = (
+    f"What decides: {', '.join(get_args(Metric))}; default top1, with captions in place of classes recall@1."
+)
 
 
 class Search(Protocol):
@@ -38,7 +47,7 @@ class Scoring(Images):
     """How weights are scored."""
 
     holdout: str | None = opt(None, "Use only this share of the images, e.g. 2%.", INPUT, metavar="SHARE")
-    metric: Metric = opt("top1", f"What decides: {', '.join(get_args(Metric))}.", SCORING, metavar="M")
+    metric: Metric | None = opt(None, _METRIC, SCORING, metavar="M", show_default=False)
     precision: Precision = opt("auto", "bf16 and fp16 by autocast; auto: bf16 on a GPU, else fp32.", SCORING)
     device: str = opt("auto", "cpu, cuda, cuda:1, mps; auto: the GPU where there is one.", SCORING)
     batch_size: int | None = opt(None, "Images at once; default 256, on a GPU 512.", SCORING, min=1)

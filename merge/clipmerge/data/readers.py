@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from clipmerge.data.csv_table import is_table, table
 from clipmerge.data.raw_split import IMAGE_SUFFIXES, Pick, RawSplit, expand, is_part, pick_part
 from clipmerge.data.sampling import name_hash
 from clipmerge.data.stored import FileImages, LoadedImages
-from clipmerge.data.tables import npz, parquet, table
+from clipmerge.data.tables import npz, parquet
 from clipmerge.data.webdataset import SHARD_SUFFIXES, webdataset
 from clipmerge.errors import DataError
 from clipmerge.text import and_more, did_you_mean
@@ -96,6 +97,8 @@ def _reader_of_folder(root: Path) -> tuple[Reader, list[str]]:
         if shards:
             names = and_more(sorted(path.relative_to(root).as_posix() for path in shards), 3)
             return folder, [f"most of it is images in folders; passed over {names}"]
+    if (root / "metadata.csv").is_file() and is_table(root / "metadata.csv"):
+        return table, ["read by its metadata.csv"]
     return folder, []
 
 

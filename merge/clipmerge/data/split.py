@@ -124,6 +124,11 @@ class Split:
         return hidden.scatter_reduce_(1, target_columns.expand(len(logits), -1), logits[:, shown], "amax")
 
     @property
+    def pictures(self) -> int:
+        """Count the images: fewer than the items where some have several captions."""
+        return len(np.unique(self.index))
+
+    @property
     def choices(self) -> int:
         """Count the classes that an answer chooses between; with fewer than two, any model is right."""
         if self.class_subset is None:

@@ -1,116 +1,23 @@
-"""Read tables of images and labels: CSV and TSV files of paths, NumPy's .npz, Parquet as Hugging Face stores images."""
+"""Read tables that hold images with their labels: NumPy's .npz, Parquet as Hugging Face stores images."""
 
-import csv
 import json
-import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from clipmerge.data.csv_table import CAPTION
 from clipmerge.data.raw_split import Pick, RawSplit, part_files
 from clipmerge.data.stored import FileImages, Stored, file_stamp
 from clipmerge.errors import DataError, MissingExtraError
-from clipmerge.text import natural
 
-__all__ = ["npz", "parquet", "table"]
-
-_CSV_COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "path": ("path", "filepath", "file", "filename", "file_name", "image", "image_path", "img", "img_path"),
-    "label": ("label", "target", "class", "category", "y", "class_id"),
-    "class": ("class_name", "classname", "label_name"),
-    "caption": ("caption", "text", "title"),
-    "group": ("group", "groups"),
-    "split": ("split", "partition", "fold"),
-}
-_CSV_HINT = (
-    "the first line names the columns: path, and label or caption or both; maybe class_name, group, split; "
-    "without such a line, columns are path and label"
-)
-
-Row = dict[str, str]
-
-
-def table(place: str, pick: Pick) -> RawSplit:
-    """Read a .csv or .tsv with a path (relative to its folder) and a label, a caption or both, per line."""
-    lines, columns = _lines(place)
-    label_columns = [name for name in ("label", "class") if name in columns]
-    needed = ("path", label_columns[0] if label_columns else "caption")
-    if not set(needed) <= columns:
-        raise DataError(f"{place} has no column of paths with one of labels or captions", hint=_CSV_HINT)
-    unusable = [f"line {n}: no {key}" for n, row in lines.items() for key in needed if not row[key]]
-    rows = [row for row in lines.values() if all(row[key] for key in needed)]
-    if not rows and not unusable:
-        raise DataError(f"{place} lists no images", hint=_CSV_HINT)
-    groups = {row["group"] for row in rows if "group" in columns}
-    group_names = sorted(groups, key=natural)
-    paths = [row["path"] for row in rows]
-    labels: Sequence[str] | Sequence[int] | None = [row[needed[1]] for row in rows] if label_columns else None
-    classes = None
-    if len(label_columns) == 2:
-        labels, classes = _named(place, rows)
-    return RawSplit(
-        FileImages([str(Path(place).parent / path) for path in paths]),
-        _names(paths),
-        labels,
-        classes,
-        [row.get("split", "") for row in rows],
-        unusable,
-        groups=[group_names.index(row["group"]) for row in rows] if group_names else None,
-        group_names=tuple(group_names) or None,
-        captions=[row["caption"] for row in rows] if "caption" in columns else None,
-    )
-
-
-def _lines(place: str) -> tuple[dict[int, Row], set[str]]:
-    """Return number of line → its cells by our own names of columns, and which of those names there are."""
-    try:
-        with Path(place).open(encoding="utf-8-sig", newline="") as file:
-            first = file.readline()
-            file.seek(0)
-            tabs = place.lower().endswith(".tsv") or ("\t" in first and "," not in first)
-            reader = csv.reader(file, delimiter="\t" if tabs else ",")
-            lines = dict[int, list[str]]()
-            for cells in reader:
-                lines[reader.line_num] = [cell.strip() for cell in cells]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{place} cannot be read as a table: {error}", hint=_CSV_HINT) from error
-    header = [cell.lower() for cell in next(iter(lines.values()), [])]
-    ours = [next((name for name, theirs in _CSV_COLUMNS.items() if cell in theirs), "") for cell in header]
-    if "path" not in ours and len(header) in (2, 3) and Path(header[0]).suffix:
-        ours = ["path", "label", "group"][: len(header)]
-    elif lines:
-        del lines[min(lines)]
-    names = set(ours) - {""}
-    empty = dict.fromkeys(names, "")
-    rows = {n: empty | dict(zip(ours, cells, strict=False)) for n, cells in lines.items() if any(cells)}
-    return rows, names
-
-
-def _named(place: str, rows: Sequence[Row]) -> tuple[Sequence[str] | Sequence[int], tuple[str, ...] | None]:
-    """Return labels and class names of a table with a column for each, classes in the order of their labels."""
-    names = dict[str, str]()
-    for row in rows:
-        if names.setdefault(row["label"], row["class"]) != row["class"]:
-            both = f"{names[row['label']]} and {row['class']}"
-            raise DataError(f"{place}: label {row['label']} is named both {both}", hint=_CSV_HINT)
-    order = {label: i for i, label in enumerate(sorted(names, key=natural))}
-    return [order[row["label"]] for row in rows], tuple(names[label] for label in order)
-
-
-def _names(paths: Sequence[str]) -> list[str]:
-    """Return paths as written; what absolute ones have in common is cut off, so that they are the same elsewhere."""
-    absolute = [Path(path).parent for path in paths if Path(path).is_absolute()]
-    common = Path(os.path.commonpath(absolute)) if absolute else Path()
-    return [(p.relative_to(common) if p.is_absolute() else p).as_posix() for p in map(Path, paths)]
-
+__all__ = ["npz", "parquet"]
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -200,7 +107,6 @@ _PARQUET_HINT = "a column image (bytes, or bytes with a path) and a column label
 _PARQUET_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "Image": ("image", "img", "jpg", "png", "webp"),
     "ClassLabel": ("label", "labels", "fine_label", "cls", "target"),
-    "Caption": ("caption", "text"),
 }
 """Hugging Face's type of a column → usual names of such columns."""
 
@@ -220,10 +126,10 @@ def parquet(place: str, pick: Pick) -> RawSplit:
         schema = pq.read_schema(paths[0])
         info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {})
         features = {k: v for k, v in info.get("features", {}).items() if isinstance(v, dict)}
-        image, label, caption = _columns(place, schema.names, features)
+        image, label, captions = _columns(place, schema.names, features)
         kind = schema.field(image).type
         has_path = hasattr(kind, "get_field_index") and kind.get_field_index("path") >= 0
-        wanted = [name for name in (f"{image}.path" if has_path else None, label, caption) if name]
+        wanted = [name for name in (f"{image}.path" if has_path else None, label, *captions) if name]
         for path in paths:
             with pq.ParquetFile(path) as file:
                 rows += file.read(columns=wanted).to_pylist()
@@ -234,18 +140,27 @@ def parquet(place: str, pick: Pick) -> RawSplit:
         raise DataError(f"{place} cannot be read as Parquet: {error}", hint=_PARQUET_HINT) from error
     names = [(row[image] or {}).get("path") if has_path else None for row in rows]
     items = [name or f"row {i:06d}" for i, name in enumerate(names)]
-    there = [i for i, row in enumerate(rows) if not label or row[label] is not None]
-    unusable = [f"{items[i]}: no label" for i in sorted({*range(len(rows))} - {*there})]
+    texts = [_captions([row[name] for name in captions]) for row in rows]
+    there = [i for i, row in enumerate(rows) if (row[label] is not None if label else texts[i])]
+    lacks = "label" if label else "caption"
+    unusable = [f"{items[i]}: no {lacks}" for i in sorted({*range(len(rows))} - {*there})]
     classes = features.get(label, {}).get("names") if label else None
+    pairs = [(i, text) for i in there for text in (texts[i][:1] or [""] if label else texts[i])]
     return RawSplit(
         FileImages(files, _read_row, where),
-        [items[i] for i in there],
-        [_text(rows[i][label]) for i in there] if label else None,
+        [items[i] for i, _ in pairs],
+        [_text(rows[i][label]) for i, _ in pairs] if label else None,
         None if classes is None else tuple(classes),
         unusable=unusable,
-        captions=[str(rows[i][caption]) for i in there] if caption else None,
-        which=there,
+        captions=[text for _, text in pairs] if captions else None,
+        which=[i for i, _ in pairs],
     )
+
+
+def _captions(cells: Sequence[Any]) -> list[str]:
+    """Return an image's captions: one per column, or lists of them."""
+    listed = [text for cell in cells for text in (cell if isinstance(cell, list) else [cell])]
+    return [str(text).strip() for text in listed if text is not None and str(text).strip()]
 
 
 def _text(label: object) -> str:
@@ -274,9 +189,7 @@ def _row_group(path: str, stamp: str, group: int, column: str) -> Any:
         return file.read_row_group(group, columns=[column]).column(column)
 
 
-def _columns(
-    place: str, names: Sequence[str], features: dict[str, Any]
-) -> tuple[str, str | None, str | None]:
+def _columns(place: str, names: Sequence[str], features: dict[str, Any]) -> tuple[str, str | None, list[str]]:
     """Return which columns hold images, labels and captions: by Hugging Face's features, else by name."""
 
     def first(kind: str) -> str | None:
@@ -284,10 +197,11 @@ def _columns(
         usual = [name for name in _PARQUET_COLUMNS[kind] if name in names]
         return next(iter([name for name in usual if name in typed] + typed + usual), None)
 
-    image, label, caption = map(first, _PARQUET_COLUMNS)
-    if image is None or not (label or caption):
+    image, label = map(first, _PARQUET_COLUMNS)
+    captions = [name for name in names if name not in (image, label) and CAPTION.fullmatch(name.lower())]
+    if image is None or not (label or captions):
         raise DataError(
             f"{place} has no images with labels or captions, its columns: {', '.join(names)}",
             hint=_PARQUET_HINT,
         )
-    return image, label, caption
+    return image, label, captions

@@ -52,7 +52,8 @@ class Evaluator:
             a GPU, "fp32" on a CPU. Weights, heads, logits and probabilities are fp32 or wider.
         batch_size: images at a time, at most; None: 256, on a GPU 512.
         templates: prompts for zero-shot heads, as `data.prompts.templates` takes them; None: the split's own.
-        metric: the one that decides: a key of `metrics.METRICS`.
+        metric: the one that decides: a key of `metrics.METRICS`; None: "top1", and "recall@1" where a split has
+            captions and no classes.
         cache: the folder for pixels and heads, None for the user's cache folder.
         journal: a file of scores already paid for, read and appended to, so that a killed search goes on from it.
             Under torchrun the first process's answers for all.
@@ -72,14 +73,14 @@ class Evaluator:
         precision: str | None = None,
         batch_size: int | None = None,
         templates: str | Path | Sequence[str] | None = None,
-        metric: str = "top1",
+        metric: str | None = None,
         cache: Path | None = None,
         journal: Journal | str | os.PathLike[str] | None = None,
         on_progress: Progress | None = None,
         predictor: Predictor | None = None,
     ) -> None:
         self.splits: Mapping[str, Split] = dict(splits) if isinstance(splits, Mapping) else {"val": splits}
-        self.metric = check_metric(metric, grouped=all(s.groups is not None for s in self.splits.values()))
+        self.metrics = {name: _metric_for(split, metric) for name, split in self.splits.items()}
         self.images_scored = 0
         self.images_saved = 0
         if predictor is None:
@@ -105,7 +106,7 @@ class Evaluator:
         key = self._key(weights, name)
         result = self._recall(key, name)
         if isinstance(result, Score):
-            self.images_saved += result.n
+            self.images_saved += self.splits[name].pictures
             return result
         self.load(weights)
         return cast("Score", self._remember(key, weights, name, self._run(name, weights)))
@@ -140,7 +141,7 @@ class Evaluator:
         key = self._key(proposed, name)
         known = self._recall(key, name)
         if isinstance(known, Score) or (known and not is_better(known, incumbent, strict=strict)):
-            self.images_saved += known.n
+            self.images_saved += self.splits[name].pictures
             return known
         held = mean(members)
         if self._mean != (recipe := recipe_digest(held, self._digest)):
@@ -157,8 +158,12 @@ class Evaluator:
         self, name: str, candidate: Weights, incumbent: Score | None = None, *, strict: bool = False
     ) -> Score | Stopped:
         """Predict a split with what the model now holds, until all is seen or the incumbent is out of reach."""
+        if METRICS[self.metrics[name]].retrieval:  # a rank hangs on all images, so each pass is a full one
+            result = score_of(self.predictor.ranks(name), self.metrics[name])
+            self.images_scored += result.images_scored
+            return result
         split, difficulty = self.splits[name], self._difficulty_of(name)
-        n, metric = len(split), METRICS[self.metric]
+        n, metric = len(split), METRICS[self.metrics[name]]
         may_stop = incumbent is not None and metric.higher_is_better
         # Images that were not seen count as right: no metric that may stop a pass falls when an image becomes right,
         # so what loses now would lose in full as well (README.md).
@@ -172,7 +177,7 @@ class Evaluator:
                 best_case.confidence[indices] = rows[:, 2]
                 seen[indices] = True
                 if may_stop and not seen.all():
-                    stopped = Stopped(self.metric, metric.compute(best_case), n, int(seen.sum()))
+                    stopped = Stopped(self.metrics[name], metric.compute(best_case), n, int(seen.sum()))
                     if not is_better(stopped, incumbent, strict=strict):
                         break
         except NonFiniteError as error:
@@ -181,7 +186,7 @@ class Evaluator:
         self.images_scored += scored
         self.images_saved += n - scored
         difficulty.add(best_case.right, seen)
-        return stopped if stopped is not None and scored < n else score_of(best_case, self.metric)
+        return stopped if stopped is not None and scored < n else score_of(best_case, self.metrics[name])
 
     # -- what is remembered -------------------------------------------------------------------------------
 
@@ -189,6 +194,7 @@ class Evaluator:
         """Digest everything that a score depends on beside the weights."""
         name = self.split_name(split)
         parts = [self.splits[name].digest, *self.predictor.key(name, weights)]
+        parts += ["retrieval"] if METRICS[self.metrics[name]].retrieval else []
         return blake3(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
     def _key(self, weights: Weights, name: str) -> str:
@@ -208,10 +214,11 @@ class Evaluator:
         """Return what has been paid for under `key`."""
         if key not in self._results and self._journal is not None:
             record = distributed.broadcast_object(self._journal.get(key))
-            result = None if record is None else read_result(record, self.metric)
-            if result is not None and result.n == len(self.splits[name]):
+            result = None if record is None else read_result(record, self.metrics[name])
+            images, retrieval = len(self.splits[name]), METRICS[self.metrics[name]].retrieval
+            if result is not None and result.n == images + self.splits[name].pictures * retrieval:
                 self._results[key] = result
-                if isinstance(result, Score):
+                if isinstance(result, Score) and not retrieval:
                     self._difficulty_of(name).add(result.correct_mask, np.ones(result.n, bool))
         return self._results.get(key)
 
@@ -227,6 +234,11 @@ class Evaluator:
         return result
 
     # -- the model and the data ---------------------------------------------------------------------------
+
+    @property
+    def metric(self) -> str:
+        """The metric that decides on the first split: on all of them, unless some have captions in place of classes."""
+        return next(iter(self.metrics.values()))
 
     @property
     def model(self) -> ModelSpec:
@@ -289,6 +301,13 @@ class Evaluator:
 
     def _difficulty_of(self, name: str) -> "_Difficulty":
         return self._difficulty.setdefault(name, _Difficulty(len(self.splits[name])))
+
+
+def _metric_for(split: Split, metric: str | None) -> str:
+    """Return the metric that decides on a split, which must allow it."""
+    captioned = split.captions is not None
+    usual = "recall@1" if captioned and not split.classes else "top1"
+    return check_metric(metric or usual, grouped=split.groups is not None, captioned=captioned)
 
 
 class _Difficulty:

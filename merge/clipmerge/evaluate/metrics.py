@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from clipmerge.evaluate.retrieval import RECALLS, Ranks, recall_interval
 from clipmerge.types import Bools, Floats, Ints
 
 __all__ = [
@@ -117,11 +118,16 @@ def _rates(keys: Ints, right: Bools) -> Floats:
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric by name: how it is computed, which way is better, and its words in a table."""
+    """A metric by name: how it is computed, which way is better, and its words in a table.
 
-    compute: Callable[[Predictions], float]
+    Attributes:
+        retrieval: it is computed from `Ranks` of images with captions, not from `Predictions` of classes.
+    """
+
+    compute: Callable[[Any], float]
     title: str
     higher_is_better: bool = True
+    retrieval: bool = False
 
 
 METRICS: Mapping[str, Metric] = {
@@ -131,12 +137,16 @@ METRICS: Mapping[str, Metric] = {
     "macro_f1": Metric(macro_f1, "macro-F1"),
     "worst_group": Metric(worst_group, "worst group"),
     "ece": Metric(ece, "ECE", higher_is_better=False),
+    **{name: Metric(compute, title, retrieval=True) for name, (compute, title) in RECALLS.items()},
 }
 
 
-def all_metrics(p: Predictions) -> dict[str, float]:
-    """Compute every metric that the predictions allow."""
-    return {n: m.compute(p) for n, m in METRICS.items() if n != "worst_group" or p.groups is not None}
+def all_metrics(p: Predictions | Ranks) -> dict[str, float]:
+    """Compute every metric that the predictions or ranks allow."""
+    if isinstance(p, Ranks):
+        return {name: metric.compute(p) for name, metric in METRICS.items() if metric.retrieval}
+    left_out = set() if p.groups is not None else {"worst_group"}
+    return {n: m.compute(p) for n, m in METRICS.items() if not m.retrieval and n not in left_out}
 
 
 def interval(correct: float, n: int) -> tuple[float, float]:
@@ -156,8 +166,10 @@ def interval(correct: float, n: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def metric_interval(name: str, p: Predictions) -> tuple[float, float]:
+def metric_interval(name: str, p: Predictions | Ranks) -> tuple[float, float]:
     """Compute a 95 % interval for a metric: Wilson's for shares of images, the bootstrap's for the rest."""
+    if isinstance(p, Ranks):
+        return recall_interval(METRICS[name].compute, p)
     if name == "top1":
         return interval(int(p.right.sum()), len(p))
     if name == "top5":

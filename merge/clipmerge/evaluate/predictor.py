@@ -19,8 +19,9 @@ from clipmerge.data.split import Split
 from clipmerge.device import Precision, autocast, autocast_dtype, float32_matmul
 from clipmerge.errors import DataError, ModelError, NonFiniteError
 from clipmerge.evaluate.device_split import DeviceSplit
-from clipmerge.evaluate.heads import class_logits, zero_shot_head
+from clipmerge.evaluate.heads import class_logits, encode_prompts, zero_shot_head
 from clipmerge.evaluate.resident import Resident
+from clipmerge.evaluate.retrieval import Ranks, rank_pairs
 from clipmerge.model import ModelSpec, get_tokenizer, resolve_model
 from clipmerge.types import Floats, Ints, Progress
 from clipmerge.weights.weights import Weights
@@ -122,10 +123,14 @@ class Predictor:
     def head(self, name: str) -> Tensor | None:
         """Return the zero-shot head for a split; None where the weights have a trained head, which must fit."""
         split, module = self.splits[name], self.resident.module
+        if not split.classes:
+            raise DataError(
+                f"{split.source} has captions and no classes", hint="score it by --metric recall@1"
+            )
         if split.choices < 2:
             raise DataError(
-                f"{split.source} has a single class, so any model would be right",
-                hint="name the folder whose folders are the classes, or add images of the other classes",
+                f"{split.source} has {split.choices or 'no'} class to choose from, so no score can follow",
+                hint="name the folder whose folders are the classes; captions are scored by --metric recall@1",
             )
         trained = getattr(module, "classification_head", None)
         if trained is not None:
@@ -155,10 +160,10 @@ class Predictor:
     def rows(self, split: str, order: Ints) -> Iterator[tuple[Ints, Floats]]:
         """Yield (images, their rows: predicted class, whether the true one is in the top five, confidence)."""
         if (self.splits[split].labels < 0).any():
-            source = self.splits[split].source
-            raise DataError(
-                f"{source} has images without a class", hint="scoring needs a label for each image"
+            wanted = (
+                "score captions by --metric recall@1" if self.splits[split].captions else "name its classes"
             )
+            raise DataError(f"{self.splits[split].source} has images without a class", hint=wanted)
         images, head = self.device_split(split), self.head(split)
 
         def reduce(indices: Tensor, batch: Tensor) -> Tensor:
@@ -193,6 +198,31 @@ class Predictor:
         for chunk, rows in self._chunks(split, np.arange(len(collected)), reduce, width + 1):
             collected[torch.from_numpy(chunk)] = rows[:, :-1].float()
         return collected
+
+    def ranks(self, name: str) -> Ranks:
+        """Rank captions for every image of a split, and images for every caption; equal captions are encoded once."""
+        split, images = self.splits[name], f"{name} (images)"
+        _, first, image_of = np.unique(split.index, return_index=True, return_inverse=True)
+        if images not in self.splits:
+            self.splits = {**self.splits, images: split.subset(first)}
+        self._tokenizer = self._tokenizer or get_tokenizer(self.spec())
+        tokens, text_of = torch.unique(
+            self._tokenizer(list(split.captions or ())), dim=0, return_inverse=True
+        )
+        digest, module = self.resident.text_digest(), self.resident.module
+        if self._heads.get(images, ("",))[0] != digest:
+            encoded = encode_prompts(module, tokens, on_progress=self.on_progress)
+            if not encoded.isfinite().all():
+                hint = "the text tower's weights hold NaN or infinity"
+                raise NonFiniteError(f"the model's features of {name}'s captions are not finite", hint=hint)
+            self._heads[images] = (digest, encoded)
+        features, wide = self.collect(images, "features"), _wide(self.device)
+        return rank_pairs(
+            features.to(self.device, wide),
+            self._heads[images][1].to(wide),
+            text_of.to(self.device),
+            torch.from_numpy(image_of).to(self.device),
+        )
 
     def _features(self, images: DeviceSplit, batch: Tensor) -> Tensor:
         ready, dtype = images.normalise(batch), autocast_dtype(self.precision)

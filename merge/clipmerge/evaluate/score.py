@@ -12,6 +12,7 @@ import numpy as np
 
 from clipmerge.errors import SelectionError
 from clipmerge.evaluate.metrics import METRICS, Predictions, all_metrics, interval, mcnemar, metric_interval
+from clipmerge.evaluate.retrieval import Ranks
 from clipmerge.text import did_you_mean
 from clipmerge.types import Bools, Ints
 
@@ -26,7 +27,8 @@ class Score:
         metric: the deciding metric's name.
         metrics: every metric that the split allows, by name.
         interval: 95 % for the deciding metric.
-        correct_mask: shape (n,): whether each image's top-1 is right.
+        correct_mask: shape (n,): whether each image's top-1 is right; in retrieval whether each query's is, images and
+            then captions.
         predictions: shape (n,): the predicted classes; None for a score that was remembered.
         images_scored: images that went through the model for it: 0 for a score that was remembered.
     """
@@ -115,9 +117,11 @@ def _figure(metric: str, value: float, n: int) -> Fraction:
     return Fraction(value) if METRICS[metric].higher_is_better else -Fraction(value)
 
 
-def score_of(predictions: Predictions, metric: str) -> Score:
+def score_of(predictions: Predictions | Ranks, metric: str) -> Score:
     """Compute the score of a full pass."""
     metrics, ends = all_metrics(predictions), metric_interval(metric, predictions)
+    if isinstance(predictions, Ranks):
+        return Score(metric, metrics, ends, predictions.first, images_scored=len(predictions.texts))
     return Score(metric, metrics, ends, predictions.right, predictions.predicted, len(predictions))
 
 
@@ -154,7 +158,7 @@ def _unpack(text: str, count: int) -> Bools:
     return np.unpackbits(np.frombuffer(raw, np.uint8), count=count).astype(np.bool_)
 
 
-def check_metric(metric: str, *, grouped: bool) -> str:
+def check_metric(metric: str, *, grouped: bool, captioned: bool) -> str:
     """Return `metric`, where it exists and the data can be measured by it.
 
     Raises:
@@ -163,8 +167,11 @@ def check_metric(metric: str, *, grouped: bool) -> str:
     if metric not in METRICS:
         hint = did_you_mean(metric, METRICS, f"use one of {', '.join(METRICS)}")
         raise SelectionError(f"there is no metric {metric!r}", hint=hint)
-    if metric == "worst_group" and not grouped:
+    lacks = "groups" if metric == "worst_group" and not grouped else ""
+    lacks = "captions" if METRICS[metric].retrieval and not captioned else lacks
+    if lacks:
         raise SelectionError(
-            "worst_group needs images in groups, and these have none", hint="use --metric top1"
+            f"{metric} needs images {'in' if lacks == 'groups' else 'with'} {lacks}, and these have none",
+            hint="use --metric top1",
         )
     return metric

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from clipmerge.evaluate.metrics import Predictions
+from clipmerge.errors import SelectionError
+from clipmerge.evaluate.metrics import METRICS, Predictions
 from clipmerge.evaluate.score import Score, score_of
 from clipmerge.evaluate.sources import Source
 from clipmerge.search.results import SoupResult
@@ -90,6 +91,9 @@ def ensemble_logits(
 
 def score_logits(logits: npt.NDArray[Any], evaluator: "Evaluator", split: str | None = None) -> Score:
     """Score logits for every image of a split, (n, classes); classes that it lacks are -inf."""
+    if METRICS[evaluator.metric].retrieval:
+        hint = "use a metric of classes, such as top1"
+        raise SelectionError(f"an ensemble of logits cannot be scored by {evaluator.metric}", hint=hint)
     labels, groups = evaluator.labels(split), evaluator.splits[evaluator.split_name(split)].groups
     true = np.take_along_axis(logits, labels[:, None], axis=1)
     odds = np.exp(logits - logits.max(axis=1, keepdims=True))
