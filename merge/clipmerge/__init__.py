@@ -38,10 +38,7 @@ if TYPE_CHECKING:
     from clipmerge.weights.weights import interpolate as interpolate
     from clipmerge.weights.weights import load as load
     from clipmerge.weights.weights import load_all as load_all
-    from clipmerge.weights.weights import magmax as magmax
     from clipmerge.weights.weights import mean as mean
-    from clipmerge.weights.weights import model_stock as model_stock
-    from clipmerge.weights.weights import slerp as slerp
 
 _NAMES = {
     "data.open": "open_split",
@@ -59,20 +56,27 @@ _NAMES = {
     "search.sweep": "sweep",
     "weights.look": "compare inspect",
     "weights.verify": "verify",
-    "weights.weights": "Weights from_state_dict interpolate load load_all magmax mean model_stock slerp",
+    "weights.weights": "Weights from_state_dict interpolate load load_all mean",
 }
 """The public names by the file that holds them."""
 
 _HOME = {name: f"clipmerge.{home}" for home, names in _NAMES.items() for name in names.split()}
 
-__all__ = sorted(_HOME)
-
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
+    if name == "__all__":
+        return sorted([*_HOME, *_methods()])
+    if not name.startswith("_") and name in _methods():
+        return getattr(import_module("clipmerge.weights.weights"), name)
     raise AttributeError(f"module 'clipmerge' has no attribute {name!r}")
 
 
+def _methods() -> Any:
+    """The table of methods, whose names are public too: `cm.ties`, `cm.slerp` …"""
+    return import_module("clipmerge.weights.methods").METHODS
+
+
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return [*__getattr__("__all__"), "__version__"]

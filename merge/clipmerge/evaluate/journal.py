@@ -128,6 +128,7 @@ def _recipe(weights: Expression, digest: Callable[[Checkpoint], str]) -> list[li
             terms.append([str(coefficient), digest(leaf)])
         else:
             operands = [_recipe(operand, digest) for operand in leaf.operands]
-            options = json.dumps(leaf.options, sort_keys=True)
-            terms.append([str(coefficient), leaf.method.name, options, operands])
+            options = json.dumps(dict(leaf.options), sort_keys=True)
+            merged = [] if leaf.merged is None else [_recipe(leaf.merged, digest)]
+            terms.append([str(coefficient), leaf.method.name, options, operands, *merged])
     return sorted(terms, key=json.dumps)

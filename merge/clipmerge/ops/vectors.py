@@ -1,11 +1,38 @@
-"""Rules that take task vectors and give a task vector, one tensor at a time, in float64."""
+"""Rules that take task vectors and give a task vector, entry by entry.
+
+Arrays are float32 or float64 and of one shape; a rule that does not look at whole tensors may be given them in pieces.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from typing import TypeVar
 
 import numpy as np
+from blake3 import blake3
 
-from clipmerge.types import Floats
+from clipmerge.ops.decompose import CUT
+from clipmerge.ops.order import Share, count_of, kth_largest
+from clipmerge.types import Reals
+
+R = TypeVar("R", bound=Reals)
 
 
-def magmax(*vectors: Floats) -> Floats:
+def total(*vectors: R) -> R:
+    """Add task vectors."""
+    summed: R = np.array(vectors[0])  # type: ignore[assignment] # of its own type
+    for vector in vectors[1:]:
+        np.add(summed, vector, out=summed)
+    return summed
+
+
+def mean(*vectors: R) -> R:
+    """Average task vectors: what methods of matrices do with every other tensor."""
+    averaged = total(*vectors)
+    np.divide(averaged, len(vectors), out=averaged)
+    return averaged
+
+
+def magmax(*vectors: Reals) -> Reals:
     """Take each entry from the vector where it is largest in magnitude; the later vector wins ties.
 
     Source: Marczak et al. 2024, arXiv 2407.06322.
@@ -14,3 +41,182 @@ def magmax(*vectors: Floats) -> Floats:
     for vector in vectors[1:]:
         np.copyto(largest, vector, where=np.abs(vector) >= np.abs(largest))
     return largest
+
+
+def ties(
+    *vectors: Reals,
+    density: Share,
+    scope: str = "tensor",
+    thresholds: Sequence[float] | None = None,
+    majority: Callable[[], float] | None = None,
+) -> Reals:
+    """Trim each vector to its largest entries, elect a sign for each entry, average the entries that have it.
+
+    Entries whose sum is exactly 0 though some are not take the sign that most entries elect.
+
+    Args:
+        density: the share of entries that each vector keeps.
+        thresholds: each vector's smallest magnitude that stays; None: of what is given here.
+        majority: says the sum of all elected signs; None: of what is given here.
+
+    Source: Yadav et al. 2023, arXiv 2306.01708.
+    """
+    if thresholds is None:
+        thresholds = [kth_largest(vector, count_of(vector.size, density)) for vector in vectors]
+    summed, positive, up, held = elect(vectors, thresholds)
+    is_positive = summed > 0
+    tied = (summed == 0) & (held > 0)
+    if tied.any() and (float(np.sign(summed).sum()) if majority is None else majority()) > 0:
+        is_positive |= tied
+    chosen = np.where(is_positive, positive, summed - positive)
+    agreeing = np.where(is_positive, up, held - up)
+    np.divide(chosen, np.maximum(agreeing, 1), out=chosen)
+    return chosen
+
+
+def elect(
+    vectors: Sequence[Reals], thresholds: Sequence[float]
+) -> tuple[Reals, Reals, np.ndarray, np.ndarray]:
+    """Sum trimmed vectors.
+
+    Returns:
+        The sum, the sum of what is positive in it, and of how many vectors a positive entry, or any, was kept.
+    """
+    like = vectors[0]
+    summed, positive = np.zeros_like(like), np.zeros_like(like)
+    count = np.uint8 if len(vectors) < 256 else np.uint32
+    up, held = np.zeros(like.shape, count), np.zeros(like.shape, count)
+    zero = like.dtype.type(0)
+    # A task that left everything here alone has rounding at most, which must not vote; and what is kept is not zero.
+    floor = max(CUT * max(thresholds), float(np.finfo(like.dtype).tiny))
+    for vector, threshold in zip(vectors, thresholds, strict=True):
+        least = like.dtype.type(max(threshold, floor))
+        keep = np.abs(vector) >= least
+        kept = np.where(keep, vector, zero)
+        summed += kept
+        held += keep
+        np.maximum(kept, zero, out=kept)
+        positive += kept
+        up += kept > zero
+    return summed, positive, up, held
+
+
+def dare(*vectors: Reals, name: str, p: Share, seed: int) -> Reals:
+    """Drop entries at random, scale the others by 1 / (1 - p), and add the vectors.
+
+    Every vector has its own draw, in the order of their norms in this tensor, so that neither the order nor the
+    names of the vectors matter.
+
+    Args:
+        name: the tensor's, which seeds the draw together with `seed`.
+        p: the probability that an entry is dropped.
+
+    Source: Yu et al. 2024, arXiv 2311.03099.
+    """
+    digest = blake3(f"dare {seed} {name}".encode()).digest(32)
+    random = np.random.Generator(np.random.Philox(np.random.SeedSequence(int.from_bytes(digest, "little"))))
+    summed = np.zeros_like(vectors[0])
+    for vector in sorted(vectors, key=lambda vector: float(np.linalg.norm(vector))):
+        keep = random.random(vector.shape, np.float32) >= p
+        summed += np.where(keep, vector, 0)
+    return np.asarray(summed / (1 - p), summed.dtype)
+
+
+def breadcrumbs(
+    *vectors: Reals,
+    beta: Share,
+    gamma: Share,
+    scope: str = "tensor",
+    thresholds: Sequence[tuple[float, float]] | None = None,
+) -> Reals:
+    """Drop each vector's largest and smallest entries, and add what is left.
+
+    Counts are rounded down, so that no small tensor vanishes; entries as large as the last that stays stay too.
+
+    Args:
+        beta: the share of largest entries that is dropped.
+        gamma: the share of smallest entries that is dropped.
+        thresholds: each vector's largest and smallest magnitude that stays; None: of what is given here.
+
+    Source: Davari and Belilovsky 2023, arXiv 2312.06795.
+    """
+    if thresholds is None:
+        ranks = crumb_ranks(vectors[0].size, beta, gamma)
+        thresholds = [(kth_largest(v, ranks[0]), kth_largest(v, ranks[1])) for v in vectors]
+    summed = np.zeros_like(vectors[0])
+    for vector, (largest, smallest) in zip(vectors, thresholds, strict=True):
+        magnitude = np.abs(vector)
+        keep = (magnitude <= vector.dtype.type(largest)) & (magnitude >= vector.dtype.type(smallest))
+        summed += np.where(keep, vector, vector.dtype.type(0))
+    return summed
+
+
+def crumb_ranks(size: int, beta: Share, gamma: Share) -> tuple[int, int]:
+    """Return the ranks by magnitude of the largest and of the smallest entry that Breadcrumbs keeps."""
+    if size == 0:
+        return 1, 1
+    return int(Fraction(repr(float(beta))) * size) + 1, size - int(Fraction(repr(float(gamma))) * size)
+
+
+def consensus(*vectors: Reals, threshold: float | Sequence[float], least: int) -> Reals:
+    """Add vectors, and keep the entries that matter to at least two of them.
+
+    An entry matters to a task where abs(τ_t) > threshold · abs(Στ - τ_t). Of fewer than `least` vectors all count.
+
+    Args:
+        threshold: one for all tasks, or one a task: between 0.2 and 0.6, by held-out accuracy where there is some.
+        least: how many tasks an entry must matter to.
+
+    Source: Wang et al. 2024, arXiv 2405.07813.
+    """
+    each = [threshold] * len(vectors) if isinstance(threshold, int | float) else list(threshold)
+    summed = total(*vectors)
+    active = np.zeros(summed.shape, np.uint32)
+    for vector, factor in zip(vectors, each, strict=True):
+        active += np.abs(vector) > factor * np.abs(summed - vector)
+    return np.where(active >= min(int(least), len(vectors)), summed, summed.dtype.type(0))
+
+
+def lines(
+    *vectors: Reals,
+    name: str,
+    alpha: float | None = None,
+    beta: float | None = None,
+    depths: Mapping[str, float] | None = None,
+    merged: Reals | None = None,
+) -> Reals:
+    """Scale a merged vector by depth: block l of L by alpha + beta·l / (L - 1), every other tensor by alpha.
+
+    Args:
+        name: the tensor's.
+        alpha: of the first block; by default (‖Στ‖₁ / ‖merged‖₁) / tasks over the whole model.
+        beta: what the last block has more; by default 1 - alpha.
+        depths: the l / (L - 1) of tensors in blocks, counted in each tower.
+        merged: what the vectors were merged to; by default their sum.
+
+    Source: Wang et al. 2024, arXiv 2410.17146.
+    """
+    alpha = 1 / len(vectors) if alpha is None else alpha
+    beta = 1 - alpha if beta is None else beta
+    factor = alpha + beta * (depths or {}).get(name, 0.0)
+    return np.asarray((total(*vectors) if merged is None else merged) * vectors[0].dtype.type(factor))
+
+
+def equalise(*vectors: Reals, factors: Sequence[float] | None = None) -> Reals:
+    """Add vectors after each was scaled to the median of their norms.
+
+    Args:
+        factors: what each is scaled by; None: by its norm here.
+    """
+    factors = equal_factors([float(np.linalg.norm(v)) for v in vectors]) if factors is None else factors
+    return total(
+        *(vector * vector.dtype.type(factor) for vector, factor in zip(vectors, factors, strict=True))
+    )
+
+
+def equal_factors(norms: Sequence[float]) -> list[float]:
+    """Return what scales each vector to the median norm of those that are not zero, but for rounding."""
+    least = CUT * max(norms, default=0.0)
+    positive = [norm for norm in norms if norm > least]
+    median = float(np.median(positive)) if positive else 0.0
+    return [median / norm if norm > least else 1.0 for norm in norms]

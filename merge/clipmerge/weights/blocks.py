@@ -17,8 +17,10 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from clipmerge.checkpoint.read import Reader
+from clipmerge.checkpoint.tensors import Checkpoint
 from clipmerge.dtypes import ITEMSIZE, Scratch, Singles, finite, narrow, storage_dtype, widen
 from clipmerge.types import Bytes, Floats
+from clipmerge.weights.applied import Facts, read_stretch, weighted
 from clipmerge.weights.digest import Digests
 from clipmerge.weights.fp16_sum import HalfSum
 from clipmerge.weights.plan import Step
@@ -63,11 +65,14 @@ class Stretch:
     Args:
         low, high: its first element, and past the last.
         digests: of the inputs, taken from the blocks as they are read; those that want one have the whole tensor.
+        facts: what methods know of the whole model.
     """
 
-    def __init__(self, step: Step, low: int, high: int, reader: Reader, digests: Digests) -> None:
+    def __init__(
+        self, step: Step, low: int, high: int, reader: Reader, digests: Digests, facts: Facts
+    ) -> None:
         self._step, self._low, self._high, self._reader, self._digests = step, low, high, reader, digests
-        self._inputs = step.inputs
+        self._inputs, self._facts = step.inputs, facts
         self._hashers = [blake3() if digests.wants(c, step.name) else None for c in step.checkpoints]
 
     def compute(self, buffers: Buffers, not_finite: NotFinite) -> Iterator[tuple[int, Bytes]]:
@@ -77,7 +82,10 @@ class Stretch:
         for low in range(self._low, self._high, length):
             high = min(low + length, self._high)
             out = buffers.out[: (high - low) * ITEMSIZE[dtype]].view(storage_dtype(dtype))
-            if is_copy:
+            if step.has_methods:
+                numbers: npt.NDArray[Any] = self._methods(low, high, buffers, not_finite)
+                is_finite = narrow(numbers, dtype, out, buffers.scratch)
+            elif is_copy:
                 numbers = self._read(0, low, high, out.view(np.uint8))
                 is_finite = finite(out, dtype)
             else:
@@ -99,6 +107,19 @@ class Stretch:
         if (hasher := self._hashers[i]) is not None:
             hasher.update(raw.data)
         return raw.view(storage_dtype(tensor.dtype))
+
+    def _methods(self, low: int, high: int, buffers: Buffers, not_finite: NotFinite) -> Floats:
+        """Σ factor·leaf / divisor, where methods of single entries are among the leaves."""
+        step, hashers = self._step, dict(zip(self._step.checkpoints, self._hashers, strict=True))
+
+        def seen(source: Checkpoint, raw: npt.NDArray[Any]) -> None:
+            if (hasher := hashers[source]) is not None:
+                hasher.update(raw.view(np.uint8).data)
+            if not finite(raw, source.tensors[step.name].dtype):  # a method that trims may swallow it
+                not_finite(step, raw)
+
+        read = read_stretch(self._reader, step.name, low, high, buffers.scratch, seen)
+        return weighted(step.terms, step.divisor, step.name, (high - low,), read, self._facts)
 
     def _sum(self, low: int, high: int, buffers: Buffers) -> Singles | Floats:
         """Σ factor·input / divisor, as `narrow` takes it."""
@@ -143,8 +164,15 @@ def sums_halves(step: Step) -> bool:
 
 def block_length(step: Step) -> int:
     """Return how many elements of a step are computed at a time: equal blocks, at most 2 * `BLOCK`."""
+    if step.has_methods:
+        return method_block()
     count = ceil(step.numel / (2 * BLOCK)) if sums_halves(step) else round(step.numel / BLOCK)
     return ceil(step.numel / max(count, 1))
+
+
+def method_block() -> int:
+    """Return how many elements a method takes at a time: its arrays of all inputs fit a core's cache."""
+    return max(BLOCK // 4, 1)
 
 
 def default_threads() -> int:

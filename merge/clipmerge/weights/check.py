@@ -139,5 +139,5 @@ def _check_patterns(weights: Expression, names: Sequence[str]) -> None:
                 otherwise = "patterns are globs over names, such as 'visual.*'"
                 hint = did_you_mean(pattern, known, otherwise)
                 raise RecipeError(f"the pattern {pattern!r} matches no tensor", hint=hint)
-        for operand in leaf.operands if isinstance(leaf, Applied) else ():
+        for operand in leaf.inputs if isinstance(leaf, Applied) else ():
             _check_patterns(operand, names)

@@ -8,11 +8,12 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from fractions import Fraction
+from inspect import signature
 from typing import Any, Literal, Self, TypeAlias, TypeVar
 
 from clipmerge.checkpoint.tensors import Checkpoint, Tensor
 from clipmerge.errors import MismatchError, RecipeError
-from clipmerge.types import Floats
+from clipmerge.types import Reals
 from clipmerge.weights.coefficient import Coefficient, Scalar, number_text
 from clipmerge.weights.names import absent_parts
 from clipmerge.weights.record import model_record, prompts_of, read_record
@@ -21,35 +22,110 @@ TOLERANCE = Fraction(1, 10**6)
 """How far a total may be from 0 or 1: softmaxed coefficients sum to 1 only up to their own rounding."""
 
 
+OptionValue: TypeAlias = int | float | str | bool | tuple[float, ...] | None
+
+
 @dataclass(frozen=True, slots=True)
-class Method:
-    """A nonlinear rule over whole tensors: a row of `methods.METHODS`.
+class Option:
+    """A parameter of a method.
 
     Attributes:
-        function: one float64 array per operand, then the options by name → float64 array of the same shape.
+        default: None: worked out.
+        says: what it is, for people.
+        low, high: the least and largest number.
+        choices: the words that it may be.
+        several: whether it may be a list, one number an operand.
+    """
+
+    default: OptionValue
+    says: str
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+    several: bool = False
+
+
+EQUALISE = Option(False, "scale every task vector to the median of their norms first")
+FUSED = Option(False, "take q, k and v in one tensor as one matrix")
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A nonlinear rule: a row of `methods.METHODS`.
+
+    Attributes:
+        function: one array per operand, then keywords → array of the same shape. The keywords are the options, what
+            `measure` returns, and, where the function has a parameter of that name, `name` (the tensor's) and `merged`.
         takes: what its operands must be: "points" (models, total 1) or "vectors" (task vectors, total 0).
         gives: the total of the result.
-        options: name → default.
+        on: what the function looks at: single entries, so that it may be given pieces; whole tensors; or matrices
+            (`names.matrices_of`), other tensors being the mean (or `merged`).
+        options: name → what it may be.
         operands: how many it takes, (least, most); None is any number.
+        symmetric: whether the order of the operands means nothing.
+        distinct: whether equal operands count once.
+        measure: what the function needs to know of the whole model (see `applied.Model`), as keywords.
+        grid: first, last and step of the coefficients to try on the result.
         renamed: what an option was called in files written before → its name now.
     """
 
     name: str
-    function: Callable[..., Floats]
+    function: Callable[..., Reals]
     takes: Literal["points", "vectors"]
     gives: Literal[0, 1]
-    options: Mapping[str, float] = field(default_factory=dict)
+    on: Literal["entries", "tensors", "matrices"] = "tensors"
+    options: Mapping[str, Option] = field(default_factory=dict)
     operands: tuple[int, int | None] = (1, None)
+    symmetric: bool = True
+    distinct: bool = False
+    measure: Callable[..., Mapping[str, Any]] | None = None
+    grid: tuple[str, str, str] = ("0", "1", "0.05")
     renamed: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def all_options(self) -> dict[str, Option]:
+        """Its own options, and those of every method of its kind."""
+        shared = {"equalise": EQUALISE} if self.takes == "vectors" and self.name != "equalise" else {}
+        return {**self.options, **shared, **({"fused": FUSED} if self.on == "matrices" else {})}
+
+    @property
+    def keywords(self) -> frozenset[str]:
+        """The parameters of the function."""
+        return frozenset(signature(self.function).parameters)
+
+    @property
+    def takes_merged(self) -> bool:
+        """Whether it works on what another method made of the operands: `merged=`, by default their sum."""
+        return "merged" in self.keywords
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Applied:
-    """A method over expressions: a leaf of a larger expression, computed tensor by tensor."""
+    """A method over expressions: a leaf of a larger expression, computed tensor by tensor.
+
+    Attributes:
+        options: a value for each of `method.options`, and for shared ones that are not the default.
+        merged: what another method made of the operands, where that is given.
+    """
 
     method: Method
     operands: "tuple[Expression, ...]"
-    options: Mapping[str, float]
+    options: Mapping[str, OptionValue]
+    merged: "Expression | None" = None
+
+    @property
+    def inputs(self) -> "tuple[Expression, ...]":
+        """Every expression that it is computed from."""
+        return self.operands if self.merged is None else (*self.operands, self.merged)
+
+    @property
+    def streams(self) -> bool:
+        """Whether it can be computed piece by piece."""
+        return (
+            self.method.on == "entries"
+            and self.options.get("scope") != "tensor"
+            and all(i.streams for i in self.inputs)
+        )
 
 
 Leaf: TypeAlias = Checkpoint | Applied
@@ -60,7 +136,7 @@ def checkpoints_of(leaf: Leaf) -> Iterator[Checkpoint]:
     if isinstance(leaf, Checkpoint):
         yield leaf
         return
-    for operand in leaf.operands:
+    for operand in leaf.inputs:
         for inner in operand.terms:
             yield from checkpoints_of(inner)
 
@@ -69,7 +145,16 @@ def names_of(leaf: Leaf) -> Set[str]:
     """Return the names of a leaf's tensors, of a method's those of all its operands."""
     if isinstance(leaf, Checkpoint):
         return leaf.tensors.keys()
-    return set().union(*(operand.names for operand in leaf.operands))
+    return set().union(*(operand.names for operand in leaf.inputs))
+
+
+def applied_in(leaves: Iterable[Leaf]) -> Iterator[Applied]:
+    """List the methods among leaves and inside them, each after those that it is computed from."""
+    for leaf in leaves:
+        if isinstance(leaf, Applied):
+            for operand in leaf.inputs:
+                yield from applied_in(operand.terms)
+            yield leaf
 
 
 class Expression:
@@ -129,6 +214,11 @@ class Expression:
     def checkpoints(self) -> tuple[Checkpoint, ...]:
         """Every checkpoint it reads, each once, in the order written."""
         return tuple(dict.fromkeys(c for leaf in self.terms for c in checkpoints_of(leaf)))
+
+    @property
+    def streams(self) -> bool:
+        """Whether it can be computed piece by piece."""
+        return all(leaf.streams for leaf in self.terms if isinstance(leaf, Applied))
 
     @property
     def reference(self) -> Checkpoint:

@@ -14,16 +14,17 @@ from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import Checkpoint, Tensor
 from clipmerge.dtypes import finite, to_float64
 from clipmerge.types import Floats, Progress
+from clipmerge.weights.applied import Facts, Measured, evaluate
 from clipmerge.weights.blocks import MEMORY, default_threads
 from clipmerge.weights.check import check
 from clipmerge.weights.coefficient import Coefficient
 from clipmerge.weights.digest import Digests, for_each_tensor
-from clipmerge.weights.expression import Expression
+from clipmerge.weights.expression import Applied, Expression
+from clipmerge.weights.measure import measure
 from clipmerge.weights.names import TOWERS, block_of, tower_of
 from clipmerge.weights.notation import identifiers_of, notation, sum_text
 from clipmerge.weights.plan import Plan, Step, make_plan
 from clipmerge.weights.record import read_record
-from clipmerge.weights.run import evaluate
 from clipmerge.weights.weights import Weights, as_checkpoint, as_weights
 
 PIECE = 1 << 18
@@ -209,11 +210,12 @@ def compare(
     parts, differing, done = [], [], 0
     whole = np.zeros(8)
     with Reader([c for w in operands for c in w.checkpoints]) as reader, np.errstate(all="ignore"):
+        facts = _facts(operands, reader, on_progress)
         for (tower, block), members in group_names(names).items():
             part = np.zeros(8)
             for name in members:
                 unequal = part[2]
-                for numbers in _aligned_pieces(operands, name, reader):
+                for numbers in _aligned_pieces(operands, name, reader, facts):
                     _add(part, _measures(*numbers))
                 if part[2] > unequal:
                     differing.append(name)
@@ -256,7 +258,19 @@ def _distance(
     return Distance(tower, block, tensors, int(count), relative, largest, *vectors)
 
 
-def _aligned_pieces(operands: Sequence[Weights], name: str, reader: Reader) -> Iterator[tuple[Floats, ...]]:
+def _facts(operands: Sequence[Weights], reader: Reader, on_progress: Progress | None) -> Facts:
+    """Return what the methods in these expressions need to know of the whole model."""
+    facts: dict[Applied, Measured] = {}
+    for weights in operands:
+        if any(isinstance(leaf, Applied) for leaf in weights.terms):
+            options: dict[str, Any] = {"leaves": weights.terms, "on_progress": on_progress}
+            facts |= measure(make_plan(weights), reader, lambda *_: None, **options)
+    return facts
+
+
+def _aligned_pieces(
+    operands: Sequence[Weights], name: str, reader: Reader, facts: Facts
+) -> Iterator[tuple[Floats, ...]]:
     """The same stretch of one tensor from every operand, stretch by stretch."""
 
     def read(checkpoint: Checkpoint) -> Floats:
@@ -268,7 +282,8 @@ def _aligned_pieces(operands: Sequence[Weights], name: str, reader: Reader) -> I
             tensor = leaf.tensors[name]
             yield from (to_float64(raw, tensor.dtype) for _, raw in reader.blocks(tensor, PIECE))
         else:
-            computed = evaluate(weights, name, weights.tensor(name).shape, read).reshape(-1)
+            shape = weights.tensor(name).shape
+            computed = evaluate(weights, name, shape, read, facts).reshape(-1)
             yield from (computed[low : low + PIECE] for low in range(0, computed.size, PIECE))
 
     return zip(*map(stretches, operands), strict=True)

@@ -1,32 +1,112 @@
 """The table of nonlinear methods.
 
-A new per-tensor method is one function in `clipmerge.ops`, one row here and one test: the notation, the public
-function of that name and the records of files follow from the row.
+A new method is one function in `clipmerge.ops`, one row here and one test: the notation, the public function of that
+name, the command's list and the records of files follow from the row. `expression.Method` says what a row holds.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
+from numbers import Real
+from typing import Any
 
 from clipmerge.errors import RecipeError
-from clipmerge.ops import points, vectors
+from clipmerge.ops import matrices, points, vectors
 from clipmerge.text import did_you_mean
-from clipmerge.weights.expression import Applied, E, Expression, Method
+from clipmerge.weights import measure
+from clipmerge.weights.expression import Applied, E, Expression, Method, Option, OptionValue
 from clipmerge.weights.names import absent_parts
+
+_SCOPE = Option(
+    "model", "rank entries over the whole model, or each tensor's own", choices=("model", "tensor")
+)
+_ISO_GRID = ("0", "3", "0.1")
 
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
+        # task vectors in, task vector out
         Method(
-            "slerp", points.slerp, takes="points", gives=1, options={"alpha": 0.5}, operands=(2, 2),
-            renamed={"t": "alpha"},
+            "ties", vectors.ties, "vectors", 0, "entries", measure=measure.ties, grid=("0", "2", "0.1"),
+            options={"density": Option(0.2, "share of entries that each vector keeps", 0, 1), "scope": _SCOPE},
         ),
-        Method("model_stock", points.model_stock, takes="points", gives=1, operands=(3, None)),
-        Method("magmax", vectors.magmax, takes="vectors", gives=0),
+        Method(
+            "dare", vectors.dare, "vectors", 0,
+            options={
+                "p": Option(0.9, "probability that an entry is dropped", 0, 0.999),
+                "seed": Option(0, "of what is drawn", 0),
+            },
+        ),
+        Method(
+            "breadcrumbs", vectors.breadcrumbs, "vectors", 0, "entries", measure=measure.breadcrumbs,
+            options={
+                "beta": Option(0.1, "share of largest entries that is dropped", 0, 1),
+                "gamma": Option(0.8, "share of smallest entries that is dropped", 0, 1),
+                "scope": Option("tensor", _SCOPE.says, choices=_SCOPE.choices),
+            },
+        ),
+        Method("magmax", vectors.magmax, "vectors", 0, "entries", symmetric=False),
+        Method(
+            "consensus", vectors.consensus, "vectors", 0, "entries",
+            options={
+                "threshold": Option(0.6, "how far a task's entry counts against the others'", 0, several=True),
+                "least": Option(2, "tasks that an entry must matter to", 1),
+            },
+        ),
+        Method(
+            "lines", vectors.lines, "vectors", 0, "entries", measure=measure.lines,
+            options={
+                "alpha": Option(None, "factor of the first block; default: by the vectors' 1-norms"),
+                "beta": Option(None, "what the last block has more; default: 1 - alpha"),
+            },
+        ),
+        Method("equalise", vectors.equalise, "vectors", 0, "entries", measure=measure.equalise),
+        Method("tsv", matrices.tsv, "vectors", 0, "matrices", distinct=True, grid=("0", "2", "0.1")),
+        Method("iso_c", matrices.iso_c, "vectors", 0, "matrices", distinct=True, grid=_ISO_GRID),
+        Method(
+            "iso_cts", matrices.iso_cts, "vectors", 0, "matrices", distinct=True, grid=_ISO_GRID,
+            options={"common": Option(0.8, "share of directions that the sum keeps", 0, 1)},
+        ),
+        Method(
+            "gram", matrices.gram, "vectors", 0, "matrices", distinct=True, grid=("0", "2", "0.1"),
+            options={
+                "weights": Option(
+                    "equal", "a task's weight: 1, or over its squared norm", choices=("equal", "norm")
+                ),
+                "ridge": Option(0.0, "added to the diagonal; 0: the pseudoinverse", 0),
+            },
+        ),
+        Method(
+            "ace", matrices.ace, "vectors", 0, "matrices", distinct=True, grid=("0", "2", "0.1"),
+            options={"epsilon": Option(1e-5, "added to the diagonal of each task's covariance", 0)},
+        ),
+        Method(
+            "svc", matrices.svc, "vectors", 0, "matrices",
+            options={"alpha": Option(0.1, "least share of a direction that is a task's own", 1e-6, 1)},
+        ),
+        # models in, model out
+        Method(
+            "slerp", points.slerp, "points", 1, operands=(2, 2), symmetric=False, renamed={"t": "alpha"},
+            options={"alpha": Option(0.5, "0 is the first, 1 the second")},
+        ),
+        Method("model_stock", points.model_stock, "points", 1, operands=(3, None), symmetric=False),
+        Method("karcher", points.karcher, "points", 1),
+        Method("geometric_median", points.geometric_median, "points", 1),
+        Method(
+            "cart", points.cart, "points", 1, "matrices",
+            options={
+                "rank": Option(0.08, "share of directions that each model keeps", 0, 1),
+                "scale": Option(1.0, "of the models' directions"),
+            },
+        ),
     )
 }  # fmt: skip
 
 
-def apply(name: str, operands: Sequence[E], **options: float) -> E:
+def apply(name: str, operands: Sequence[E], merged: E | None = None, **options: OptionValue) -> E:
     """Apply the named method to `operands`, lazily.
+
+    Args:
+        merged: what another method made of the operands, for those that work on it.
 
     Raises:
         RecipeError: no such method or option, the wrong number of operands, or points where it takes vectors.
@@ -35,22 +115,70 @@ def apply(name: str, operands: Sequence[E], **options: float) -> E:
     if method is None:
         raise RecipeError(f"there is no method {name!r}", hint=_did_you_mean(name, METHODS))
     options = {method.renamed.get(option, option): value for option, value in options.items()}
+    known = method.all_options
     for option in options:
-        if option not in method.options:
-            raise RecipeError(f"{name} has no option {option!r}", hint=_did_you_mean(option, method.options))
+        if option not in known:
+            raise RecipeError(f"{name} has no option {option!r}", hint=_did_you_mean(option, known))
+    chosen = {
+        key: _value(name, key, options.get(key, o.default), o, len(operands)) for key, o in known.items()
+    }
+    chosen = {
+        key: value for key, value in chosen.items() if key in method.options or value != known[key].default
+    }
     least, most = method.operands
     if len(operands) < least or (most is not None and len(operands) > most):
         wanted = f"{least}" if most == least else f"at least {least}"
         raise RecipeError(f"{name} takes {wanted} operands, not {len(operands)}")
-    for operand in operands:
+    if merged is not None and not method.takes_merged:
+        raise RecipeError(
+            f"{name} has no operand 'merged'", hint="svc and lines work on what another method made"
+        )
+    for operand in (*operands, *([] if merged is None else [merged])):
         if operand.kind() != (1 if method.takes == "points" else 0):
             meant = (
                 "models (total 1)" if method.takes == "points" else "task vectors (total 0), such as a - base"
             )
             raise RecipeError(f"{name} takes {meant}, not {operand!r}")
     if method.takes == "vectors":
-        operands = _zero_where_missing(operands)
-    return type(operands[0]).of(Applied(method, tuple(operands), {**method.options, **options}))
+        every = _zero_where_missing([*operands, *([] if merged is None else [merged])])
+        operands, merged = every[: len(operands)], None if merged is None else every[-1]
+    return type(operands[0]).of(Applied(method, tuple(operands), chosen, merged))
+
+
+def _value(method: str, name: str, value: OptionValue, option: Option, operands: int) -> OptionValue:
+    """Return an option's value in its own type."""
+    what = f"the option {name!r} of {method}"
+    if isinstance(value, list | tuple):
+        if not option.several or len(value) != operands:
+            raise RecipeError(
+                f"{what} takes one number" + (f", or one for each operand: {operands}" * option.several)
+            )
+        return tuple(float(_number(what, number, option)) for number in value)
+    if isinstance(option.default, bool):
+        if not isinstance(value, bool):
+            raise RecipeError(f"{what} is True or False, not {value!r}")
+        return value
+    if option.choices:
+        if value not in option.choices:
+            hint = did_you_mean(str(value), option.choices)
+            raise RecipeError(f"{what} is one of {', '.join(option.choices)}, not {value!r}", hint=hint)
+        return value
+    if value is None and option.default is None:
+        return None
+    number = _number(what, value, option)
+    return int(number) if isinstance(option.default, int) and number == int(number) else number
+
+
+def _number(what: str, value: object, option: Option) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise RecipeError(f"{what} takes a number, not {value!r}")
+    number = float(value)
+    low, high = option.low, option.high
+    fits = (low is None or number >= low) and (high is None or number <= high)
+    if not fits or not isfinite(number):
+        limits = f"at least {low:g}" if high is None and low is not None else f"between {low} and {high}"
+        raise RecipeError(f"{what} is {limits if low is not None else 'a finite number'}, not {number:g}")
+    return number
 
 
 def _zero_where_missing(vectors: Sequence[E]) -> list[E]:
@@ -65,24 +193,28 @@ def _zero_where_missing(vectors: Sequence[E]) -> list[E]:
 
 
 def function_of(method: Method) -> Callable[..., Expression]:
-    """Make the Python function of a method: `slerp(a, b, 0.3)`, `model_stock([base, a, b])`.
+    """Make the Python function of a method: `slerp(a, b, 0.3)`, `ties([a - zs, b - zs], density=0.2)`.
 
     It takes its operands one by one or as one list, then its options by position or by name.
     """
 
-    def call(*arguments: Expression | Sequence[Expression] | float, **options: float) -> Expression:
+    def call(*arguments: Expression | Sequence[Expression] | OptionValue, **options: Any) -> Expression:
         operands: list[Expression] = []
-        numbers: list[float] = []
+        values: list[Any] = []
         for argument in arguments:
             if isinstance(argument, Expression):
                 operands.append(argument)
-            elif isinstance(argument, Sequence):
-                operands += argument
+            elif isinstance(argument, Sequence) and not isinstance(argument, str):
+                operands += argument  # type: ignore[arg-type]
             else:
-                numbers.append(argument)
-        if len(numbers) > len(method.options):
-            raise RecipeError(f"{method.name} takes {len(method.options)} options, not {len(numbers)}")
-        return apply(method.name, operands, **dict(zip(method.options, numbers, strict=False)), **options)
+                values.append(argument)
+        if len(values) > len(method.options):
+            raise RecipeError(f"{method.name} takes {len(method.options)} options, not {len(values)}")
+        if not operands:
+            raise RecipeError(f"{method.name} takes at least {method.operands[0]} operands, not 0")
+        positional = dict(zip(method.options, values, strict=False))
+        made: Expression = apply(method.name, operands, **positional, **options)
+        return made
 
     call.__name__ = call.__qualname__ = method.name
     call.__doc__ = method.function.__doc__

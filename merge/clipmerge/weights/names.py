@@ -5,7 +5,7 @@ A pattern is a shell glob (`visual.*`), a tower (`visual`, `text`, `head`), or b
 """
 
 import re
-from collections.abc import Collection, Set
+from collections.abc import Collection, Iterable, Sequence, Set
 from fnmatch import fnmatchcase
 from functools import lru_cache
 
@@ -23,6 +23,8 @@ PARTS = {
 
 _BLOCK = re.compile(r"(?:^|\.)(?:resblocks|blocks|layers|layer|stages)\.?(\d+)\.")
 _TEXT = ("transformer.", "token_embedding.", "ln_final.", "text.", "positional_embedding", "text_projection")
+_FUSED = {"in_proj_weight": 3, "qkv.weight": 3, "attn_pool.kv.weight": 2}
+"""Ends of names of tensors that hold several matrices of attention, and how many."""
 _SHORT = re.compile(r"(visual|text)\.block\[(?:(\d+)|(\d*):(\d*))\]")
 
 
@@ -62,6 +64,33 @@ def absent_parts(missing: Set[str], names: Collection[str]) -> tuple[str, ...] |
         elif gone:
             return None
     return tuple(absent) if {"visual", "text", "transformer.*", "head"} & set(absent) else None
+
+
+def matrices_of(name: str, shape: Sequence[int], *, fused: bool = False) -> int:
+    """Return how many matrices (out, in) stand one below the other in a tensor; 0 where it is none.
+
+    A matrix has two dimensions and is no `text_projection`: so positional and token embeddings and `visual.proj` are
+    matrices, convolutions, norms and biases are not. q, k and v in one tensor (k and v in timm's pooling) count apart.
+
+    Args:
+        fused: count them as one, as the published numbers with open_clip checkpoints do.
+    """
+    if len(shape) != 2 or "text_projection" in name:
+        return 0
+    parts = next((count for end, count in _FUSED.items() if name.endswith(end)), 1)
+    return 1 if fused or shape[0] % parts else parts
+
+
+def depths_of(names: Iterable[str]) -> dict[str, float]:
+    """Return how deep each tensor in a block lies, from 0 (the tower's first block) to 1 (its last)."""
+    blocks = {name: (tower_of(name), block) for name in names if (block := block_of(name)) is not None}
+    numbers: dict[str, list[int]] = {}
+    for tower, block in sorted(set(blocks.values())):
+        numbers.setdefault(tower, []).append(block)
+    return {
+        name: numbers[tower].index(block) / max(len(numbers[tower]) - 1, 1)
+        for name, (tower, block) in blocks.items()
+    }
 
 
 @lru_cache(maxsize=65536)

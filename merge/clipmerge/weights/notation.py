@@ -1,10 +1,11 @@
 """Expression → text: the same notation in Python, on the command line, in TOML and inside every file."""
 
+import json
 from fractions import Fraction
 
 from clipmerge.checkpoint.tensors import Checkpoint, identifiers
 from clipmerge.weights.coefficient import Coefficient, number_text
-from clipmerge.weights.expression import Expression, Leaf
+from clipmerge.weights.expression import Expression, Leaf, OptionValue
 
 
 def identifiers_of(weights: Expression) -> dict[Checkpoint, str]:
@@ -58,5 +59,12 @@ def _leaf_text(leaf: Leaf, names: dict[Checkpoint, str]) -> str:
     if isinstance(leaf, Checkpoint):
         return names[leaf]
     operands = ", ".join(_text(operand, names) for operand in leaf.operands)
-    options = "".join(f", {key}={value!r}" for key, value in leaf.options.items())
-    return f"{leaf.method.name}([{operands}]{options})"
+    merged = "" if leaf.merged is None else f", merged={_text(leaf.merged, names)}"
+    options = "".join(f", {key}={_option_text(value)}" for key, value in leaf.options.items())
+    return f"{leaf.method.name}([{operands}]{merged}{options})"
+
+
+def _option_text(value: OptionValue) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(repr, value))}]"
+    return json.dumps(value) if isinstance(value, str) else repr(value)

@@ -21,8 +21,8 @@ from unicodedata import normalize
 
 from clipmerge.errors import ClipmergeError, RecipeError
 from clipmerge.text import did_you_mean
-from clipmerge.weights.coefficient import Coefficient
-from clipmerge.weights.expression import E, Expression, baseless_sum, interpolate, mean
+from clipmerge.weights.coefficient import Coefficient, Scalar
+from clipmerge.weights.expression import E, Expression, OptionValue, baseless_sum, interpolate, mean
 from clipmerge.weights.methods import METHODS, apply
 
 MAX_LENGTH = 200_000
@@ -40,15 +40,25 @@ _OPERATORS: Mapping[type[ast.operator], Any] = {
 Value: TypeAlias = E | Coefficient
 
 
-def parse(text: str, names: Mapping[str, E]) -> E:
+def parse(
+    text: str,
+    names: Mapping[str, E],
+    *,
+    numbers: Mapping[str, Scalar] | None = None,
+    options: Mapping[str, OptionValue] | None = None,
+) -> E:
     """Read the expression that `text` writes, over the checkpoints in `names`.
+
+    Args:
+        numbers: names that stand for numbers, such as the one that is searched.
+        options: given to every method that has them and is not told otherwise.
 
     Raises:
         RecipeError: bad syntax (the place is shown), an unknown name, method or option (the nearest known one
             is named), a name that is given but never used, or a meaning that does not exist (weights times
             weights).
     """
-    parser = _Parser(text, names)
+    parser = _Parser(text, names, numbers or {}, options or {})
     tree = parser.tree()
     try:
         value = parser.value(tree, 0)
@@ -71,7 +81,14 @@ class _Parser(Generic[E]):
 
     at: ast.expr
 
-    def __init__(self, text: str, names: Mapping[str, E]) -> None:
+    def __init__(
+        self,
+        text: str,
+        names: Mapping[str, E],
+        numbers: Mapping[str, Scalar],
+        options: Mapping[str, OptionValue],
+    ) -> None:
+        self.numbers, self.options = numbers, options
         self.text = " ".join(text.splitlines()).strip() if "\n" in text.strip() else text.strip()
         self.names = {
             normalize("NFKC", name): weights for name, weights in names.items()
@@ -126,6 +143,8 @@ class _Parser(Generic[E]):
             case ast.Name(id=name) if name in self.names:
                 self.used.add(name)
                 return self.names[name]
+            case ast.Name(id=name) if name in self.numbers:
+                return Coefficient.of(self.numbers[name])
             case ast.Name(id=name):
                 hint = did_you_mean(name, self.names, f"name its file: {name}=FILE")
                 raise RecipeError(f"there is no checkpoint {name!r}", hint=hint)
@@ -185,18 +204,36 @@ class _Parser(Generic[E]):
         arguments: Sequence[ast.expr] = node.args
         if len(arguments) == 1 and isinstance(arguments[0], ast.List | ast.Tuple):
             arguments = arguments[0].elts  # f([a, b]) and f(a, b) are one thing
-        options: dict[str, Fraction] = {}
+        options: dict[str, OptionValue] = {}
+        merged: E | None = None
         for keyword in node.keywords:
             if keyword.arg is None:
                 raise RecipeError(f"{self._source(node)!r} is not part of the notation")
             if name == "interpolate" and keyword.arg == "alpha":  # which may be a mapping
                 arguments = [*arguments, keyword.value]
                 continue
-            otherwise = f"the option {keyword.arg!r} takes a number"
-            options[keyword.arg] = self._constant(keyword.value, depth, otherwise)
+            if name in METHODS and keyword.arg == "merged":
+                value = self.value(keyword.value, depth + 1)
+                if isinstance(value, Coefficient):
+                    raise RecipeError(f"{name} takes weights as merged, not the number {value}")
+                merged = value
+                continue
+            options[keyword.arg] = self._option(keyword.arg, keyword.value, depth)
         values = [self.value(argument, depth + 1) for argument in arguments]
         self.at = node
-        return _called(name, values, {key: float(number) for key, number in options.items()})
+        if name in METHODS:
+            shared = {key: v for key, v in self.options.items() if key in METHODS[name].all_options}
+            options = {**shared, **options}
+        return _called(name, values, options, merged)
+
+    def _option(self, name: str, node: ast.expr, depth: int) -> OptionValue:
+        """A number, a word in quotes, True, False, None, or a list of numbers."""
+        if isinstance(node, ast.Constant) and (node.value is None or isinstance(node.value, str | bool)):
+            return node.value
+        otherwise = f"the option {name!r} takes a number"
+        if isinstance(node, ast.List | ast.Tuple):
+            return tuple(float(self._constant(entry, depth, otherwise)) for entry in node.elts)
+        return float(self._constant(node, depth, otherwise))
 
     def _source(self, node: ast.expr) -> str:
         return ast.get_source_segment(self.text, node) or ""
@@ -208,7 +245,9 @@ def _small(value: "Value[E]") -> "Value[E]":
     return value
 
 
-def _called(name: str, values: "Sequence[Value[E]]", options: Mapping[str, float]) -> E:
+def _called(
+    name: str, values: "Sequence[Value[E]]", options: Mapping[str, OptionValue], merged: E | None
+) -> E:
     if name in _CALLS and options:
         hint = "interpolate(a, b, alpha=0.5)" if name == "interpolate" else None
         raise RecipeError(f"{name} has no option {next(iter(options))!r}", hint=hint)
@@ -223,7 +262,7 @@ def _called(name: str, values: "Sequence[Value[E]]", options: Mapping[str, float
             raise RecipeError(f"{name} takes weights, not the number {value}")
         operands.append(value)
     if name in METHODS:
-        return apply(name, operands, **options)
+        return apply(name, operands, merged, **options)
     if not operands:
         raise RecipeError(f"{name} takes at least one checkpoint")
     return mean(operands) if name == "mean" else baseless_sum(operands)

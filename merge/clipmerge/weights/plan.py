@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from math import lcm, prod
+from operator import itemgetter
 from typing import Literal
 
 import numpy as np
@@ -61,8 +62,15 @@ class Step:
 
     @property
     def has_methods(self) -> bool:
-        """Whether a nonlinear method computes a part of it, from whole tensors."""
+        """Whether a nonlinear method computes a part of it."""
         return any(isinstance(leaf, Applied) for _, leaf in self.terms)
+
+    @property
+    def streams(self) -> bool:
+        """Whether it is computed in stretches, and not from whole tensors: integers, transposed ones, most methods."""
+        strided = any(c.tensors[self.name].strides is not None for c in self.checkpoints)
+        by_entry = all(leaf.streams for _, leaf in self.terms if isinstance(leaf, Applied))
+        return self.kind == "sum" and by_entry and not strided
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,8 +192,13 @@ def _sorted(weights: Expression, keys: Mapping[Checkpoint, str]) -> tuple[str, E
             key = keys[leaf]
         else:
             operands = [_sorted(operand, keys) for operand in leaf.operands]
-            key = f"{leaf.method.name}{sorted(leaf.options.items())}({', '.join(k for k, _ in operands)})"
-            leaf = Applied(leaf.method, tuple(operand for _, operand in operands), leaf.options)
+            if leaf.method.symmetric and not any(isinstance(v, tuple) for v in leaf.options.values()):
+                operands.sort(key=itemgetter(0))
+            merged = None if leaf.merged is None else _sorted(leaf.merged, keys)
+            inside = [*(k for k, _ in operands), *([] if merged is None else [f"merged={merged[0]}"])]
+            key = f"{leaf.method.name}{sorted(leaf.options.items())}({', '.join(inside)})"
+            vectors = tuple(operand for _, operand in operands)
+            leaf = Applied(leaf.method, vectors, leaf.options, None if merged is None else merged[1])
         parts.append((key, str(coefficient), leaf, coefficient))  # equal contents: coefficients decide
     parts.sort(key=lambda part: part[:2])
     text = " + ".join(f"{coefficient}*{key}" for key, coefficient, _, _ in parts)

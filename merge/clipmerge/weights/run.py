@@ -1,7 +1,7 @@
 """Plan → bytes: the streaming pass, into files or into memory. Same bytes for any order and thread count."""
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from threading import Lock
 from typing import Any, NoReturn
@@ -13,7 +13,8 @@ from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import Checkpoint
 from clipmerge.dtypes import TABLE, Scratch, finite, narrow, storage_dtype, to_float64
 from clipmerge.errors import MismatchError, NonFiniteError
-from clipmerge.types import Bytes, Floats, Progress
+from clipmerge.types import Bytes, Progress
+from clipmerge.weights.applied import Facts, read_whole, weighted
 from clipmerge.weights.blocks import (
     BLOCK,
     Buffers,
@@ -25,8 +26,11 @@ from clipmerge.weights.blocks import (
     in_threads,
 )
 from clipmerge.weights.digest import Digests
-from clipmerge.weights.expression import Expression, Leaf, checkpoints_of
-from clipmerge.weights.plan import Plan, Step, integer_factors
+from clipmerge.weights.measure import measure
+from clipmerge.weights.plan import Plan, Step
+
+SMALL = 1 << 23
+"""Elements of a tensor of which several are computed at once where they are needed whole."""
 
 
 def execute(
@@ -69,7 +73,7 @@ def execute(
             _refuse(step, reader, numbers)
 
     def whole(step: Step, sink: Sink, offset: int, _: Buffers) -> Iterator[None]:
-        write(sink, offset, _compute_whole(step, reader, allow_nonfinite, digests))
+        write(sink, offset, _compute_whole(step, reader, allow_nonfinite, digests, facts))
         yield
 
     def streamed(stretch: Stretch, sink: Sink, offset: int, buffers: Buffers) -> Iterator[None]:
@@ -83,16 +87,22 @@ def execute(
         hashed = any(digests.wants(source, step.name) for source in step.checkpoints)
         length = step.numel if hashed else block_length(step)
         for low in range(0, step.numel, max(length, 1)):
-            stretch = Stretch(step, low, min(low + length, step.numel), reader, digests)
+            stretch = Stretch(step, low, min(low + length, step.numel), reader, digests, facts)
             yield partial(streamed, stretch, sink, offset)
 
+    def looked_at(step: Step, source: Checkpoint, raw: npt.NDArray[Any]) -> None:
+        if not allow_nonfinite:
+            _refuse_nonfinite(step, reader, source, raw)
+
     placed = [(plan.steps[name], sink, offset) for name, sink, offset in sinks]
-    # Tensors that are needed whole may be large: one at a time.
-    in_threads((partial(whole, *item) for item in placed if not _streams(item[0])), threads=1)
-    in_threads(
-        (task for item in placed if _streams(item[0]) for task in stretches(*item)),
-        threads or default_threads(),
-    )
+    threads = threads or default_threads()
+    facts = measure(plan, reader, looked_at, threads=threads, on_progress=on_progress)
+    held = [item for item in placed if not item[0].streams]
+    with _one_blas_thread(any(item[0].has_methods for item in held)):
+        for count, is_small in ((threads, True), (1, False)):  # large tensors one at a time
+            items = [item for item in held if (item[0].numel <= SMALL) == is_small]
+            in_threads((partial(whole, *item) for item in items), count)
+    in_threads((task for item in placed if item[0].streams for task in stretches(*item)), threads)
     reader.unchanged()
 
 
@@ -113,43 +123,45 @@ def into_arrays(
         execute(plan, sinks, reader, on_progress=on_progress)
 
 
-def _streams(step: Step) -> bool:
-    """Whether a step is computed in blocks, and not from whole tensors: integers, transposed ones, methods."""
-    strided = any(c.tensors[step.name].strides is not None for c in step.checkpoints)
-    return step.kind == "sum" and not step.has_methods and not strided
+def _compute_whole(
+    step: Step, reader: Reader, allow_nonfinite: bool, digests: Digests, facts: Facts
+) -> Bytes:
+    """Compute one tensor that is not streamed."""
 
-
-def _compute_whole(step: Step, reader: Reader, allow_nonfinite: bool, digests: Digests) -> Bytes:
-    """Compute one tensor that is not streamed.
-
-    A checkpoint that stands in several operands of a method (the base of its task vectors) is read once and kept.
-    """
-    uses = Counter(c for _, leaf in step.terms for c in checkpoints_of(leaf))
-    shared: dict[Checkpoint, npt.NDArray[np.generic]] = {}
-
-    def stored(source: Checkpoint) -> npt.NDArray[np.generic]:
-        if source in shared:
-            return shared[source]
-        array = reader.dense(source.tensors[step.name])
-        digests.add_array(source, step.name, array)
-        if uses[source] > 1:
-            shared[source] = array
-        return array
-
-    def numbers(source: Checkpoint) -> Floats:
-        array, dtype = stored(source), source.tensors[step.name].dtype
+    def seen(source: Checkpoint, raw: npt.NDArray[Any]) -> None:
+        digests.add_array(source, step.name, raw)
         # Looked at before a method sees it: one that trims or ranks may swallow what is not finite.
-        if not allow_nonfinite and not finite(array.reshape(-1), dtype):
-            _refuse_inputs(step, reader)
-        return to_float64(array, dtype)
+        if step.kind == "sum" and not allow_nonfinite:
+            _refuse_nonfinite(step, reader, source, raw)
 
     if step.kind != "sum":
-        return _integers(step, [stored(source) for source in step.checkpoints]).reshape(-1).view(np.uint8)
-    total = _weighted(step.terms, step.divisor, step.shape, step.name, numbers).reshape(-1)
+        arrays = [reader.dense(source.tensors[step.name]) for source in step.checkpoints]
+        for source, array in zip(step.checkpoints, arrays, strict=True):
+            digests.add_array(source, step.name, array)
+        return _integers(step, arrays).reshape(-1).view(np.uint8)
+    read = read_whole(reader, step.name, [leaf for _, leaf in step.terms], seen)
+    total = weighted(step.terms, step.divisor, step.name, step.shape, read, facts).reshape(-1)
     out = np.empty(total.size, storage_dtype(step.dtype))
     if not narrow(total, step.dtype, out, Scratch(total.size)) and not allow_nonfinite:
         _refuse(step, reader, total)
     return out.view(np.uint8)
+
+
+@contextmanager
+def _one_blas_thread(needed: bool) -> Iterator[None]:
+    """Let matrix products run on the thread that asks: on more their last bits depend on how many there are."""
+    if not needed:
+        yield
+        return
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1, user_api="blas"):
+        yield
+
+
+def _refuse_nonfinite(step: Step, reader: Reader, source: Checkpoint, raw: npt.NDArray[Any]) -> None:
+    if not finite(raw.reshape(-1), source.tensors[step.name].dtype):
+        _refuse_inputs(step, reader)
 
 
 def _integers(step: Step, arrays: list[npt.NDArray[np.generic]]) -> npt.NDArray[np.generic]:
@@ -204,32 +216,3 @@ def _refuse_inputs(step: Step, reader: Reader) -> None:
                 f"the first at {[int(i) for i in np.unravel_index(first, tensor.shape)]}",
                 hint="that checkpoint is damaged or diverged; leave it out, or pass --allow-nonfinite",
             )
-
-
-def evaluate(
-    weights: Expression, name: str, shape: tuple[int, ...], read: Callable[[Checkpoint], Floats]
-) -> Floats:
-    """Compute one tensor of an expression, in float64, from the same tensor of its checkpoints."""
-    used = [(leaf, c.at(name)) for leaf, c in weights.terms.items() if c.at(name)]
-    factors, divisor = integer_factors([c for _, c in used])
-    terms = zip(factors, (leaf for leaf, _ in used), strict=True)
-    return _weighted(terms, divisor, shape, name, read)
-
-
-def _weighted(
-    terms: Iterable[tuple[float, Leaf]],
-    divisor: float,
-    shape: tuple[int, ...],
-    name: str,
-    read: Callable[[Checkpoint], Floats],
-) -> Floats:
-    """Σ factor·leaf / divisor, added in the order given, from the first one on: -0 stays -0."""
-    total: Floats | None = None
-    for factor, leaf in terms:
-        if isinstance(leaf, Checkpoint):
-            array = read(leaf)
-        else:
-            operands = [evaluate(operand, name, shape, read) for operand in leaf.operands]
-            array = leaf.method.function(*operands, **leaf.options)
-        total = factor * array if total is None else total + factor * array
-    return np.zeros(shape) if total is None else np.ascontiguousarray(total / divisor).reshape(shape)

@@ -1,6 +1,7 @@
 """The table of nonlinear methods, and what it refuses."""
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 
 from clipmerge.errors import RecipeError
+from clipmerge.ops import vectors
+from clipmerge.weights import blocks
 from clipmerge.weights import weights as face
 from clipmerge.weights.methods import METHODS, apply
 from clipmerge.weights.weights import Weights
@@ -19,8 +22,9 @@ def test_the_table_says_what_the_functions_take() -> None:
     for name, method in METHODS.items():
         parameters = inspect.signature(method.function).parameters.values()
         options = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
-        assert (name, options) == (method.name, set(method.options))
-        assert method.function.__doc__
+        assert name == method.name
+        assert set(method.options) <= options
+        assert re.search(r"Source: .*\d{4}", method.function.__doc__ or "") or name == "equalise"
 
 
 def test_points_give_a_point_and_vectors_a_vector(point: Point) -> None:
@@ -55,19 +59,198 @@ def test_vectors_are_no_points(point: Point) -> None:
         apply("slerp", [point("a") - point("b"), point("c")])
 
 
+SHAPES: dict[str, tuple[int, ...]] = {
+    "visual.transformer.resblocks.0.attn.in_proj_weight": (24, 8),
+    "visual.transformer.resblocks.1.mlp.c_fc.weight": (24, 24),
+    "visual.conv1.weight": (4, 3, 2, 2),
+    "text_projection": (8, 6),
+    "ln_final.weight": (8,),
+    "logit_scale": (),
+    "none": (0, 2),
+}
+Model = dict[str, np.ndarray]
+
+
+def models(count: int, seed: int = 0) -> list[Model]:
+    """Random float32 tensors of `SHAPES`, the base first."""
+    rng = np.random.default_rng(seed)
+    return [{k: rng.standard_normal(s).astype("f4") for k, s in SHAPES.items()} for _ in range(count)]
+
+
+def merged(name: str, made: list[Model], point: Point, arrays: Callable[..., Any], **options: Any) -> Model:
+    """The method over the models: of task vectors, the base plus its result."""
+    base, *others = [point(f"m{i}", **tensors) for i, tensors in enumerate(made)]
+    method = METHODS[name]
+    operands = [base, *others] if method.takes == "points" else [other - base for other in others]
+    result = apply(name, operands[: method.operands[1]], **options)
+    return arrays(result if method.gives else base + result, "F64")
+
+
+def farthest(one: Model, other: Model) -> float:
+    return max(np.abs(one[key] - other[key]).max(initial=0) for key in one)
+
+
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_method_takes_tensors_of_any_rank(name: str, point: Point, arrays: Callable[..., Any]) -> None:
     """Every CLIP has a scalar, `logit_scale`."""
-    rng = np.random.default_rng(0)
-    shapes: dict[str, tuple[int, ...]] = {"logit_scale": (), "w": (3, 4), "b": (4,), "none": (0, 2)}
-    made = [point(n, **{k: rng.standard_normal(s).astype("f4") for k, s in shapes.items()}) for n in "abc"]
-    base, *others = made
-    method = METHODS[name]
-    operands = made if method.takes == "points" else [other - base for other in others]
-    result = apply(name, operands[: method.operands[1]])
-    got = arrays(result if method.gives else base + 0.5 * result)
-    assert {key: value.shape for key, value in got.items()} == shapes
+    made = models(4)
+    got = merged(name, made, point, arrays)
+    assert {key: value.shape for key, value in got.items()} == SHAPES
     assert all(np.isfinite(value).all() for value in got.values())
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_models_that_are_the_base_give_the_base(name: str, point: Point, arrays: Callable[..., Any]) -> None:
+    """Zero vectors, and equal points: nothing to merge, and no NaN."""
+    (made,) = models(1)
+    assert farthest(merged(name, [made] * 4, point, arrays), made) < 1e-6
+
+
+def _rank_2(made: list[Model]) -> list[Model]:
+    key, rng = "visual.transformer.resblocks.1.mlp.c_fc.weight", np.random.default_rng(1)
+    base = made[0][key]
+    low = [rng.standard_normal((24, 2)) @ rng.standard_normal((2, 24)) for _ in made[1:]]
+    return [made[0], *({**m, key: (base + u).astype("f4")} for m, u in zip(made[1:], low, strict=True))]
+
+
+def _twice(made: list[Model]) -> list[Model]:
+    return [*made, made[1]]
+
+
+def _frozen(made: list[Model]) -> list[Model]:
+    """Two layers that no task, and one that one task, has trained."""
+    names = list(SHAPES)[:2]
+    everywhere = [{**m, names[0]: made[0][names[0]], "logit_scale": made[0]["logit_scale"]} for m in made]
+    everywhere[1][names[1]] = made[0][names[1]]
+    return everywhere
+
+
+@pytest.mark.parametrize("damage", [_rank_2, _twice, _frozen])
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_rounding_in_the_input_stays_rounding(
+    name: str, damage: Callable[..., list[Model]], point: Point, arrays: Callable[..., Any]
+) -> None:
+    """Where directions or tasks are not determined, noise of 1e-7 must not choose them."""
+    rng = np.random.default_rng(9)
+    exact = damage([{k: v.astype("f8") for k, v in m.items()} for m in models(4)])
+    noisy = [{k: v.astype("f8") + 1e-7 * rng.standard_normal(v.shape) for k, v in m.items()} for m in exact]
+    assert farthest(merged(name, exact, point, arrays), merged(name, noisy, point, arrays)) < 1e-4
+
+
+@pytest.mark.parametrize("name", sorted(n for n, m in METHODS.items() if m.symmetric))
+def test_the_order_changes_no_bit(name: str, point: Point, arrays: Callable[..., Any]) -> None:
+    base, *others = models(4)
+    forward = merged(name, [base, *others], point, arrays)
+    backward = merged(name, [base, *others[::-1]], point, arrays)
+    if METHODS[name].takes == "points":
+        backward = merged(name, [*others[::-1], base], point, arrays)
+    assert farthest(forward, backward) == 0
+
+
+@pytest.mark.parametrize("name", sorted(n for n, m in METHODS.items() if m.on == "matrices"))
+def test_matrices_are_told_from_the_rest(name: str, point: Point, arrays: Callable[..., Any]) -> None:
+    """q, k and v apart (or fused), what is no matrix is the mean, or for SVC what it was merged to."""
+    made = models(4)
+    method, got, fused = (
+        METHODS[name],
+        *(merged(name, made, point, arrays, **o) for o in ({}, {"fused": True})),
+    )
+    key = "visual.transformer.resblocks.0.attn.in_proj_weight"
+    defaults = {k: o.default for k, o in method.options.items()}
+    wide = [{k: v.astype("f8") for k, v in m.items()} for m in made]
+    base = 0 if method.takes == "points" else wide[0][key]
+    operands = [m[key] - base for m in (wide if method.takes == "points" else wide[1:])]
+    more = {"merged": None} if method.takes_merged else {}
+    parts = [method.function(*(o[i : i + 8] for o in operands), **defaults, **more) for i in (0, 8, 16)]
+    np.testing.assert_allclose(got[key], base + np.concatenate(parts), atol=1e-9)
+    np.testing.assert_allclose(fused[key], base + method.function(*operands, **defaults, **more), atol=1e-9)
+    assert farthest({key: got[key]}, {key: fused[key]}) > 1e-3
+    for rest in ("text_projection", "visual.conv1.weight", "ln_final.weight", "logit_scale"):
+        tensors = [m[rest] for m in wide]
+        mean = np.mean(tensors[1:] if method.takes == "vectors" else tensors, axis=0)
+        expected = np.sum(tensors[1:], axis=0) - 2 * tensors[0] if method.takes_merged else mean
+        np.testing.assert_allclose(got[rest], expected, atol=1e-12)
+
+
+def test_thresholds_are_of_the_whole_model(point: Point, arrays: Callable[..., Any], monkeypatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK", 64)  # several stretches in a tensor
+    made = models(4)
+    wide = [{k: v.astype("f8") for k, v in m.items()} for m in made]
+    flat = [np.concatenate([(m[k] - wide[0][k]).ravel() for k in SHAPES]) for m in wide[1:]]
+    for name, straight in {
+        "ties": vectors.ties(*flat, density=0.3),
+        "breadcrumbs": vectors.breadcrumbs(*flat, beta=0.05, gamma=0.5),
+    }.items():
+        options = {"ties": {"density": 0.3}, "breadcrumbs": {"beta": 0.05, "gamma": 0.5}}[name]
+        got = merged(name, made, point, arrays, scope="model", **options)
+        base = np.concatenate([wide[0][k].ravel() for k in SHAPES])
+        np.testing.assert_allclose(
+            np.concatenate([got[k].ravel() for k in SHAPES]), base + straight, atol=1e-6
+        )
+        per_tensor = merged(name, made, point, arrays, scope="tensor", **options)
+        for key in SHAPES:
+            own = getattr(vectors, name)(*(m[key] - wide[0][key] for m in wide[1:]), **options)
+            np.testing.assert_allclose(per_tensor[key], wide[0][key] + own, atol=1e-6)
+
+
+def test_cancelled_entries_take_the_sign_of_most_of_the_model(
+    point: Point, arrays: Callable[..., Any]
+) -> None:
+    tensors = {"x": [1.0], "y": [-1.0, -1.0]}
+    base = point("base", x=[0.0], y=[0.0, 0.0])
+    a, b = point("a", **tensors), point("b", x=[-1.0], y=[-1.0, -1.0])
+    assert arrays(base + apply("ties", [a - base, b - base], density=1.0))["x"] == [-1.0]
+
+
+def test_lines_by_the_models_blocks_and_norms(point: Point, arrays: Callable[..., Any]) -> None:
+    names = [f"{tower}resblocks.{i}.w" for tower in ("visual.", "transformer.") for i in range(3)]
+    base = point("base", logit_scale=[0.0], **{name: [0.0] for name in names})
+    a, b = (point(n, logit_scale=[2.0], **{name: [2.0] for name in names}) for n in "ab")
+    merge = arrays(base + apply("lines", [a - base, b - base], beta=1.0))
+    assert [float(merge[name][0]) for name in names] == [2.0, 4.0, 6.0] * 2  # (1/2 + l/2)·4
+    assert merge["logit_scale"] == [2.0]
+    twice = 2 * apply("magmax", [a - base, b - base])  # ‖Στ‖₁ over it is 1: α is 1/2 again, and β the rest
+    merge = arrays(base + apply("lines", [a - base, b - base], merged=twice))
+    assert [float(merge[name][0]) for name in names] == [2.0, 3.0, 4.0] * 2
+
+
+def test_operands_can_be_equalised_over_the_whole_model(point: Point, arrays: Callable[..., Any]) -> None:
+    base = point("base", x=[0.0, 0.0], y=[0.0])
+    a, b, c = (
+        point("a", x=[3.0, 0.0], y=[4.0]),
+        point("b", x=[0.0, 1.0], y=[0.0]),
+        point("c", x=[0.0, 0.0], y=[2.0]),
+    )
+    vectors = [p - base for p in (a, b, c)]  # norms 5, 1, 2
+    np.testing.assert_allclose(arrays(base + apply("equalise", vectors))["x"], [1.2, 2.0])
+    np.testing.assert_allclose(arrays(base + apply("magmax", vectors, equalise=True))["y"], [2.0])
+
+
+def test_copies_count_once_where_directions_would_be_invented(
+    point: Point, arrays: Callable[..., Any]
+) -> None:
+    made = models(4)
+    for name in (n for n, m in METHODS.items() if m.distinct):
+        once, twice = merged(name, made, point, arrays), merged(name, [*made, made[2]], point, arrays)
+        assert farthest(once, twice) < 1e-12
+
+
+def test_options_are_checked(point: Point) -> None:
+    a, b = point("a"), point("b")
+    for options, message in {
+        "density=2.0": "the option 'density' of ties is between 0 and 1, not 2",
+        "scope='whole'": "the option 'scope' of ties is one of model, tensor, not 'whole'",
+        "density='x'": "the option 'density' of ties takes a number, not 'x'",
+        "density=[0.1, 0.2]": "the option 'density' of ties takes one number",
+        "equalise=1": "the option 'equalise' of ties is True or False, not 1",
+    }.items():
+        with pytest.raises(RecipeError) as refused:
+            apply("ties", [a - b], **eval(f"dict({options})"))
+        assert refused.value.message == message
+    with pytest.raises(RecipeError, match="one for each operand: 1"):
+        apply("consensus", [a - b], threshold=[0.1, 0.2])
+    with pytest.raises(RecipeError, match="ties has no operand 'merged'"):
+        apply("ties", [a - b], merged=a - b)
 
 
 def test_each_method_is_a_function(point: Point) -> None:

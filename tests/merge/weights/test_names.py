@@ -2,7 +2,7 @@
 
 import pytest
 
-from clipmerge.weights.names import block_of, matches, tower_of
+from clipmerge.weights.names import block_of, depths_of, matches, matrices_of, tower_of
 
 
 @pytest.mark.parametrize(
@@ -55,3 +55,52 @@ def test_what_a_pattern_picks(pattern: str, yes: str, no: str) -> None:
 
 def test_patterns_care_about_case() -> None:
     assert not matches("VISUAL.*", "visual.proj")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "parts"),
+    [
+        ("visual.conv1.weight", (768, 3, 32, 32), 0),
+        ("visual.class_embedding", (768,), 0),
+        ("visual.positional_embedding", (50, 768), 1),
+        ("visual.proj", (768, 512), 1),
+        ("visual.transformer.resblocks.0.attn.in_proj_weight", (2304, 768), 3),
+        ("visual.transformer.resblocks.0.attn.in_proj_bias", (2304,), 0),
+        ("visual.transformer.resblocks.0.attn.out_proj.weight", (768, 768), 1),
+        ("visual.transformer.resblocks.0.mlp.c_proj.weight", (768, 3072), 1),
+        ("transformer.resblocks.11.attn.in_proj_weight", (1536, 512), 3),
+        ("token_embedding.weight", (49408, 512), 1),
+        ("text_projection", (512, 512), 0),
+        ("logit_scale", (), 0),
+        # ResNet
+        ("visual.layer1.0.conv1.weight", (64, 64, 1, 1), 0),
+        ("visual.attnpool.q_proj.weight", (2048, 2048), 1),
+        ("visual.attnpool.positional_embedding", (50, 2048), 1),
+        # CustomTextCLIP
+        ("text.transformer.resblocks.0.attn.in_proj_weight", (1536, 512), 3),
+        ("text.text_projection", (512, 512), 0),
+        # SigLIP: timm's trunk, a text tower with a linear projection
+        ("visual.trunk.pos_embed", (1, 196, 768), 0),
+        ("visual.trunk.blocks.0.attn.qkv.weight", (2304, 768), 3),
+        ("visual.trunk.attn_pool.kv.weight", (1536, 768), 2),
+        ("visual.trunk.attn_pool.q.weight", (768, 768), 1),
+        ("visual.trunk.attn_pool.latent", (1, 1, 768), 0),
+        ("text.text_projection.weight", (768, 768), 0),
+        ("classification_head.weight", (10, 512), 1),
+    ],
+)
+def test_what_is_a_matrix(name: str, shape: tuple[int, ...], parts: int) -> None:
+    assert matrices_of(name, shape) == parts
+    assert matrices_of(name, shape, fused=True) == min(parts, 1)
+
+
+def test_depth_is_counted_in_each_tower() -> None:
+    names = [f"visual.transformer.resblocks.{i}.ln_1.weight" for i in range(5)]
+    names += [f"transformer.resblocks.{i}.x" for i in range(2)]
+    depths = depths_of([*names, "visual.proj", "logit_scale"])
+    assert [depths[name] for name in names] == [0, 0.25, 0.5, 0.75, 1, 0, 1]
+    assert depths.keys() == set(names)
+    assert depths_of([f"visual.layer{i}.0.bn1.weight" for i in (1, 2, 3)]) == {
+        f"visual.layer{i}.0.bn1.weight": (i - 1) / 2 for i in (1, 2, 3)
+    }
+    assert depths_of(["visual.layers.0.x"]) == {"visual.layers.0.x": 0.0}

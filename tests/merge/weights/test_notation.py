@@ -27,6 +27,18 @@ Point = Callable[..., Weights]
         (lambda a, b, c: interpolate(a, b, {"visual": 0.5}), '(1 - {"visual": 0.5})*a + {"visual": 0.5}*b'),
         (lambda a, b, c: apply("slerp", [a, mean([c, b])], alpha=0.1), "slerp([a, mean([b, c])], alpha=0.1)"),
         (lambda a, b, c: a + apply("magmax", [b - a, c - a]), "a + magmax([b - a, c - a])"),
+        (
+            lambda a, b, c: a + 0.5 * apply("ties", [b - a], equalise=True),
+            'a + 0.5*ties([b - a], density=0.2, scope="model", equalise=True)',
+        ),
+        (
+            lambda a, b, c: a + apply("svc", [b - a, c - a], merged=apply("tsv", [b - a, c - a]), alpha=1),
+            "a + svc([b - a, c - a], merged=tsv([b - a, c - a]), alpha=1.0)",
+        ),
+        (
+            lambda a, b, c: apply("consensus", [b - a, c - a], threshold=(0.2, 0.4)),
+            "consensus([b - a, c - a], threshold=[0.2, 0.4], least=2)",
+        ),
     ],
 )
 def test_how_expressions_print(point: Point, make: Callable[..., Weights], text: str) -> None:

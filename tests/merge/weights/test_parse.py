@@ -65,6 +65,12 @@ def test_the_forms_of_the_notation(names: dict[str, Weights]) -> None:
         ("slerp([a, b], t=0.3)", "a b", apply("slerp", [a, b], alpha=0.3)),  # as files of earlier versions say
         ("base + 0.5*magmax([a - base, b - base])", "a b base",
          base + 0.5 * apply("magmax", [a - base, b - base])),
+        ("base + ties([a - base], density=1/5, scope='tensor')", "a base",
+         base + apply("ties", [a - base], density=0.2, scope="tensor")),
+        ("base + lines([a - base], merged=magmax(a - base), alpha=None, beta=-1, equalise=True)", "a base",
+         base + apply("lines", [a - base], apply("magmax", [a - base]), beta=-1.0, equalise=True)),
+        ("base + consensus(a - base, b - base, threshold=[.2, .4])", "a b base",
+         base + apply("consensus", [a - base, b - base], threshold=(0.2, 0.4))),
         ("  base\n  + 0.4*(a\n  - base)  ", "a base", base + 0.4 * (a - base)),
     ]:  # fmt: skip
         assert same(parse(text, only(names, used)), meant), text
@@ -90,7 +96,7 @@ def test_a_long_sum_is_not_deep(names: dict[str, Weights]) -> None:
         ("aa", "there is no checkpoint 'aa'", "did you mean a?"),
         ("xyz", "there is no checkpoint 'xyz'", "name its file: xyz=FILE"),
         ("man([a, b])", "there is no method 'man'", "did you mean mean?"),
-        ("zzz(a)", "there is no method 'zzz'", "interpolate, magmax, mean, model_stock, slerp, sum"),
+        ("zzz(a)", "there is no method 'zzz'", "ace, breadcrumbs, cart, consensus, "),
         ("slerp([a, b], alpa=1)", "slerp has no option 'alpa'", "did you mean alpha?"),
         ("mean([a, b], t=1)", "mean has no option 't'", None),
         ("interpolate(a, b, beta=1)", "interpolate has no option 'beta'", "alpha"),
@@ -99,6 +105,10 @@ def test_a_long_sum_is_not_deep(names: dict[str, Weights]) -> None:
         ("magmax([a, b])", "magmax takes task vectors (total 0)", None),
         ("slerp([a, 2])", "slerp takes weights, not the number 2", None),
         ("slerp([a, b], t=a)", "the option 't' takes a number", None),
+        ("ties([a - b], merged=a - b)", "ties has no operand 'merged'", "svc and lines"),
+        ("svc([a - b], merged=2)", "svc takes weights as merged, not the number 2", None),
+        ("ties([a - b], scope=model)", "there is no checkpoint 'model'", None),
+        ("ties([a - b], scope=f'x')", "is not part of the notation", None),
         ("a * b", "weights times weights means nothing", "multiply by a number"),
         ("a + 1", "weights and a number cannot be added", None),
         ("a / b", "only division by a number", None),

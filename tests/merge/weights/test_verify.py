@@ -43,11 +43,14 @@ def recipes(files: list[Path]) -> dict[str, Weights]:
         "added": base + 0.4 * ((a - base) + (b - base)),
         "by tower": interpolate(base, a, {"visual": 0.123456789}),
         "vector": a - base,
+        "methods": base
+        + {"visual": 0.5}
+        * apply("svc", [a - base, b - base], merged=apply("ties", [a - base, b - base], density=0.5)),
         "curved": 0.5 * apply("slerp", [mean([c, a, b]), base], alpha=0.3) + 0.5 * a,
     }
 
 
-@pytest.mark.parametrize("kind", ["soup", "weighted", "added", "by tower", "vector", "curved"])
+@pytest.mark.parametrize("kind", ["soup", "weighted", "added", "by tower", "vector", "methods", "curved"])
 @pytest.mark.parametrize("dtype", [None, "F16", "BF16"])
 def test_what_clipmerge_wrote_is_verified(
     models: list[Path], tmp_path: Path, kind: str, dtype: str | None

@@ -1,0 +1,208 @@
+"""One tensor (or a stretch of one) of an expression: linear sums in float64, methods through their functions.
+
+What a method needs to know of the whole model (`Measured`) is found before, by `measure.py`.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import itemgetter
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from clipmerge.checkpoint.read import Reader
+from clipmerge.checkpoint.tensors import Checkpoint
+from clipmerge.dtypes import ITEMSIZE, Scratch, storage_dtype, widen
+from clipmerge.errors import NonFiniteError
+from clipmerge.ops.vectors import mean, total
+from clipmerge.types import Floats, Reals
+from clipmerge.weights.expression import Applied, Expression, Leaf, checkpoints_of
+from clipmerge.weights.names import matrices_of
+from clipmerge.weights.plan import integer_factors
+
+Read: TypeAlias = Callable[[Checkpoint], Reals]
+"""Checkpoint → its numbers, as float32 where they are stored in so many bits or fewer, else float64."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What was found of a method's operands over the whole model.
+
+    Attributes:
+        groups: operands (by number) that are equal and count once; None: all differ.
+        factors: what each operand is scaled by first.
+        arguments: further keywords of the method's function.
+    """
+
+    groups: Sequence[Sequence[int]] | None = None
+    factors: Sequence[float] | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+Facts: TypeAlias = Mapping[Applied, Measured]
+
+
+def evaluate(weights: Expression, name: str, shape: tuple[int, ...], read: Read, facts: Facts) -> Floats:
+    """Compute one tensor of an expression, in float64, from the same tensor of its checkpoints.
+
+    Args:
+        shape: of what `read` gives: the tensor's, or a stretch's.
+    """
+    used = [(leaf, value) for leaf, c in weights.terms.items() if (value := c.at(name))]
+    factors, divisor = integer_factors([value for _, value in used])
+    terms = zip(factors, (leaf for leaf, _ in used), strict=True)
+    return weighted(terms, divisor, name, shape, read, facts)
+
+
+def weighted(
+    terms: Iterable[tuple[float, Leaf]],
+    divisor: float,
+    name: str,
+    shape: tuple[int, ...],
+    read: Read,
+    facts: Facts,
+) -> Floats:
+    """Σ factor·leaf / divisor in float64, added in the order given, from the first one on: -0 stays -0."""
+    summed: Floats | None = None
+    for factor, leaf in terms:
+        array = (
+            read(leaf) if isinstance(leaf, Checkpoint) else apply_to_tensor(leaf, name, shape, read, facts)
+        )
+        if summed is None:
+            summed = np.array(array, np.float64).reshape(shape)
+            if factor != 1:
+                summed *= factor
+        elif factor == 1:
+            summed += array
+        elif factor == -1:
+            summed -= array
+        else:
+            summed += np.multiply(array, factor, dtype=np.float64)
+    if summed is None:
+        return np.zeros(shape)
+    if divisor != 1:
+        summed /= divisor
+    return summed
+
+
+def apply_to_tensor(applied: Applied, name: str, shape: tuple[int, ...], read: Read, facts: Facts) -> Reals:
+    """Compute one tensor of a method's result; arguments as for `evaluate`.
+
+    Raises:
+        NonFiniteError: a method of matrices was let see NaN or infinity.
+    """
+    if 0 in shape:
+        return np.zeros(shape)
+    method, known = applied.method, facts[applied]
+    arrays = operands_of(applied, name, shape, read, facts)
+    keywords: dict[str, Any] = {key: applied.options[key] for key in method.options} | {**known.arguments}
+    if "name" in method.keywords:
+        keywords["name"] = name
+    merged = None
+    if applied.merged is not None:
+        merged = evaluate(applied.merged, name, shape, read, facts).astype(arrays[0].dtype, copy=False)
+    if method.on != "matrices":
+        more = {"merged": merged} if method.takes_merged else {}
+        return method.function(*arrays, **keywords, **more)
+    if not all(np.isfinite(array).all() for array in arrays):
+        message = f"{method.name} cannot work on {name!r}, which is not finite"
+        raise NonFiniteError(message, hint="leave that checkpoint out")
+    count = matrices_of(name, shape, fused=bool(applied.options.get("fused")))
+    if count == 0:
+        if method.takes_merged:
+            return total(*arrays) if merged is None else merged
+        return mean(*arrays)
+    parts = []
+    for rows in np.split(np.arange(shape[0]), count):
+        part = slice(rows[0], rows[-1] + 1)
+        more = {"merged": None if merged is None else merged[part]} if method.takes_merged else {}
+        parts.append(method.function(*(array[part] for array in arrays), **keywords, **more))
+    return np.concatenate(parts) if count > 1 else parts[0]
+
+
+def operands_of(applied: Applied, name: str, shape: tuple[int, ...], read: Read, facts: Facts) -> list[Reals]:
+    """Compute a method's operands: equal ones once, scaled where that was asked for.
+
+    They are float32 where single entries count and no checkpoint holds more, rounded once; else float64.
+    """
+    known, by_entry = facts.get(applied, Measured()), applied.method.on == "entries"
+    arrays = [_operand(operand, name, shape, read, facts, by_entry) for operand in applied.operands]
+    if known.groups is not None:
+        arrays = [mean(*(arrays[i] for i in group)) for group in known.groups]
+    if known.factors is not None:
+        arrays = [a * a.dtype.type(f) for a, f in zip(arrays, known.factors, strict=True)]
+    return arrays
+
+
+def _operand(
+    operand: Expression, name: str, shape: tuple[int, ...], read: Read, facts: Facts, by_entry: bool
+) -> Reals:
+    stored = (c.tensors[name].dtype for c in operand.checkpoints if name in c.tensors)
+    if not by_entry or "F64" in stored:
+        return evaluate(operand, name, shape, read, facts)
+    values = ((value, leaf) for leaf, c in operand.terms.items() if (value := c.at(name)))
+    used = sorted(values, key=itemgetter(0))
+    match used:
+        case [(-1, Checkpoint() as b), (1, Checkpoint() as a)]:  # one rounding in float32, and no detour
+            return np.asarray(read(a) - read(b))
+    return evaluate(operand, name, shape, read, facts).astype(np.float32)
+
+
+def read_whole(
+    reader: Reader,
+    name: str,
+    leaves: Iterable[Leaf],
+    seen: Callable[[Checkpoint, npt.NDArray[Any]], None],
+) -> Read:
+    """Return what reads a tensor of any checkpoint of `leaves`; one that is used again (a base) is read once and kept.
+
+    Args:
+        seen: called with what was read, as stored.
+    """
+    uses = Counter(c for leaf in leaves for c in checkpoints_of(leaf))
+    held: dict[Checkpoint, Reals] = {}
+
+    def read(checkpoint: Checkpoint) -> Reals:
+        if checkpoint in held:
+            return held[checkpoint]
+        tensor = checkpoint.tensors[name]
+        raw = reader.dense(tensor)
+        seen(checkpoint, raw)
+        flat = raw.reshape(-1)
+        numbers = widen(flat, tensor.dtype, Scratch(flat.size)) if flat.size else np.zeros(0, np.float32)
+        if uses[checkpoint] > 1:
+            held[checkpoint] = numbers.reshape(tensor.shape)
+        return numbers.reshape(tensor.shape)
+
+    return read
+
+
+def read_stretch(
+    reader: Reader,
+    name: str,
+    low: int,
+    high: int,
+    scratch: Scratch,
+    seen: Callable[[Checkpoint, npt.NDArray[Any]], None],
+) -> Read:
+    """Return what reads the elements [low, high) of a row-major tensor of any checkpoint, each once.
+
+    Args:
+        scratch: for so many elements.
+        seen: called with what was read, as stored.
+    """
+    held: dict[Checkpoint, Reals] = {}
+
+    def read(checkpoint: Checkpoint) -> Reals:
+        if checkpoint not in held:
+            tensor = checkpoint.tensors[name]
+            raw = np.empty(high - low, storage_dtype(tensor.dtype))
+            reader.into(tensor, low * ITEMSIZE[tensor.dtype], raw.view(np.uint8))
+            seen(checkpoint, raw)
+            numbers = widen(raw, tensor.dtype, scratch)
+            held[checkpoint] = numbers if numbers is raw else np.array(numbers)
+        return held[checkpoint]
+
+    return read
