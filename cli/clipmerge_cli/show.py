@@ -79,6 +79,14 @@ def interval(bounds: Sequence[float], digits: int = 1) -> str:
     return f"{percent(low, digits)}–{percent(high, digits)}"
 
 
+def duration(seconds: float) -> str:
+    """Return a time as one reads it: `8.2 s`, `3 min 20 s`, `2 h 5 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def counts(numbers: Mapping[str, int]) -> str:
     """Return `{"F32": 302}` as `F32`; several with their counts: `F32 300, I64 2`."""
     return ", ".join(f"{key} {count}" if len(numbers) > 1 else key for key, count in numbers.items())

@@ -38,6 +38,9 @@ def test_finetune_from_a_base(
     assert said.out == ""
     assert "step 2: held-out " in said.err
     assert f"wrote {out}" in said.err
+    events = map(json.loads, Path(f"{out.with_suffix('')}.log.jsonl").read_text().splitlines())
+    final = [event for event in events if event["event"] == "score"][-1]
+    assert f"held-out {100 * final['top1']:.2f} %, loss {final['loss']:.3f}; 3 steps in " in said.err
     assert main(command) == 1
     assert "ft.safetensors exists\n\nhint: " in capsys.readouterr().err
     picture = ["--plot", str(tmp_path / "log.png")]
@@ -46,6 +49,48 @@ def test_finetune_from_a_base(
     training = json.loads(capsys.readouterr().out)["training"]
     assert training["augment"] == {"scale": [0.5, 1]}
     assert training["scores"]["top1"] >= 0
+
+
+def test_a_frozen_head_leaves_none_and_goes_into_patch(
+    tiny_checkpoints: Any, tiny_model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PAINT in sequence: finetune, patch, finetune from the patched model, patch again with what was patched so far."""
+    base, model = str(tiny_checkpoints["base"]), ["--model", str(tiny_model_file)]
+    for step, tasks in (("one", ["digits#val"]), ("two", ["digits#val", "digits#val@invert"])):
+        tuned, patched = str(tmp_path / f"{step}.safetensors"), str(tmp_path / f"patched-{step}.safetensors")
+        train = [
+            "finetune",
+            "--base",
+            base,
+            *model,
+            "--train",
+            tasks[-1].replace("val", "train"),
+            "--head",
+            "frozen",
+        ]
+        assert main([*train, "--method", "ce", "--steps", "2", "-o", tuned, *SMALL]) == 0
+        data = [word for task in tasks for word in ("--patch", task)] + [
+            "--supported",
+            "digits#test",
+            "--limit",
+            "50",
+        ]
+        assert main(["patch", base, tuned, *model, *data, "--alphas", "0,1", "-o", patched]) == 0
+        base = patched
+    assert "chose alpha" in capsys.readouterr().err
+    assert main(["inspect", base, "--json"]) == 0
+    assert "classification_head" not in capsys.readouterr().out
+
+
+def test_options_that_do_nothing_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for options, said in (
+        (["--method", "ce", "--logit-scale", "frozen"], "--logit-scale does nothing here: a trained head"),
+        (["--method", "linear-probe", "--lr", "1"], "--lr does nothing here: linear-probe takes no steps"),
+        (["--no-freeze-batch-norm", "--method", "linear-probe"], "--freeze-batch-norm does nothing here"),
+        (["--head", "trained"], "flyp trains no head"),
+    ):
+        assert main(["finetune", "--train", "digits", "-o", str(tmp_path / "x.safetensors"), *options]) == 1
+        assert said in capsys.readouterr().err
 
 
 def test_finetune_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,3 +66,7 @@ def test_talk_goes_to_stderr_or_nowhere(capsys: pytest.CaptureFixture[str]) -> N
     show.say("one")
     show.say("two", quiet=True)
     assert capsys.readouterr() == ("", "one\n")
+
+
+def test_a_duration_as_one_reads_it() -> None:
+    assert [show.duration(s) for s in (8.24, 200.2, 7500)] == ["8.2 s", "3 min 20 s", "2 h 5 min"]

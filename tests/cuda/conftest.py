@@ -92,6 +92,8 @@ def tune(
     def run(name: str = "ft", **changed: Any) -> Any:
         options = {"lr": 1e-3, "batch_size": 16, "steps": 6, "augment": "none", "precision": "fp32", "workers": 0,
                    "model": tiny_spec, "device": device, **changed}  # fmt: skip
+        if options.get("method") == "linear-probe":  # takes no steps
+            options = {name: value for name, value in options.items() if name not in ("lr", "steps")}
         images = options.pop("train", train)
         return finetune(
             load(tiny_checkpoints["base"]), images, out=tmp_path / f"{name}.safetensors", **options

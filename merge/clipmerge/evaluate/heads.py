@@ -5,7 +5,8 @@ disk by a digest of everything that they are built from. Scoring, learned soups 
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -30,6 +31,7 @@ __all__ = [
     "class_logits",
     "encode_prompts",
     "encode_text",
+    "evaluating",
     "text_digest",
     "text_lengths",
     "zero_shot_head",
@@ -41,6 +43,21 @@ Encode = Callable[[Tensor, int], Tensor]
 _CPU_BATCH = 256
 _GPU_BATCH, _GPU_TOKENS = 4096, 40_960
 """Prompts, and tokens with padding, that fill a GPU for long enough to hide the launches of a text tower."""
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into eval mode while the block runs, and each of its parts back to the mode it had.
+
+    Features that are kept must not follow dropout, stochastic depth or the statistics of a batch.
+    """
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 class _TextSide(nn.Module):
@@ -132,7 +149,8 @@ def encode_prompts(
         encode: what runs a batch in place of `encode_text(model, …)`, for towers that are wrapped (DDP, FSDP).
     """
     distinct, places = torch.unique(tokens, dim=0, return_inverse=True)
-    features = _encode_distinct(model, distinct, batch_size, encode, on_progress)
+    with evaluating(model):
+        features = _encode_distinct(model, distinct, batch_size, encode, on_progress)
     return features[places.to(features.device)]
 
 
@@ -164,7 +182,8 @@ def zero_shot_head(
         if cached is not None:
             return cached.to(device)
     distinct, places = _distinct_tokens(tokenizer, names, texts)
-    features = _encode_distinct(model, distinct, None, None, on_progress)[places.to(device)]
+    with evaluating(model):
+        features = _encode_distinct(model, distinct, None, None, on_progress)[places.to(device)]
     head = average_templates(features, len(names))
     if path is not None:
         with whole_file(path, parents=True) as sibling, sibling.open("wb") as file:

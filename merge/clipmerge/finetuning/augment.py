@@ -20,6 +20,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from clipmerge.data.pixels import image_size
+from clipmerge.data.shifts import SHIFTS, parse_shift
 from clipmerge.device import to_device
 from clipmerge.errors import TrainingError
 from clipmerge.types import Pixels
@@ -33,7 +34,10 @@ Augmentation: TypeAlias = Callable[[Image, str], Pixels]
 DeviceCrops: TypeAlias = Callable[[Tensor, Sequence[str]], Tensor]
 """(squares, a seed for each) → fp32 pixels (n, 3, H, W) in 0 … 255."""
 
-_HINT = "one of none, crop, crop:0.5, flip, jitter:0.4, gray:0.2, randaugment:2,9, joined by +; or open_clip's aug-cfg"
+_HINT = (
+    "one of none, crop, crop:0.5, flip, jitter:0.4, gray:0.2, noise:0.1, blur:1, contrast:0.5, randaugment:2,9, "
+    "joined by +; or open_clip's aug-cfg"
+)
 
 
 def parse_augmentation(
@@ -43,8 +47,9 @@ def parse_augmentation(
 
     Args:
         augment: "none"; or steps joined by "+": "crop" (scale 0.9–1, as open_clip and FLYP), "crop:0.5"
-            (scale 0.5–1), "flip", "jitter:0.4", "gray:0.2", "randaugment:N,M" (N operations, magnitude M of 30);
-            or open_clip's AugmentationCfg as a mapping.
+            (scale 0.5–1), "flip", "jitter:0.4", "gray:0.2", "randaugment:N,M" (N operations, magnitude M of 30),
+            "noise:0.1", "blur:1" and other corruptions of `data.shifts` (at half of the visits, by a strength drawn
+            between nothing and that value, in pixels of the model's size); or open_clip's AugmentationCfg as a mapping.
         preprocess: open_clip's preprocess_cfg, for the size.
 
     Raises:
@@ -136,6 +141,8 @@ def _parse(augment: str | Mapping[str, Any]) -> tuple[Crop, list[Step]]:
             steps.append(_jitter(numbers if len(numbers) == 4 else [*numbers * 3, numbers[0] / 4], 0.8))
         elif name == "gray" and numbers:
             steps.append(_gray(numbers[0]))
+        elif name in CORRUPTIONS and len(numbers) <= 1:
+            steps.append(_corruption(part.strip()))
         elif name == "randaugment" and len(numbers) == 2:
             steps.append(_randaugment(int(numbers[0]), int(numbers[1])))
         else:
@@ -182,6 +189,28 @@ def _jitter(strengths: list[float], probability: float) -> Step:
             )
             image = change(image, generator.uniform(low, high))
         return image
+
+    return step
+
+
+CORRUPTIONS: Mapping[str, float] = {
+    "noise": 0.0, "blur": 0.0, "rotate": 0.0, "contrast": 1.0, "brightness": 1.0, "pixelate": 1.0, "jpeg": 95.0,
+}  # fmt: skip
+"""Those of `data.shifts` that can be weaker → the value at which they change nothing (jpeg: next to nothing)."""
+
+
+def _corruption(text: str) -> Step:
+    """Return a corruption that half of the visits see, at most as strong as the text says: "noise:0.1"."""
+    strongest = parse_shift(text)
+    change, nothing = SHIFTS[strongest.name].change, CORRUPTIONS[strongest.name]
+
+    def step(image: Image, generator: random.Random) -> Image:
+        if generator.random() < 0.5:
+            return image
+        value = generator.uniform(nothing, strongest.value)
+        if strongest.name == "rotate" and generator.random() < 0.5:
+            value = -value
+        return change(image, value, generator.getrandbits(64)).convert("RGB")
 
     return step
 

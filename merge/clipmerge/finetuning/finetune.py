@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from clipmerge.data.sampling import few_shot
 from clipmerge.data.split import Split
 from clipmerge.device import float32_matmul, out_of_memory_hint, resolve_device, resolve_precision
 from clipmerge.errors import DeviceError, TrainingError
+from clipmerge.evaluate.heads import average_templates
 from clipmerge.finetuning.batches import (
     Prompts,
     Sampler,
@@ -34,13 +36,16 @@ from clipmerge.finetuning.loop import train_steps
 from clipmerge.finetuning.objective import BaseContexts, Classification, Contrastive, Objective
 from clipmerge.finetuning.settings import Settings
 from clipmerge.finetuning.state import TrainingState
-from clipmerge.finetuning.towers import HEAD, Towers, freeze, set_modes, wrap
+from clipmerge.finetuning.towers import HEAD, Towers, freeze, has_batch_norm, set_modes, wrap
 from clipmerge.model import ModelSpec, build_model, load_weights, resolve_model
 from clipmerge.types import Progress
 from clipmerge.weights.digest import content_digest
 from clipmerge.weights.weights import Weights, as_weights, load
 
-__all__ = ["apply_method", "base_contexts", "finetune", "starting_model"]
+__all__ = ["apply_method", "base_contexts", "finetune", "starting_model", "with_defaults"]
+
+FEW_IMAGES = 5000
+"""Below so many training images BatchNorm's statistics stay as they are by default."""
 
 
 def finetune(
@@ -71,7 +76,8 @@ def finetune(
         train: images with labels (or, for flyp, with captions).
         model: read from the base's metadata where left out.
         val: held-out images: scored every `score_every` steps (each epoch by default) and at the end.
-        head: take `classification_head.*` from these weights (model recycling: the shared head).
+        head: "trained", a method's own start; "frozen", the zero-shot head as it is; or weights whose
+            `classification_head.*` is taken (model recycling: the shared head).
         settings: the hyperparameters as a value; None takes the defaults.
         resume: go on from the state of an unfinished run with the same settings.
         tensorboard: folder for TensorBoard's event files, besides the log.
@@ -82,7 +88,13 @@ def finetune(
         TrainingError: settings that do not fit together, a loss that is not finite, or a signal to stop.
         DataError: images without what the method needs.
     """
+    if isinstance(head, str) and head in ("frozen", "trained"):
+        hyperparameters["frozen_head"] = head == "frozen"
     settings = Settings.create(settings, hyperparameters)
+    if head is not None and settings.row.head is None:
+        raise TrainingError(f"{settings.method} trains no head", hint="--head goes with ce, car-ft and lp-ft")
+    if isinstance(head, str) and head in ("frozen", "trained"):
+        head = None
     check_images(settings, train, val)
     device = resolve_device(settings.device)
     precision = resolve_precision(settings.precision, device)
@@ -102,6 +114,7 @@ def finetune(
         if settings.shots is not None:
             train = few_shot(train, settings.shots, settings.seed)
         net, spec = starting_model(base, model, settings.seed, device)
+        settings = with_defaults(settings, net, len(train))
         images = Images(train, val, spec.preprocess, device, settings, on_progress)
         loader = images.loader()
         tokenizer = tokenizer_of(spec)
@@ -145,6 +158,24 @@ def finetune(
         log.close()
         distributed.barrier()
     return load(written)
+
+
+def with_defaults(settings: Settings, net: nn.Module, images: int) -> Settings:
+    """Return the settings with what depends on the model and on the number of training images.
+
+    Raises:
+        TrainingError: BatchNorm is to be frozen in a model that has none.
+    """
+    clip, freeze = settings.clip_grad, settings.freeze_batch_norm
+    if clip is None and settings.frozen_head:
+        clip = 1.0  # as in the code of task arithmetic and PAINT
+    if has_batch_norm(net):
+        freeze = images < FEW_IMAGES if freeze is None and settings.row.steps else freeze
+    elif freeze is not None:
+        raise TrainingError(
+            "--freeze-batch-norm does nothing here: the model has no BatchNorm", hint="leave it out"
+        )
+    return replace(settings, clip_grad=clip, freeze_batch_norm=freeze)
 
 
 def starting_model(
@@ -219,14 +250,14 @@ def apply_method(
         image, text, scale = True, False, False
         contexts = base_contexts(towers, tokenizer, images, settings) if settings.row.contexts else None
         objective = Classification(towers, settings, contexts)
-        start = (
-            initial_head(head_from, towers, prompts, images)
-            if head is None
-            else read_head(head, prompts.classes)
-        )
-        attach_head(towers.model, *start)
+        if settings.frozen_head:
+            objective.frozen = average_templates(towers.prompt_features(prompts.tokens), prompts.classes)
+        elif head is None:
+            attach_head(towers.model, *initial_head(head_from, towers, prompts, images))
+        else:
+            attach_head(towers.model, *read_head(head, prompts.classes))
     freeze(towers.model, image=image, text=text, scale=scale)
-    set_modes(towers.model, image=image, text=text)
+    set_modes(towers.model, image=image, text=text, batch_norm=not settings.freeze_batch_norm)
     if settings.checkpointing:
         towers.model.set_grad_checkpointing(True)  # type: ignore[operator]
     synced = distributed.world() > 1 and not settings.fsdp and settings.chunk is None

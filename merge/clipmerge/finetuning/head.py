@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from clipmerge.data.split import Split
 from clipmerge.distributed import all_reduce_sum, broadcast_object, is_first, rank, world
 from clipmerge.errors import TrainingError
-from clipmerge.evaluate.heads import average_templates, class_logits
+from clipmerge.evaluate.heads import average_templates, class_logits, evaluating
 from clipmerge.finetuning.batches import Prompts
 from clipmerge.finetuning.images import Images
 from clipmerge.finetuning.towers import HEAD, Towers, image_features
@@ -82,19 +82,16 @@ def held_out_scores(
     Every rank scores a share. All shares are of equal length, because the ranks of a sharded model must call it equally
     often; the last ones begin earlier instead of reaching beyond the end, and skip what the rank before them counts.
     """
-    modes = {module: module.training for module in towers.modules()}
-    towers.eval()
     size = -(-len(split) // world())
     start = min(rank() * size, len(split) - size)
     counted = slice(min(rank() * size, len(split)), start + size)
     device = towers.mean.device
-    images = image_features(towers, pixels[start : start + size], device, batch_size)
-    head = None
-    if not hasattr(towers.model, HEAD):
-        head = average_templates(towers.prompt_features(prompts.tokens), prompts.classes)
-    logits = split.covered(class_logits(towers.model, images, head))[counted.start - start :]
-    for module, mode in modes.items():
-        module.training = mode  # a frozen tower was in eval mode and stays there
+    with evaluating(towers):
+        images = image_features(towers, pixels[start : start + size], device, batch_size)
+        head = None
+        if not hasattr(towers.model, HEAD):
+            head = average_templates(towers.prompt_features(prompts.tokens), prompts.classes)
+        logits = split.covered(class_logits(towers.model, images, head))[counted.start - start :]
     labels = torch.from_numpy(split.labels[counted]).to(device)
     right = (logits.argmax(dim=1) == labels).sum()
     loss = F.cross_entropy(logits, labels, reduction="sum")

@@ -103,10 +103,14 @@ def check_images(settings: Settings, train: Split, val: Split | None) -> None:
     def labelled(split: Split) -> bool:
         return bool(split.classes) and bool((split.labels >= 0).all())
 
-    headless = settings.row.head is None
-    captioned = headless and train.captions is not None and not train.classes
+    headless = settings.row.head is None or settings.frozen_head
+    captioned = settings.row.head is None and train.captions is not None and not train.classes
     if settings.select == "best" and val is None:
         raise TrainingError("nothing says which checkpoint is best", hint="give held-out images with --val")
+    idle = [name for name in ("score_every", "select_by") if val is None and getattr(settings, name)]
+    if idle:
+        option = f"--{idle[0].replace('_', '-')}"
+        raise TrainingError(f"{option} does nothing without held-out images", hint="give some with --val")
     if not len(train):
         raise DataError(f"{train.source} has no images", hint="check the part and the limit")
     if not captioned and not labelled(train):

@@ -74,7 +74,7 @@ def train_steps(
             average_gradients(unaveraged)
             if scaler is not None:
                 scaler.unscale_(optimiser)
-            if settings.clip_grad is not None:
+            if settings.clip_grad:
                 clip_gradients(state.trained.values(), settings.clip_grad)
             if scaler is None:
                 optimiser.step()

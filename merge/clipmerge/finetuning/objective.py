@@ -164,11 +164,16 @@ class BaseContexts:
 
 @dataclass
 class Classification:
-    """A trained head over image features: CE, LP-FT's second stage, and CAR-FT with its term."""
+    """A head over image features: CE, LP-FT's second stage, and CAR-FT with its term.
+
+    Attributes:
+        frozen: the zero-shot head, where that is kept; None: the model's own head trains.
+    """
 
     towers: Towers
     settings: Settings
     base: BaseContexts | None = None
+    frozen: Tensor | None = None
     module: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
@@ -181,7 +186,7 @@ class Classification:
         if self.settings.mixup:
             pixels, mixed = self._mix(batch, pixels, labels)
         image = cast("Tensor", self.module(pixels)[0])
-        logits = class_logits(self.towers.model, image, None)
+        logits = class_logits(self.towers.model, image, self.frozen)
         value = losses.cross_entropy(
             logits, labels, mixed=mixed, label_smoothing=self.settings.label_smoothing
         )

@@ -36,14 +36,15 @@ class Method:
 
 METHODS: Mapping[str, Method] = {
     "flyp": Method("finetune like you pretrain: the contrastive loss against class prompts", None),
-    "ce": Method("cross-entropy, the head starts from the zero-shot head", "zero-shot"),
+    "ce": Method("cross-entropy, the head starts from the zero-shot head, or is it and frozen", "zero-shot"),
     "car-ft": Method(
         "cross-entropy, and the base's context distribution is kept", "zero-shot", contexts=True
     ),
     "lp-ft": Method("a linear probe first, then full finetuning from its head", "probe"),
     "linear-probe": Method("a linear probe on frozen features, nothing else", "probe", steps=False),
 }
-"""Sources: FLYP 2212.00638, WiSE-FT's CE 2109.01903, CAR-FT 2211.16175, LP-FT 2202.10054."""
+"""Sources: FLYP 2212.00638, WiSE-FT's CE 2109.01903, CAR-FT 2211.16175, LP-FT 2202.10054; CE under a frozen head:
+task arithmetic 2212.04089, PAINT 2208.05592."""
 
 
 def _field(
@@ -85,12 +86,14 @@ class Settings:
     towers: Literal["both", "image", "text"] = _method(
         "both", "What trains; text: LiT, with a locked image tower."
     )
+    frozen_head: bool = _python(False, "Keep the zero-shot head as it is; train the image tower under it.")
     templates: Sequence[str] | str | None = _python(None, "Prompts with {}; the data's own by default.")
     contexts: Sequence[str] | None = _python(None, 'CAR-FT\'s contexts ("photo", "sketch" …).')
     shots: int | None = _method(None, "Images a class to train on; the best held-out loss is kept.", min=1)
     augment: str | Mapping[str, Any] = _method(
         "crop",
-        "none, or of crop:0.9 flip jitter:0.4 gray:0.2 randaugment:N,M joined by +, or a JSON aug-cfg.",
+        "none, or of crop:0.9 flip jitter:0.4 gray:0.2 noise:0.1 blur:1 contrast:0.5 randaugment:N,M joined by +, "
+        "or a JSON aug-cfg.",
     )
     augment_on: Literal["cpu", "device"] = _device(
         "cpu", "device: crop and flip in batches, from pixels decoded once; other pixels than on the CPU."
@@ -99,6 +102,11 @@ class Settings:
     label_smoothing: float = _method(0.0, "Share of the target spread over all classes.", min=0, max=1)
     multi_positive: bool = _method(False, "Images of one class are positives of each other (not FLYP).")
     logit_scale: Literal["learned", "clamped", "frozen"] = _method("learned", "clamped: at most 100.")
+    freeze_batch_norm: bool | None = _method(
+        None,
+        "Keep BatchNorm's running statistics, and normalise by them; by default for few images.",
+        option="--freeze-batch-norm/--no-freeze-batch-norm",
+    )
     car_weight: float = _method(1.0, "Weight of CAR-FT's term.", min=0)
     lr: float = _optimiser(1e-5, "Peak learning rate.", min=0)
     wd: float = _optimiser(0.1, "Weight decay.", min=0)
@@ -109,7 +117,9 @@ class Settings:
     epochs: float | None = _optimiser(None, "Passes over the images; 10 by default.", min=0)
     steps: int | None = _optimiser(None, "Steps in all, instead of --epochs.", min=1)
     warmup: int | None = _optimiser(None, "Steps; by default 500, a tenth of all at most.", min=0)
-    clip_grad: float | None = _optimiser(None, "Largest norm of the gradient.", min=0)
+    clip_grad: float | None = _optimiser(
+        None, "Largest norm of the gradient, 0: any; by default 1 under a frozen head, else any.", min=0
+    )
     ema: float | None = _optimiser(None, "Decay of a moving average, which is then scored and written.")
     seed: int = _optimiser(0, "Seed of everything random.", min=0)
     device: str | None = _device(None, "By default the GPU if there is one.", recorded=False)
@@ -142,6 +152,8 @@ class Settings:
             (not headless and self.chunk is not None, f"{name} has no contrastive batch to cut into pieces",
              "use --accumulate: it is exact for this loss"),
             (not headless and self.multi_positive, f"{name} has no contrastive targets", "it goes with flyp"),
+            (self.frozen_head and self.method not in ("ce", "car-ft"), f"{name} has no frozen head",
+             "--head frozen goes with ce and car-ft"),
             (self.epochs is not None and self.steps is not None, "both epochs and steps are given", "give one of them"),
             (self.ema is not None and not 0 < self.ema < 1, f"a moving average cannot decay by {self.ema}",
              "use a number such as 0.999"),
@@ -149,6 +161,26 @@ class Settings:
         for broken, message, hint in rules:
             if broken:
                 raise TrainingError(message, hint=hint)
+        for spec in fields(self):
+            if getattr(self, spec.name) != spec.default and (why := self._why_idle(spec.name)):
+                option = (spec.metadata["option"] or f"--{spec.name.replace('_', '-')}").split("/")[0]
+                raise TrainingError(f"{option} does nothing here: {why}", hint="leave it out")
+
+    def _why_idle(self, name: str) -> str | None:
+        """Say why a hyperparameter has no effect with this method; None where it has one."""
+        if not self.row.steps and name in _OF_STEPS:
+            return f"{self.method} takes no steps"
+        if not self.row.contexts and name in ("contexts", "car_weight"):
+            return f"{self.method} keeps no contexts, car-ft does"
+        if self.row.head is not None and name == "logit_scale":
+            return (
+                "the frozen head keeps the base's scale"
+                if self.frozen_head
+                else "a trained head holds the scale"
+            )
+        if self.augment == "none" and name == "augment_on":
+            return "nothing is augmented"
+        return None
 
     @classmethod
     def create(cls, settings: "Settings | None", hyperparameters: Mapping[str, Any]) -> "Settings":
@@ -173,6 +205,12 @@ class Settings:
         """Return what a checkpoint records and a resumed run must agree on."""
         return {name: getattr(self, name) for name in RECORDED}
 
+
+_OF_STEPS = (
+    "mixup", "label_smoothing", "freeze_batch_norm", "lr", "wd", "decay", "accumulate", "epochs", "steps", "warmup",
+    "clip_grad", "ema", "augment_on", "compile", "checkpointing", "score_every", "trajectory", "save_every",
+)  # fmt: skip
+"""Hyperparameters that mean nothing where no step is taken."""
 
 RECORDED = tuple(spec.name for spec in fields(Settings) if spec.metadata["recorded"])
 """Names of the hyperparameters that change what is computed."""

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from clipmerge.data.pixels import mean_and_std, normalise
 from clipmerge.device import Precision, autocast
 from clipmerge.distributed import world
-from clipmerge.evaluate.heads import encode_prompts, encode_text
+from clipmerge.evaluate.heads import encode_prompts, encode_text, evaluating
 from clipmerge.types import Pixels, Progress
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Num
 
 __all__ = [
-    "HEAD", "Towers", "freeze", "full_state_dict", "image_features", "is_outside", "load_full_state_dict",
-    "local_shard", "set_modes", "trained_parameters", "unsynced", "wrap",
+    "HEAD", "Towers", "freeze", "full_state_dict", "has_batch_norm", "image_features", "is_outside",
+    "load_full_state_dict", "local_shard", "set_modes", "trained_parameters", "unsynced", "wrap",
 ]  # fmt: skip
 
 HEAD = "classification_head"
@@ -32,7 +32,8 @@ class Towers(nn.Module):
         model: an open_clip model, with a `classification_head` or without.
         preprocess: open_clip's preprocess_cfg, for mean and std.
         precision: what the towers compute in; features, heads and losses are fp32.
-        channels_last: memory layout of the pixels; by default for convolutions beyond the patches, on a GPU.
+        channels_last: memory layout of pixels and convolutions; by default on a GPU for convolutions beyond the
+            patches, on a CPU for those with BatchNorm.
     """
 
     mean: "Float[Tensor, '3 1 1']"
@@ -50,9 +51,8 @@ class Towers(nn.Module):
         self.precision = precision
         device = next(model.parameters()).device
         if channels_last is None:
-            channels_last = (
-                device.type == "cuda" and sum(isinstance(m, nn.Conv2d) for m in model.modules()) > 1
-            )
+            convolutions = sum(isinstance(m, nn.Conv2d) for m in model.modules())
+            channels_last = convolutions > 1 if device.type == "cuda" else has_batch_norm(model)
         self.format = torch.channels_last if channels_last else torch.contiguous_format
         mean, std = mean_and_std(preprocess, device)
         self.register_buffer("mean", mean, persistent=False)
@@ -101,15 +101,16 @@ def image_features(
     what: str = "features",
     on_progress: Progress | None = None,
 ) -> "Float[Tensor, 'images d']":
-    """Return unit features of every image, on the device."""
+    """Return unit features of every image in eval mode, on the device."""
     features = []
-    for start in range(0, len(pixels), batch_size):
-        piece = pixels[start : start + batch_size]
-        if not isinstance(piece, Tensor):
-            piece = torch.from_numpy(np.ascontiguousarray(piece)).to(device)
-        features.append(towers(piece)[0])
-        if on_progress is not None:
-            on_progress(what, min(start + batch_size, len(pixels)), len(pixels))
+    with evaluating(towers):
+        for start in range(0, len(pixels), batch_size):
+            piece = pixels[start : start + batch_size]
+            if not isinstance(piece, Tensor):
+                piece = torch.from_numpy(np.ascontiguousarray(piece)).to(device)
+            features.append(towers(piece)[0])
+            if on_progress is not None:
+                on_progress(what, min(start + batch_size, len(pixels)), len(pixels))
     return torch.cat(features)
 
 
@@ -136,13 +137,25 @@ def freeze(model: nn.Module, *, image: bool, text: bool, scale: bool) -> None:
         parameter.requires_grad_(trains)
 
 
-def set_modes(model: nn.Module, *, image: bool, text: bool) -> None:
-    """Put the towers that train into training mode, and frozen ones into eval mode.
+def has_batch_norm(model: nn.Module) -> bool:
+    """Return whether some part keeps running statistics of batches."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+def set_modes(model: nn.Module, *, image: bool, text: bool, batch_norm: bool = True) -> None:
+    """Put the towers that train into training mode, and what is frozen into eval mode.
 
     A frozen tower's features must not change from step to step, as dropout or batch statistics would have them.
+
+    Args:
+        batch_norm: False leaves BatchNorm's running statistics as they are and normalises by them; its weight and
+            bias train with the rest.
     """
     model.train(text)
     cast("nn.Module", model.visual).train(image)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not batch_norm:
+            module.eval()
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -158,10 +171,11 @@ def wrap(towers: Towers, *, sharded: bool, synced: bool, compiled: bool) -> nn.M
         synced: DDP, which averages gradients while the backward pass runs; False leaves that to the caller.
         compiled: torch.compile, of the image tower and of the text tower's blocks.
     """
+    visual = towers.model.get_submodule("visual")
+    # FSDP refuses parameters that are laid out channels last.
+    visual.to(memory_format=torch.contiguous_format if sharded else towers.format)
     if sharded:
-        _shard(towers)  # which refuses parameters that are laid out channels last
-    elif towers.format is torch.channels_last:
-        towers.model.get_submodule("visual").to(memory_format=torch.channels_last)
+        _shard(towers)
     if compiled:
         # Not the text tower as a whole: the context is cut around its blocks, to a length that changes.
         for name in ("visual", "transformer", "text.transformer"):
@@ -174,7 +188,7 @@ def wrap(towers: Towers, *, sharded: bool, synced: bool, compiled: bool) -> nn.M
 
     # A parameter that the forward pass does not use would be waited for; `average_gradients` sees to those.
     names = [f"model.{name}" for name, _ in towers.model.named_parameters() if is_outside(name)]
-    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in towers.modules()):
+    if not has_batch_norm(towers):
         names += [name for name, _ in towers.named_buffers()]  # masks and means: the same everywhere, always
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(towers, names)  # type: ignore[no-untyped-call]
     device = inside[0].device
@@ -196,8 +210,7 @@ def _shard(towers: Towers) -> None:
     whole = {p for name, p in towers.model.named_parameters() if is_outside(name)}
     mesh = init_device_mesh(towers.mean.device.type, (world(),))
     # bf16 halves what is gathered; gradients are reduced in fp32. BatchNorm wants its weights like its statistics.
-    batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in towers.model.modules())
-    bf16 = mesh.device_type == "cuda" and towers.precision == "bf16" and not batch_norm
+    bf16 = mesh.device_type == "cuda" and towers.precision == "bf16" and not has_batch_norm(towers.model)
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     for module in towers.model.modules():
         if type(module).__name__ in ("ResidualAttentionBlock", "Block"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clipmerge.errors import TrainingError
+from clipmerge.errors import DataError, TrainingError
 from clipmerge.finetuning.augment import Crop, device_crops, parse_augmentation
 from clipmerge.finetuning.batches import Batch, Sampler, fit_batch
 from clipmerge.finetuning.images import Images
@@ -163,3 +163,21 @@ def test_ranks_share_a_batch_in_order(
             assert torch.equal(pixels, expected[2 * rank : 2 * rank + 2])
     if augment == "none":
         assert torch.equal(whole[0], torch.from_numpy(images.plain()[order]))
+
+
+def test_corruptions_are_between_nothing_and_their_value(train: Any) -> None:
+    """Half of the visits see an image as it is; the others see it changed, each by a strength of its own."""
+    preprocess = {"size": (16, 16)}
+    for text in ("noise:0.2", "blur:2", "contrast:0.3", "brightness:2", "pixelate:4", "rotate:20", "jpeg:5"):
+        plain, changed = (parse_augmentation(f"crop:1+{steps}", preprocess) for steps in ("jitter:0", text))
+        assert plain is not None and changed is not None  # noqa: PT018
+        image = train.image(0)
+        far = [np.abs(changed(image, str(i)).astype(int) - plain(image, str(i))).mean() for i in range(40)]
+        untouched = sum(distance == 0 for distance in far)
+        assert 8 <= untouched <= 32, text
+        assert len({round(float(d), 6) for d in far}) > 5, text
+        np.testing.assert_array_equal(changed(image, "7"), changed(image, "7"))
+    with pytest.raises(DataError, match="not a value for the shift 'noise'"):
+        parse_augmentation("noise:7", preprocess)
+    with pytest.raises(TrainingError, match="no augmentation"):
+        parse_augmentation("invert", preprocess)

@@ -42,6 +42,9 @@ def moved(before: Any, after: Any) -> set[str]:
         ({"method": "flyp", "towers": "text", "augment": "crop"}, {"text", "scale"}),
         ({"method": "flyp", "logit_scale": "frozen"}, {"image", "text"}),
         ({"method": "ce", "mixup": 0.5, "label_smoothing": 0.1}, {"image", "head"}),
+        ({"method": "ce", "head": "trained"}, {"image", "head"}),
+        ({"method": "ce", "head": "frozen"}, {"image"}),
+        ({"method": "car-ft", "head": "frozen"}, {"image"}),
         ({"method": "car-ft"}, {"image", "head"}),
         ({"method": "lp-ft"}, {"image", "head"}),
         ({"method": "linear-probe"}, {"head"}),
@@ -101,7 +104,9 @@ def test_contexts_are_normalised_one_by_one(base: Any, train: Any, tiny_spec: An
     model, spec = starting_model(base, tiny_spec, 0, CPU)
     towers = Towers(model, spec.preprocess)
     images = Images(train, None, spec.preprocess, CPU, Settings())
-    contexts = base_contexts(towers, tokenizer_of(spec), images, Settings(contexts=["photo", "sketch"]))
+    contexts = base_contexts(
+        towers, tokenizer_of(spec), images, Settings(method="car-ft", contexts=["photo", "sketch"])
+    )
     for vector, template in zip(contexts.vectors, ["a photo of a {}.", "a sketch of a {}."], strict=True):
         prompts = training_prompts(model, tokenizer_of(spec), train, [template], CPU)
         mean = model.encode_text(prompts.tokens, normalize=True).mean(0)
@@ -263,6 +268,22 @@ def test_tensorboard_gets_the_same_events(tune: Callable[..., Any], tmp_path: Pa
         ({"augment": {"auto_augment": "x"}}, "auto_augment, which is timm's"),
         ({"base": None, "model": None}, "needs to know the model"),
         ({"accumulate": 100}, "cannot fill 100 batches"),
+        ({"method": "ce", "logit_scale": "frozen"}, "--logit-scale does nothing here: a trained head holds"),
+        (
+            {"method": "ce", "head": "frozen", "logit_scale": "clamped"},
+            "the frozen head keeps the base's scale",
+        ),
+        ({"method": "ce", "car_weight": 2.0}, "--car-weight does nothing here: ce keeps no contexts"),
+        ({"contexts": ["photo"]}, "--contexts does nothing here"),
+        (
+            {"method": "linear-probe", "clip_grad": 1.0},
+            "--clip-grad does nothing here: linear-probe takes no steps",
+        ),
+        ({"augment_on": "device"}, "--augment-on does nothing here: nothing is augmented"),
+        ({"freeze_batch_norm": True}, "the model has no BatchNorm"),
+        ({"score_every": 2}, "--score-every does nothing without held-out images"),
+        ({"method": "lp-ft", "head": "frozen"}, "lp-ft has no frozen head"),
+        ({"head": "frozen"}, "flyp has no frozen head"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(
