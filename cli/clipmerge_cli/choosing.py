@@ -24,6 +24,8 @@ _KIND = "Kind of soup"
 def soup(
     *,
     checkpoints: list[str] = shared.CHECKPOINTS,
+    base: str | None = opt(None, "What encoders and task vectors stand on; no ingredient.", metavar="CKPT"),
+    vectors: bool = shared.VECTORS,
     greedy: bool = opt(False, "Keep what helps on held-out images.", _KIND),
     learned: bool = opt(False, "Learn coefficients on held-out images.", _KIND),
     ensemble: bool = opt(False, "The greedy ensemble of logits, as a yardstick.", _KIND),
@@ -61,7 +63,10 @@ def soup(
         raise typer.BadParameter("an ensemble is many models, not a file", param_hint="--output")
     out.check_usage(needed=kind == "uniform")
 
-    weights = clipmerge.load_all(checkpoints)
+    if base is None:
+        weights = clipmerge.load_all(checkpoints, vectors=vectors)
+    else:
+        _, *weights = load_models(base, *checkpoints, vectors=vectors)
     refuse_mixture(weights)
     if out.dry_run or val is None:
         remark = f"uniform soup: the mean of {len(weights)} checkpoints"
@@ -89,6 +94,7 @@ def interpolate(
     *,
     base: str = shared.BASE,
     finetuned: str = shared.FINETUNED,
+    vectors: bool = shared.VECTORS,
     out: Output,
     choosing: Choosing,
     alpha: float | None = opt(None, "0 is BASE, 1 is FINETUNED; default 0.5 without --eval."),
@@ -126,7 +132,7 @@ def interpolate(
     by = _rule(rule, list(splits)) if eval else None
     value = None if eval else 0.5 if alpha is None else alpha
     grid = alphas or shared.numbers("0:1:0.1")
-    start, end = load_models(base, finetuned)
+    start, end = load_models(base, finetuned, vectors=vectors)
 
     beyond = alpha is not None and not 0 <= alpha <= 1
     remark = f"alpha {alpha:g} lies beyond the two models: this extrapolates" if beyond else None
@@ -169,6 +175,7 @@ def patch(
     out: Output,
     choosing: Choosing,
     several: Several,
+    vectors: bool = shared.VECTORS,
     mode: Mode | None = opt(None, "How several tasks are patched; default: by their number.", SEARCH),
     keep: float | None = opt(
         None, "Points of score that the supported tasks may lose at most.", SEARCH, min=0, max=100
@@ -195,7 +202,7 @@ def patch(
     usual: Mode = "sequential" if len(finetuned) > 1 else "joint" if len(patching) > 1 else "single"
     roles = [*shared.numbered("supported", len(supported)), *shared.numbered("patch", len(patching))]
     splits = shared.named([*supported, *patching], "--patch", roles)
-    start, *tuned = load_models(base, *finetuned)
+    start, *tuned = load_models(base, *finetuned, vectors=vectors)
 
     old, new = list(splits)[: len(supported)], list(splits)[len(supported) :]
     how: dict[str, Any] = {
@@ -214,6 +221,7 @@ def add(
     base: str = shared.BASE,
     finetuned: list[str] = arg("FINETUNED...", "One checkpoint, or task-vector file, per task."),
     origin: str | None = shared.ORIGIN,
+    vectors: bool = shared.VECTORS,
     out: Output,
     choosing: Choosing,
     several: Several,
@@ -243,7 +251,7 @@ def add(
         raise typer.BadParameter(message, param_hint="--val")
     if refine and per != "all":
         raise typer.BadParameter("--refine is for one scale", param_hint="--refine")
-    start, *tuned = load_models(base, *finetuned, origin=origin)
+    start, *tuned = load_models(base, *finetuned, origin=origin, vectors=vectors)
     splits = shared.named(val or [], "--val", [w.checkpoints[-1].name for w in tuned])
     vector = sum((w - start for w in tuned[1:]), tuned[0] - start)
 
@@ -270,6 +278,7 @@ def negate(
     base: str = shared.BASE,
     finetuned: str = arg("FINETUNED", "Finetuned on what to forget, or its task vector."),
     origin: str | None = shared.ORIGIN,
+    vectors: bool = shared.VECTORS,
     out: Output,
     choosing: Choosing,
     scale: float | None = shared.scale_option("0.5"),
@@ -293,7 +302,7 @@ def negate(
         raise typer.BadParameter("--target and --control are for --scale auto", param_hint="--scale")
     if scale is None and not (target and control):
         raise typer.BadParameter("--scale auto needs --target and --control", param_hint="--target")
-    start, tuned = load_models(base, finetuned, origin=origin)
+    start, tuned = load_models(base, finetuned, origin=origin, vectors=vectors)
     splits = {"target": target or "", "control": control or ""}
     models, vector, rule = [start, tuned], start - tuned, clipmerge.keep_control(keep)
     choose("negate", models, vector, scale, scales, splits, choosing, out, rule=rule, refine=refine)

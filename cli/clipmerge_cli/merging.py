@@ -24,6 +24,7 @@ def analogy(
     a: str = opt(..., "A of: A is to B as C is to the result.", metavar="A"),
     b: str = opt(..., "B of: A is to B as C is to the result.", metavar="B"),
     c: str = opt(..., "C of: A is to B as C is to the result.", metavar="C"),
+    vectors: bool = shared.VECTORS,
     out: Output,
     choosing: Choosing,
     scale: float | None = shared.scale_option("1.0"),
@@ -47,7 +48,7 @@ def analogy(
         raise typer.BadParameter("--scale auto needs held-out images: --val DATA", param_hint="--val")
     from clipmerge.search.rules import mean_of
 
-    models = load_models(base, a, b, c)
+    models = load_models(base, a, b, c, vectors=vectors)
     start, first, second, third = models
 
     vector = (third - start) + (second - start) - (first - start)
@@ -92,7 +93,7 @@ def task_vector(*, base: str = shared.BASE, finetuned: str = shared.FINETUNED, o
         clipmerge merge "zs + 0.4*cars" \\
           zs=zs.safetensors cars=cars.tv.safetensors -o added.safetensors
     """
-    start, end = clipmerge.load_all([base, finetuned])
+    start, end = load_models(base, finetuned)
     out.merge(end - start)
 
 

@@ -67,6 +67,7 @@ Grid = Sequence[float]
 BASE = arg("BASE", "The model before finetuning.")
 FINETUNED = arg("FINETUNED", "The model after finetuning.")
 ORIGIN = opt(None, "What FINETUNED was finetuned from; default: BASE.", None, "--base", metavar="CKPT")
+VECTORS = opt(False, "The files beside the base are task vectors, though they do not say so.", None)
 CHECKPOINTS = arg("CKPT...", "Checkpoints: files, folders, hf-hub:ORG/NAME.")
 FORCE = opt(False, "Overwrite an output that exists.", OUTPUT)
 PLOT = opt(None, "Draw it: FILE as PNG, and as SVG beside it.", OUTPUT, metavar="FILE", parser=figure_path)

@@ -162,7 +162,7 @@ class Output(Talk):
         print(f"{plan.notation} gives {plan.gives}: {sizes}")
 
 
-def load_models(*files: str, origin: str | None = None) -> "list[Weights]":
+def load_models(*files: str, origin: str | None = None, vectors: bool = False) -> "list[Weights]":
     """Load a base and the models beside it.
 
     A task-vector file stands for the base plus that vector; towers that a model lacks are the base's.
@@ -170,13 +170,21 @@ def load_models(*files: str, origin: str | None = None) -> "list[Weights]":
     Args:
         origin: what the others were finetuned from, where that is not the base: each is then the base plus what its
             finetuning changed.
+        vectors: the others are task vectors, though their files do not say so.
     """
+    from clipmerge.weights.expression import as_vector
+    from clipmerge.weights.mistaken import refuse_bare_vectors, refuse_swapped
+
     base, *others = clipmerge.load_all([*files, *([origin] if origin else [])])
     start = others.pop() if origin else None
+    others = [as_vector(w) if vectors else w for w in others]
+    for other in others:
+        refuse_swapped(start or base, other)
     if base.kind() == 1:
         others = [base + w if w.kind() == 0 else base - start + w if start else w for w in others]
         others = [w.completed_from(base) if w.kind() == 1 else w for w in others]
     refuse_mixture([base, *others])
+    refuse_bare_vectors(clipmerge.mean([base, *others]))
     return [base, *others]
 
 

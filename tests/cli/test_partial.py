@@ -72,3 +72,38 @@ def test_an_encoder_is_patched_in_negated_and_searched_over_a_whole_base(
     assert main(["negate", "full.safetensors", "va.pt", "--base", "v0.pt", "--scale", "1", *out]) == 0
     negated = load_file("out.safetensors")["visual.proj"]
     torch.testing.assert_close(negated, 2 * files["v0"]["visual.proj"] - files["va"]["visual.proj"])
+
+
+def test_task_vectors_that_do_not_say_so(
+    files: dict[str, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for tuned in ("va", "vb"):
+        torch.save({n: t - files["v0"][n] for n, t in files[tuned].items()}, f"{tuned}.tv.pt")
+    two = ["add", "full.safetensors", "va.tv.pt", "vb.tv.pt", "-o", "out.safetensors"]
+    assert main(two) == 1
+    shown = capsys.readouterr().err
+    assert "va.tv.pt is a difference (a task vector), not a model" in shown
+    assert "hint: say that it is one: --vectors" in shown
+    assert main([*two, "--vectors"]) == 0
+    merged = load_file("out.safetensors")
+    for name, start in files["v0"].items():
+        added = start + 0.4 * (files["va"][name] + files["vb"][name] - 2 * start)
+        torch.testing.assert_close(merged[name], added, rtol=0, atol=1e-6)
+    assert main(["verify", "out.safetensors"]) == 0
+    text = "full + 0.4*(vector(a) + vector(b))"
+    named = ["full=full.safetensors", "a=va.tv.pt", "b=vb.tv.pt"]
+    assert main(["merge", text, *named, "-o", "same.safetensors"]) == 0
+    assert all(torch.equal(tensor, merged[name]) for name, tensor in load_file("same.safetensors").items())
+    soup = [
+        "soup",
+        "va.tv.pt",
+        "vb.tv.pt",
+        "--base",
+        "full.safetensors",
+        "--vectors",
+        "-o",
+        "soup.safetensors",
+    ]
+    assert main(soup) == 0
+    middle = (files["va"]["visual.proj"] + files["vb"]["visual.proj"]) / 2
+    torch.testing.assert_close(load_file("soup.safetensors")["visual.proj"], middle, rtol=0, atol=1e-6)

@@ -6,10 +6,11 @@ expression is still one streaming weighted sum. `Weights` is this value with the
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from inspect import signature
 from typing import Any, Literal, Self, TypeAlias, TypeVar
+from weakref import WeakKeyDictionary
 
 from clipmerge.checkpoint.tensors import Checkpoint, Tensor
 from clipmerge.errors import MismatchError, RecipeError
@@ -242,7 +243,7 @@ class Expression:
             return tuple(sorted(every))
 
         def is_left_out(name: str) -> bool:
-            held = [c.at(name) * _total(leaf) for leaf, c in self.terms.items() if name in leaves[leaf]]
+            held = [c.at(name) * total_of(leaf) for leaf, c in self.terms.items() if name in leaves[leaf]]
             counted = [leaf for leaf, c in self.terms.items() if name in leaves[leaf] and c.at(name)]
             return not counted or (len(counted) == 1 and sum(held) != 0)
 
@@ -263,7 +264,7 @@ class Expression:
         Raises:
             RecipeError: per-name coefficients make the total differ between tensors.
         """
-        summed = sum((c * Coefficient.of(_total(leaf)) for leaf, c in self.terms.items()), Coefficient({}))
+        summed = sum((c * Coefficient.of(total_of(leaf)) for leaf, c in self.terms.items()), Coefficient({}))
         if summed.constant is not None:
             return summed.constant
         names = sorted(set().union(*map(names_of, self.terms)))
@@ -357,7 +358,7 @@ def _completed(terms: Mapping[Leaf, Coefficient], base: Leaf | None) -> Mapping[
         masked = coefficient.masked({**dict.fromkeys(parts, 0), "*": 1}) if parts else coefficient
         if masked != coefficient:
             completed[leaf] = masked
-            moved = moved + (coefficient - masked) * Coefficient.of(_total(leaf))
+            moved = moved + (coefficient - masked) * Coefficient.of(total_of(leaf))
             needed |= missing
     if base is not None and base in terms and needed <= leaves[base]:
         completed[base] = completed[base] + moved
@@ -365,9 +366,31 @@ def _completed(terms: Mapping[Leaf, Coefficient], base: Leaf | None) -> Mapping[
     return terms if moved else completed
 
 
-def _total(leaf: Leaf) -> int:
+def total_of(leaf: Leaf) -> int:
     """1 for a point, 0 for a vector."""
-    return leaf.method.gives if isinstance(leaf, Applied) else int(read_record(leaf.metadata).get("total", 1))
+    if isinstance(leaf, Applied):
+        return leaf.method.gives
+    return 0 if "vector" in leaf.extra else int(read_record(leaf.metadata).get("total", 1))
+
+
+_vectors: "WeakKeyDictionary[Checkpoint, Checkpoint]" = WeakKeyDictionary()
+
+
+def as_vector(weights: E) -> E:
+    """Take a checkpoint for a task vector, a difference, though its file does not say that it is one.
+
+    Raises:
+        RecipeError: the weights are not one checkpoint.
+    """
+    leaf, *others = weights.terms
+    if others or not isinstance(leaf, Checkpoint) or weights.terms[leaf].constant != 1:
+        hint = "a difference of checkpoints is a vector already: a - base"
+        raise RecipeError("vector takes one checkpoint", hint=hint)
+    if not total_of(leaf):
+        return weights
+    if leaf not in _vectors:
+        _vectors[leaf] = replace(leaf, extra={**leaf.extra, "vector": True})
+    return type(weights).of(_vectors[leaf])
 
 
 def interpolate(a: E, b: E, alpha: Scalar | Mapping[str, float] | Coefficient) -> E:

@@ -57,7 +57,7 @@ def sum_text(terms: list[tuple[Coefficient, str]]) -> str:
 
 def _leaf_text(leaf: Leaf, names: dict[Checkpoint, str]) -> str:
     if isinstance(leaf, Checkpoint):
-        return names[leaf]
+        return f"vector({names[leaf]})" if "vector" in leaf.extra else names[leaf]
     operands = ", ".join(_text(operand, names) for operand in leaf.operands)
     merged = "" if leaf.merged is None else f", merged={_text(leaf.merged, names)}"
     options = "".join(f", {key}={_option_text(value)}" for key, value in leaf.options.items())

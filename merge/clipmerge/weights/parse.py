@@ -5,7 +5,8 @@
     base + {"visual": 0.4}*(a - base)                            slerp([a, b], alpha=0.3)
 
 Names stand for checkpoints, numbers keep their decimal text exactly, a mapping gives each tensor its own
-coefficient, and a call is a method of `methods.METHODS` or one of `mean`, `sum`, `interpolate`. Nothing is ever
+coefficient, and a call is a method of `methods.METHODS` or one of `mean`, `sum`, `interpolate` and `vector` (which says
+that a file is a difference, where it does not say so itself). Nothing is ever
 evaluated by Python. The text may come from the record of a stranger's file, so its length and depth, and the size of
 its numbers, are bounded.
 """
@@ -22,7 +23,15 @@ from unicodedata import normalize
 from clipmerge.errors import ClipmergeError, RecipeError
 from clipmerge.text import did_you_mean
 from clipmerge.weights.coefficient import Coefficient, Scalar
-from clipmerge.weights.expression import E, Expression, OptionValue, baseless_sum, interpolate, mean
+from clipmerge.weights.expression import (
+    E,
+    Expression,
+    OptionValue,
+    as_vector,
+    baseless_sum,
+    interpolate,
+    mean,
+)
 from clipmerge.weights.methods import METHODS, apply
 
 MAX_LENGTH = 200_000
@@ -32,7 +41,7 @@ MAX_DEPTH = 50
 
 _DECIMAL = re.compile(r"(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:[eE]([+-]?\d{1,3}))?")
 _GRAMMAR = 'names, numbers, + - * /, {"pattern": number}, mean([a, b]), interpolate(a, b, 0.5), methods'
-_CALLS = ("interpolate", "mean", "sum")
+_CALLS = ("interpolate", "mean", "sum", "vector")
 _OPERATORS: Mapping[type[ast.operator], Any] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
 }  # fmt: skip
@@ -265,4 +274,8 @@ def _called(
         return apply(name, operands, merged, **options)
     if not operands:
         raise RecipeError(f"{name} takes at least one checkpoint")
+    if name == "vector":
+        if len(operands) > 1:
+            raise RecipeError("vector takes one checkpoint", hint="vector(a) + vector(b)")
+        return as_vector(operands[0])
     return mean(operands) if name == "mean" else baseless_sum(operands)

@@ -20,6 +20,7 @@ from clipmerge.weights.check import check
 from clipmerge.weights.coefficient import Coefficient
 from clipmerge.weights.digest import content_digest
 from clipmerge.weights.expression import Applied, Expression, Leaf, checkpoints_of
+from clipmerge.weights.mistaken import refuse_bare_vectors
 
 Kind = Literal["sum", "agree", "largest"]
 
@@ -130,6 +131,7 @@ def make_plan(weights: Expression, *, dtype: str | None = None) -> Plan:
     """
     dtype = float_dtype(dtype)
     check(weights, dtype=dtype)
+    refuse_bare_vectors(weights)
     reference, ordered = weights.reference, _canonical(weights)
     steps = {name: _step(name, weights, ordered, reference, dtype) for name in weights.names}
     return Plan(steps, weights.checkpoints)

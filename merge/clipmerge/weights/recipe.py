@@ -21,7 +21,7 @@ from typing import Any
 from clipmerge.errors import RecipeError
 from clipmerge.text import did_you_mean
 from clipmerge.weights.parse import parse
-from clipmerge.weights.weights import Weights, load_each
+from clipmerge.weights.weights import Weights, load_leaves
 
 _KEYS = {"expression": str, "checkpoints": dict, "dtype": str, "shard_size": str, "output": str}
 _REMOTE = re.compile(r"hf-hub:.+|[\w.-]{2,}:[\w.-]+")
@@ -55,7 +55,7 @@ def load_named(files: Mapping[str, str | Path]) -> dict[str, Weights]:
     for name in files:
         if not name.isidentifier() or iskeyword(name):
             raise RecipeError(f"{name!r} is not a name", hint="letters, digits and _, such as base or ft_2")
-    opened = load_each([(file, name) for name, file in files.items()])
+    opened = load_leaves([(file, name) for name, file in files.items()])
     return dict(zip(files, opened, strict=True))
 
 

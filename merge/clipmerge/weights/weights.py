@@ -25,7 +25,7 @@ from clipmerge.types import Bytes, Progress
 from clipmerge.weights.check import SHOWN, check, missing_names
 from clipmerge.weights.coefficient import Coefficient
 from clipmerge.weights.digest import Digests
-from clipmerge.weights.expression import Expression, interpolate, mean
+from clipmerge.weights.expression import Expression, as_vector, interpolate, mean
 from clipmerge.weights.methods import METHODS, function_of
 from clipmerge.weights.names import PARTS, absent_parts, tower_of
 from clipmerge.weights.notation import notation
@@ -38,7 +38,7 @@ from clipmerge.weights.run import execute, into_arrays
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Weights", "from_state_dict", "interpolate", "load", "load_all", "load_each", "mean"]
+__all__ = ["Weights", "from_state_dict", "interpolate", "load", "load_all", "mean"]
 
 
 class Weights(Expression):
@@ -203,34 +203,44 @@ def __getattr__(name: str) -> Callable[..., Weights]:
 _opened: WeakValueDictionary[tuple[object, ...], Checkpoint] = WeakValueDictionary()
 
 
-def load(path: str | Path, name: str | None = None) -> Weights:
+def load(
+    path: str | Path,
+    name: str | None = None,
+    *,
+    base: "str | Path | Weights | None" = None,
+    vector: bool = False,
+) -> Weights:
     """Open the weights in a file or folder, lazily: only headers are read.
 
     Args:
         path: `.safetensors` (or an index, or a folder), `.pt`, `.bin`, `.pth`, `hf-hub:org/name`, `model:tag`.
         name: how notation calls it; by default the file's stem as an identifier.
+        base: the model that completes it: whole towers that it lacks are taken from there.
+        vector: it is a task vector, a difference, though the file does not say so.
 
     Raises:
         CheckpointError: missing, truncated, or not a checkpoint.
         UnsafeFileError: reading the file would need code to run.
     """
-    checkpoint = open_checkpoint(path)
-    return _named(replace(checkpoint, stamps=checkpoint.stamps_now()), name or checkpoint.name)
+    return _placed(load_leaf(path, name), base, vector)
 
 
-def load_all(paths: Sequence[str | Path]) -> list[Weights]:
+def load_all(
+    paths: Sequence[str | Path], *, base: "str | Path | Weights | None" = None, vectors: bool = False
+) -> list[Weights]:
     """`load` each path, with distinct names whatever the files are called, in the order given.
 
     Names do not depend on that order: `a/model.safetensors` and `b/model.safetensors` are `model` and `model_2`.
     """
-    checkpoints = [weights.checkpoints[0] for weights in load_each([(path, None) for path in paths])]
+    checkpoints = [leaf.checkpoints[0] for leaf in load_leaves([(path, None) for path in paths])]
     order = sorted(range(len(paths)), key=lambda i: os.fspath(paths[i]))
     names = dict(zip(order, identifiers([checkpoints[i].name for i in order]), strict=True))
-    return [_named(checkpoint, names[i]) for i, checkpoint in enumerate(checkpoints)]
+    base = None if base is None else as_weights(base)
+    return [_placed(_named(c, names[i]), base, vectors) for i, c in enumerate(checkpoints)]
 
 
-def load_each(files: "Sequence[tuple[str | Path, str | None]]") -> list[Weights]:
-    """`load` each (path, name).
+def load_leaves(files: "Sequence[tuple[str | Path, str | None]]") -> list[Weights]:
+    """`load_leaf` each (path, name).
 
     Raises:
         CheckpointError: some cannot be read; all of them are listed.
@@ -238,7 +248,7 @@ def load_each(files: "Sequence[tuple[str | Path, str | None]]") -> list[Weights]
     opened, failures = [], []
     for path, name in files:
         try:
-            opened.append(load(path, name))
+            opened.append(load_leaf(path, name))
         except CheckpointError as error:
             failures.append(error)
     if len(failures) > 1:
@@ -249,6 +259,19 @@ def load_each(files: "Sequence[tuple[str | Path, str | None]]") -> list[Weights]
     if failures:
         raise failures[0]
     return opened
+
+
+def load_leaf(path: str | Path, name: str | None = None) -> Weights:
+    """Open what the file itself holds, completed by nothing."""
+    checkpoint = open_checkpoint(path)
+    return _named(replace(checkpoint, stamps=checkpoint.stamps_now()), name or checkpoint.name)
+
+
+def _placed(leaf: Weights, base: "str | Path | Weights | None", vector: bool) -> Weights:
+    """What the file's name stands for: a whole model where a base is given, or the task vector that it is."""
+    if vector:
+        return as_vector(leaf)
+    return leaf.completed_from(as_weights(base)) if base is not None and leaf.kind() == 1 else leaf
 
 
 def _named(checkpoint: Checkpoint, name: str) -> Weights:
