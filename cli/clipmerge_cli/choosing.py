@@ -7,7 +7,7 @@ import typer
 
 import clipmerge
 from clipmerge_cli import options as shared
-from clipmerge_cli.groups import arg, opt
+from clipmerge_cli.groups import arg, opt, refuse_unused
 from clipmerge_cli.options import INPUT, SEARCH, Grid, Several
 from clipmerge_cli.scoring import Choosing, Search, choose, run_search
 from clipmerge_cli.writing import Output, load_models, refuse_mixture
@@ -61,6 +61,16 @@ def soup(
         raise typer.BadParameter("a choice needs held-out images: --val DATA", param_hint="--val")
     if kind == "ensemble" and out.output is not None:
         raise typer.BadParameter("an ensemble is many models, not a file", param_hint="--output")
+    if val is None:
+        refuse_unused("without --val: a uniform soup is not scored", Choosing, but=("model",))
+    if kind == "uniform":
+        refuse_unused("without --greedy: there is one soup, and no picture of it", "plot")
+    if kind not in ("greedy", "ensemble"):
+        refuse_unused("without --greedy", "strict", "order")
+    if kind != "learned":
+        refuse_unused("without --learned", "per", "epochs", "lr")
+        if order != "random":
+            refuse_unused("without --order random", "seed")
     out.check_usage(needed=kind == "uniform")
 
     if base is None:
@@ -200,6 +210,10 @@ def patch(
           --patch cars/val --patch dtd/val --supported images/val -o out.safetensors
     """
     usual: Mode = "sequential" if len(finetuned) > 1 else "joint" if len(patching) > 1 else "single"
+    if (mode or usual) == "parallel":
+        refuse_unused("with --mode parallel, which searches freely", "alphas", "refine")
+    else:
+        refuse_unused("without --mode parallel", Several)
     roles = [*shared.numbered("supported", len(supported)), *shared.numbered("patch", len(patching))]
     splits = shared.named([*supported, *patching], "--patch", roles)
     start, *tuned = load_models(base, *finetuned, vectors=vectors)
@@ -251,6 +265,8 @@ def add(
         raise typer.BadParameter(message, param_hint="--val")
     if refine and per != "all":
         raise typer.BadParameter("--refine is for one scale", param_hint="--refine")
+    if scale is None and per == "all":
+        refuse_unused("without --per task, tower or block", Several)
     start, *tuned = load_models(base, *finetuned, origin=origin, vectors=vectors)
     splits = shared.named(val or [], "--val", [w.checkpoints[-1].name for w in tuned])
     vector = sum((w - start for w in tuned[1:]), tuned[0] - start)

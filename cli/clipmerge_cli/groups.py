@@ -1,7 +1,8 @@
 """How commands declare their options, alone or in groups: a group is a frozen dataclass that a command takes."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextvars import ContextVar
 from dataclasses import MISSING, Field, field, fields, is_dataclass
 from functools import wraps
 from typing import Annotated, Any, get_type_hints
@@ -10,6 +11,9 @@ import typer
 
 _LAST = ("json", "quiet")
 """Options that `--help` lists after a group's others, though its base declares them."""
+
+_given: ContextVar[Mapping[str, str]] = ContextVar("given")
+"""Parameter → option, of those that were typed for the command that runs."""
 
 
 def opt(default: object, help: str, panel: str | None = None, *names: str, **more: Any) -> Any:
@@ -57,12 +61,31 @@ def flatten(command: Callable[..., None]) -> Callable[..., None]:
             parameters.append(_parameter(name, hints.get(name, str), parameter.default))
 
     @wraps(command)
-    def flat(**options: object) -> None:
+    def flat(context: typer.Context, **options: object) -> None:
+        declared = {p.name: [*p.opts, *p.secondary_opts][0] for p in context.command.params if p.name}
+        sources = {name: context.get_parameter_source(name) for name in declared}
+        _given.set(
+            {n: declared[n] for n, source in sources.items() if source and source.name == "COMMANDLINE"}
+        )
         made = {name: group(**{n: options.pop(n) for n in members[name]}) for name, group in groups.items()}
         command(**made, **options)
 
-    flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    flat.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
     return flat
+
+
+def refuse_unused(why: str, *what: str | type, but: Collection[str] = ()) -> None:
+    """Refuse options that were typed and have no effect beside the others.
+
+    Args:
+        why: "without --greedy".
+        what: names of parameters, or groups for all of their fields except `but`.
+    """
+    for each in what:
+        for name in (each,) if isinstance(each, str) else [f.name for f in fields(each)]:
+            if name in _given.get() and name not in but:
+                raise typer.BadParameter(f"has no effect {why}", param_hint=_given.get()[name])
 
 
 def _declare(default: object, metadata: Mapping[str, Any]) -> Any:

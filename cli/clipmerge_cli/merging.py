@@ -79,9 +79,12 @@ def merge(
     """
     named_files = shared.named(files or [], "NAME=FILE")
     recipe = read_recipe(expression) if expression.endswith(".toml") else Recipe(expression, {})
-    weights = replace(recipe, checkpoints={**recipe.checkpoints, **named_files}).weights()
+    recipe = replace(recipe, checkpoints={**recipe.checkpoints, **named_files})
+    weights = recipe.weights()
+    idle = [name for name in recipe.checkpoints if name not in {c.name for c in weights.checkpoints}]
+    remark = f"no part of the result, as its coefficients sum to 0: {', '.join(idle)}" if idle else None
     first = {name: getattr(out, name) or getattr(recipe, name) for name in ("output", "dtype", "shard_size")}
-    replace(out, **first).merge(weights, model=model)
+    replace(out, **first).merge(weights, model=model, remark=remark)
 
 
 def task_vector(*, base: str = shared.BASE, finetuned: str = shared.FINETUNED, out: Output) -> None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, get_args
 
 import clipmerge
 from clipmerge_cli import show
-from clipmerge_cli.groups import opt
-from clipmerge_cli.options import INPUT, PLOT, SCORING, SEARCH, Grid, Images, Talk
+from clipmerge_cli.groups import opt, refuse_unused
+from clipmerge_cli.options import INPUT, PLOT, SCORING, SEARCH, Grid, Images, Several, Talk
 from clipmerge_cli.writing import Output
 
 if TYPE_CHECKING:
@@ -130,6 +130,10 @@ def choose(
         search: what chooses, where that is not a sweep over the grid by `rule`.
         remark: said where `value` is written.
     """
+    if value is not None:
+        why = "without --eval" if name == "interpolate" else "without --scale auto"
+        chosen = ("rule", "refine", "scales", "keep", "per")
+        refuse_unused(why, Choosing, Several, *chosen, but=("model",))
 
     def at(coefficient: "Scalar") -> "Weights":
         return models[0] + coefficient * vector
@@ -139,6 +143,8 @@ def choose(
         if value is None:
             value = grid[-1]
             remark = f"{coefficient} is chosen among {len(grid)}; the plan shows {value:g}"
+        elif value == 0:
+            remark = f"{coefficient} 0 changes nothing: this is the base"
         out.merge(at(value), model=choosing.model, remark=remark)
         return
 
@@ -192,6 +198,9 @@ def run_search(
         show.table(table.headers, table.rows, title=table.title or None)
     for remark in (*(f"drew {path}" for path in drawn), *_remarks(result, coefficient)):
         out.say(remark)
+    if written is None and result.kind != "greedy_ensemble":
+        again = "; the scores are remembered" if result.kind != "learned_soup" else ""
+        out.say(f"nothing was written: the same command with -o FILE writes the model{again}")
     out.finish(written)
 
 

@@ -11,12 +11,16 @@ from rich.filesize import decimal as size
 import clipmerge
 from clipmerge.errors import RecipeError
 from clipmerge_cli import show
-from clipmerge_cli.groups import opt
+from clipmerge_cli.groups import opt, refuse_unused
 from clipmerge_cli.options import FORCE, HUB_FILE, OUTPUT, Talk, output_option
 
 if TYPE_CHECKING:
     from clipmerge.types import Progress
     from clipmerge.weights.weights import Weights
+
+
+WRITING = ("dtype", "shard_size", "allow_nonfinite", "threads", "digests", "fsync")
+"""Options that say how a file is written."""
 
 
 def _size(text: str) -> int:
@@ -53,9 +57,11 @@ class Output(Talk):
     dry_run: bool = opt(False, "Check and show the plan; write nothing.", OUTPUT)
 
     def check_usage(self, *, needed: bool = False) -> None:
-        """Refuse wrong usage: no output where one is `needed`, or an upload of no folder."""
-        if needed and self.output is None and not self.dry_run:
-            raise typer.BadParameter("say where to write: -o FILE", param_hint="--output")
+        """Refuse wrong usage: no output where one is `needed`, or options for an output that there is not."""
+        if self.output is None and not self.dry_run:
+            if needed:
+                raise typer.BadParameter("say where to write: -o FILE", param_hint="--output")
+            refuse_unused("without -o", "force", *WRITING)
         if self.push_to_hub and (self.output is None or self.output.name != HUB_FILE):
             raise typer.BadParameter("goes with a folder: -o DIR/", param_hint="--push-to-hub")
 
@@ -76,17 +82,31 @@ class Output(Talk):
     def write(
         self, weights: "Weights", record: Mapping[str, Any], on_progress: "Progress | None" = None
     ) -> Path | None:
-        """Write the weights, with `record` ("model", "selection") in their metadata, where an output was named."""
+        """Write the weights, with `record` ("model", "selection") in their metadata, where an output was named.
+
+        Says which inputs were the same checkpoint: one given twice, or the base as finetuned.
+        """
         if self.output is None:
             return None
-        shared = ("force", "dtype", "shard_size", "allow_nonfinite", "threads", "digests", "fsync")
-        options: dict[str, Any] = {name: getattr(self, name) for name in shared}
+        options: dict[str, Any] = {name: getattr(self, name) for name in ("force", *WRITING)}
         options |= {"metadata": record, "on_progress": on_progress}
         if self.output.name == HUB_FILE:
             from clipmerge.report.model_folder import save_folder
 
-            return save_folder(weights, self.output.parent, **options)
-        return weights.save(self.output, **options)
+            written = save_folder(weights, self.output.parent, **options)
+        else:
+            written = weights.save(self.output, **options)
+        self._say_twins(written)
+        return written
+
+    def _say_twins(self, written: Path) -> None:
+        """Say which inputs are one checkpoint, by the digests that the pass over them has computed."""
+        from clipmerge.weights.provenance import parents_of
+
+        names: dict[str, str] = {}
+        for parent in parents_of(clipmerge.load(written).record):
+            if parent.digest and names.setdefault(parent.digest, parent.name) != parent.name:
+                self.say(f"{names[parent.digest]} and {parent.name} are the same checkpoint")
 
     def finish(self, written: Path | None) -> None:
         """Say what was written once the results are shown, and upload it if that was asked for."""

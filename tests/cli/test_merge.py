@@ -1,6 +1,7 @@
 """`clipmerge merge` and `clipmerge task-vector`: expressions, recipes, plans, refusals, and what is not imported."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -46,7 +47,7 @@ def values(path: str) -> dict[str, float]:
 def test_an_expression(run: Run) -> None:
     code, out, err = run("merge", "base + 0.5*((a - base) + (b - base))", *FILES, "-o", "out.safetensors")
     assert (code, out) == (0, "")
-    assert err.startswith("wrote ")
+    assert err == "no part of the result, as its coefficients sum to 0: base\nwrote out.safetensors\n"
     assert values("out.safetensors") == {"visual.proj": 3.0, "text_projection": 3.0}
 
 
@@ -362,3 +363,35 @@ def test_the_model_can_be_named(run: Run, tiny_model_file: Path) -> None:
     )
     assert run(*arguments)[0] == 0
     assert record_of("out.safetensors")["model"]["config"]["embed_dim"] == 16
+
+
+def test_a_checkpoint_given_twice_is_remarked_once_whatever_it_is_called(
+    tiny_checkpoints: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = (str(tiny_checkpoints[name]) for name in ("ft0", "ft1"))
+    copy = shutil.copy(a, tmp_path / "copy.safetensors")
+    out = str(tmp_path / "out.safetensors")
+    for words, said in (
+        (["soup", a, b, str(copy)], "copy and ft0 are the same checkpoint"),
+        (["soup", a, a], "ft0 and ft0_2 are the same checkpoint"),
+        (["interpolate", a, str(copy)], "copy and ft0 are the same checkpoint"),
+        (["add", a, a, b], "ft0 and ft0_2 are the same checkpoint"),
+        (["task-vector", a, str(copy)], "copy and ft0 are the same checkpoint"),
+        (["merge", "x + 0.5*(y - x)", f"x={a}", f"y={copy}"], "x and y are the same checkpoint"),
+    ):
+        assert main([*words, "-o", out, "--force"]) == 0
+        assert [line for line in capsys.readouterr().err.splitlines() if "same checkpoint" in line] == [said]
+
+
+def test_what_adds_nothing_is_remarked(
+    tiny_checkpoints: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = (str(tiny_checkpoints[name]) for name in ("ft0", "ft1"))
+    for i, (words, said) in enumerate((
+        (["merge", "x + 0*(y - x)", f"x={a}", f"y={b}"], "no part of the result, as its coefficients sum to 0: y"),
+        (["merge", "x + (y - y)", f"x={a}", f"y={b}"], "no part of the result, as its coefficients sum to 0: y"),
+        (["interpolate", a, b, "--alpha", "0"], "alpha 0 changes nothing: this is the base"),
+        (["add", a, b, "--scale", "0"], "scale 0 changes nothing: this is the base"),
+    )):  # fmt: skip
+        assert main([*words, "-o", str(tmp_path / f"{i}.safetensors")]) == 0
+        assert capsys.readouterr().err.splitlines()[0] == said
