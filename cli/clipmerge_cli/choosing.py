@@ -254,7 +254,8 @@ def add(
           --scale 0.4 -o both.safetensors
         clipmerge add base.safetensors cars.safetensors dtd.safetensors --scale auto \\
           --val cars/val --val dtd/val -o both.safetensors
-        clipmerge add vit-b-32.safetensors cars_encoder.pt --base zeroshot_encoder.pt \\
+        clipmerge add vit-b-32.safetensors cars_encoder.pt \\
+          --base zeroshot_encoder.pt \\
           -o added.safetensors
     """
     tasks = len(finetuned)

@@ -98,7 +98,8 @@ class Study:
         """Merge by one command, and score the file that was written."""
         key, role, name = steps.MERGED[Path(file).stem]
         with self.step(key.replace("_", " ").replace("wise ft", "WiSE-FT")):
-            document = self.documents[key] = self.command(*words, "--force", "--fresh")
+            fresh = [] if role == "uniform" else ["--fresh"]
+            document = self.documents[key] = self.command(*words, "--force", *fresh)
             numbers = [document.get("coefficient", document.get("alpha"))]
             if role == "greedy":
                 numbers = [len(document["ingredients"]), len(document["candidates"])]

@@ -4,10 +4,12 @@ import inspect
 from collections.abc import Callable, Collection, Mapping
 from contextvars import ContextVar
 from dataclasses import MISSING, Field, field, fields, is_dataclass
-from functools import wraps
-from typing import Annotated, Any, get_type_hints
+from functools import partial, wraps
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
+
+from clipmerge.text import did_you_mean
 
 _LAST = ("json", "quiet")
 """Options that `--help` lists after a group's others, though its base declares them."""
@@ -94,13 +96,33 @@ def _declare(default: object, metadata: Mapping[str, Any]) -> Any:
 
 def _parameter(name: str, hint: object, default: object) -> inspect.Parameter:
     if isinstance(default, Field):
-        hint = Annotated[hint, default.metadata.get("argument") or _option(name, default.metadata)]
+        option = default.metadata.get("argument") or _option(name, default.metadata, _choices(hint))
+        hint = Annotated[hint, option]
         default = inspect.Parameter.empty if default.default is MISSING else default.default
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
 
 
-def _option(name: str, meta: Mapping[str, Any]) -> Any:
+def _choices(hint: object) -> tuple[str, ...]:
+    """Return what a Literal, alone or beside None, may be."""
+    literal = next((each for each in (hint, *get_args(hint)) if get_origin(each) is Literal), None)
+    return get_args(literal)
+
+
+def _option(name: str, meta: Mapping[str, Any], choices: tuple[str, ...]) -> Any:
     names = meta.get("names") or (meta.get("option") or f"--{name.replace('_', '-')}",)
     limits = {limit: meta[limit] for limit in ("min", "max") if limit in meta}
     more = {**limits, **meta.get("more", {})}
-    return typer.Option(*names, help=meta["help"], rich_help_panel=meta["panel"], **more)
+    help = meta["help"]
+    if choices:
+        metavar = f"[{'|'.join(choices)}]"
+        if len(metavar) > 22 and "metavar" not in more:  # the help would break it inside a word
+            metavar, help = "NAME", f"{help.rstrip('.')}: {', '.join(choices)}."
+        more = {"metavar": metavar, "parser": partial(_choose, choices), **more}
+    return typer.Option(*names, help=help, rich_help_panel=meta["panel"], **more)
+
+
+def _choose(choices: tuple[str, ...], text: str) -> str:
+    if text not in choices:
+        hint = did_you_mean(text, choices, "")
+        raise typer.BadParameter(f"{text!r} is not one of {', '.join(choices)}{hint and f'; {hint}'}")
+    return text

@@ -21,9 +21,9 @@ from clipmerge_cli.writing import Output, load_models
 def analogy(
     *,
     base: str = shared.BASE,
-    a: str = opt(..., "A of: A is to B as C is to the result.", metavar="A"),
-    b: str = opt(..., "B of: A is to B as C is to the result.", metavar="B"),
-    c: str = opt(..., "C of: A is to B as C is to the result.", metavar="C"),
+    a: str = opt(..., "The checkpoint that relates to B as C does to the result.", metavar="A"),
+    b: str = opt(..., "The checkpoint that A relates to.", metavar="B"),
+    c: str = opt(..., "The checkpoint that relates to the result as A does to B.", metavar="C"),
     vectors: bool = shared.VECTORS,
     out: Output,
     choosing: Choosing,

@@ -79,6 +79,14 @@ def test_an_unknown_command_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -
     assert "No such command 'soop'" in capsys.readouterr().err
 
 
+def test_a_word_that_is_no_choice_is_told_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "a.safetensors", "--data", "digits", "--metric", "topp1"]) == 2
+    shown = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "'topp1' is not one of top1, top5, mean_per_class," in shown
+    assert "; did you mean top1?" in shown
+    assert "Value error" not in shown
+
+
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     from clipmerge import __version__
 

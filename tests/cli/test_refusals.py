@@ -101,13 +101,26 @@ def test_another_architecture_lists_every_difference_at_once(good: Path, refused
 
 
 def test_many_missing_tensors_are_counted(tmp_path: Path, refused: Refused) -> None:
-    a = _put(tmp_path / "a.safetensors", **{f"w{i:02d}": _ones() for i in range(30)})
-    b = _put(tmp_path / "b.safetensors", w00=_ones())
+    a = _put(tmp_path / "a.safetensors", **{f"w{i:02d}": _ones(2) for i in range(30)})
+    b = _put(tmp_path / "b.safetensors", w00=_ones(2))
     error, _ = refused(a, b)
     lines = error.splitlines()
     assert len(lines) == 12
     assert lines[1] == f"  {b} lacks 'w01'"
     assert lines[-1] == "  … and 19 more"
+
+
+def test_the_one_of_another_architecture_is_named_not_the_many(tmp_path: Path, refused: Refused) -> None:
+    """It comes first, so that each of the others differs from the one that all are compared with."""
+    base = _put(tmp_path / "base.safetensors", **{f"visual.x{i:02d}": _ones(2) for i in range(30)})
+    rest = [
+        _put(tmp_path / f"{i}.safetensors", **{f"visual.y{j}": _ones(2) for j in range(9)}) for i in range(3)
+    ]
+    error, _ = refused(base, *rest)
+    assert error == (
+        "the checkpoints do not fit together:\n"
+        f"  {base} has 30 tensors, the other 3 have 9: it is another architecture"
+    )
 
 
 def test_mixed_dtypes_ask_for_one(good: Path, refused: Refused) -> None:

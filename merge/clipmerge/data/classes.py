@@ -136,7 +136,7 @@ def settle_classes(
 
 
 def names_from(classnames: Names) -> tuple[str, ...] | Mapping[str, tuple[str, ...]]:
-    """Return the names in a file (one a line, or JSON), ImageNet's for "imagenet", or those given.
+    """Return the names in a file (one per line, or JSON), ImageNet's for "imagenet", or those given.
 
     Raises:
         DataError: no such file, or no names in it, or a name twice.
@@ -145,7 +145,7 @@ def names_from(classnames: Names) -> tuple[str, ...] | Mapping[str, tuple[str, .
         return imagenet_names()
     source, listed = "class names", classnames
     if isinstance(classnames, str | Path):
-        hint = "give a text file with one name a line, a JSON list or object, or the word imagenet"
+        hint = "give a text file with one name per line, a JSON list or object, or the word imagenet"
         source, listed = str(classnames), read_list(Path(classnames), "class names", hint, by_line=True)
     if isinstance(listed, Mapping):
         return {word: (name,) if isinstance(name, str) else tuple(name) for word, name in listed.items()}
@@ -153,7 +153,7 @@ def names_from(classnames: Names) -> tuple[str, ...] | Mapping[str, tuple[str, .
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if not names or twice:
         problem = f"names {twice[0]!r} twice" if twice else "holds no names"
-        hint = "one class name a line, each once, in the order of the labels"
+        hint = "one class name per line, each once, in the order of the labels"
         raise DataError(f"{source} {problem}", hint=hint)
     return names
 

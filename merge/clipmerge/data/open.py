@@ -39,7 +39,7 @@ def open_split(
     CLIP_benchmark's layout, Parquet as Hugging Face stores images, `torchvision:CIFAR10:ROOT` or `digits`.
 
     Args:
-        classnames: a file (one name a line, a JSON list, or a JSON object from the data's words to names),
+        classnames: a file (one name per line, a JSON list, or a JSON object from the data's words to names),
             "imagenet", or the names themselves.
         templates: prompts for these images, as `data.prompts.templates` takes them, whatever a checkpoint records.
         role: the part to take where the text names none: "train", "val" or "test" (the default).

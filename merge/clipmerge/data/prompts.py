@@ -34,7 +34,7 @@ def templates(
     """Return templates that each hold `{}` once or more.
 
     Args:
-        choice: "openai" (ImageNet's 80), "simple" (7), a file (one a line, or a JSON list), a text with
+        choice: "openai" (ImageNet's 80), "simple" (7), a file (one per line, or a JSON list), a text with
             `{}`, or several texts. None: the split's own, else "a photo of a {}.".
 
     Raises:
@@ -69,7 +69,7 @@ def check_templates(texts: Sequence[str], source: str) -> tuple[str, ...]:
     return out
 
 
-_HINT = 'write templates as "a photo of a {}."; or openai, simple, or a file with one a line'
+_HINT = 'write templates as "a photo of a {}."; or openai, simple, or a file with one per line'
 
 
 def prompts(classes: Sequence[str], templates: Sequence[str]) -> list[list[str]]:

@@ -89,7 +89,7 @@ class Settings:
     frozen_head: bool = _python(False, "Keep the zero-shot head as it is; train the image tower under it.")
     templates: Sequence[str] | str | None = _python(None, "Prompts with {}; the data's own by default.")
     contexts: Sequence[str] | None = _python(None, 'CAR-FT\'s contexts ("photo", "sketch" …).')
-    shots: int | None = _method(None, "Images a class to train on; the best held-out loss is kept.", min=1)
+    shots: int | None = _method(None, "Images per class to train on; the best held-out loss is kept.", min=1)
     augment: str | Mapping[str, Any] = _method(
         "crop",
         "none, or of crop:0.9 flip jitter:0.4 gray:0.2 noise:0.1 blur:1 contrast:0.5 randaugment:N,M joined by +, "

@@ -57,7 +57,8 @@ def _front_matter(name: str, record: Mapping[str, Any], parents: Sequence[Parent
     fields: dict[str, Any] = {"tags": ["clip", "open_clip", "clipmerge"]}
     if parents:
         fields["tags"].append("merge")
-        fields |= {"base_model": _bases(parents), "base_model_relation": "merge"}
+        if published := _published(parents):
+            fields |= {"base_model": published, "base_model_relation": "merge"}
         fields["merge_notation"] = str(record.get("notation", ""))
     if scores:
         fields["model_name"] = name
@@ -67,15 +68,10 @@ def _front_matter(name: str, record: Mapping[str, Any], parents: Sequence[Parent
     return f"---\n{ModelCardData(library_name='open_clip', pipeline_tag=TASK, **fields)}\n---\n"
 
 
-def _bases(parents: Sequence[Parent]) -> list[str]:
-    """Return the parents as the Hub names models: `org/name` where they came from there, else the file's stem."""
-    names = []
-    for parent in parents:
-        file = parent.file or parent.name
-        hub = re.fullmatch(r"hf-hub:([\w.-]+/[\w.-]+?)(?:@.*)?", file)
-        stem = re.sub(r"\.(safetensors(\.index\.json)?|pt|pth|bin)$", "", file)
-        names.append(hub.group(1) if hub else re.sub(r"[^\w.-]+", "-", stem).strip("-.") or parent.name)
-    return list(dict.fromkeys(names))
+def _published(parents: Sequence[Parent]) -> list[str]:
+    """Return the parents that are the Hub's own models, as it names them: a local file's name means nothing there."""
+    hub = [re.fullmatch(r"hf-hub:([\w.-]+/[\w.-]+?)(?:@.*)?", parent.file or "") for parent in parents]
+    return list(dict.fromkeys(match.group(1) for match in hub if match))
 
 
 def _scores(record: Mapping[str, Any]) -> Scores:

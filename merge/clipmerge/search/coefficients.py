@@ -1,4 +1,4 @@
-"""Several coefficients at once: one a task, a tower or a block, found within a budget of evaluations."""
+"""Several coefficients at once: one per task, tower or block, found within a budget of evaluations."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence

@@ -50,7 +50,7 @@ def learned_soup(
     that checkpoint, so that one backward pass through one model is enough.
 
     Args:
-        per: one share a model, or a model and tower, transformer block or tensor.
+        per: one share per model, or per model and tower, transformer block or tensor.
         temperature: learn a factor on the logits beside the shares; it is reported, and not part of the soup.
 
     Raises:

@@ -123,7 +123,7 @@ class SoupResult:
         return self.soup
 
     def table(self) -> Table:
-        """Return one row a candidate, in the order of their turns; or a learned soup's shares."""
+        """Return one row per candidate, in the order of their turns; or a learned soup's shares."""
         title = self.kind.replace("_", " ")
         if self.coefficients is not None:
             return shares_table(self.coefficients, self.temperature)

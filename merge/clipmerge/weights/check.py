@@ -30,8 +30,9 @@ def check(weights: Expression, *, dtype: str | None = None) -> None:
         if not problems and weights.base is None and dtype is None:
             problems = _different_dtypes(checkpoints)
         if problems:
+            shown = _odd_ones(checkpoints) if len(problems) > SHOWN else []
             raise MismatchError(
-                "the checkpoints do not fit together:\n  " + and_more(problems, SHOWN, "\n  "),
+                "the checkpoints do not fit together:\n  " + and_more(shown or problems, SHOWN, "\n  "),
                 hint=_hint(problems),
             )
         _check_patterns(weights, sorted({name for checkpoint in checkpoints for name in checkpoint.tensors}))
@@ -61,6 +62,24 @@ def missing_names(missing: Sequence[str], otherwise: Sequence[str]) -> list[str]
     """Quote each name of `missing`, with the nearest of the names that are there instead."""
     hints = [(name, nearest(name, otherwise)) for name in sorted(missing)]
     return [f"{name!r}" + (f" (it has {close!r})" if close else "") for name, close in hints]
+
+
+def _odd_ones(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """Name the few checkpoints of another architecture than most; none where it is not clear who is at odds."""
+    kinds: dict[frozenset[object], list[Checkpoint]] = {}
+    for checkpoint in checkpoints:
+        tensors = frozenset((name, t.shape) for name, t in checkpoint.tensors.items())
+        kinds.setdefault(tensors, []).append(checkpoint)
+    *few, most = sorted(kinds.values(), key=len)
+    if len(most) < 2 or any(len(odd) == len(most) for odd in few):
+        return []
+    count, shapes = len(most[0].tensors), "as many, of other shapes"
+    return [
+        f"{odd.path or odd.name} has {len(odd.tensors)} tensors, the other {len(most)} have "
+        f"{count if count != len(odd.tensors) else shapes}: it is another architecture"
+        for odds in few
+        for odd in odds
+    ]
 
 
 def _misfits(reference: Checkpoint, other: Checkpoint) -> list[str]:

@@ -80,7 +80,9 @@ def verify(
         if content_digest(merged, on_progress) != recorded[0].digest:
             return Verdict("differs", "the content is not what was written", notation)
         return Verdict(
-            "verified", "the content is what was written (from memory: it has no parents)", notation
+            "verified",
+            "the content is unchanged since it was written; it has no parents to recompute it from",
+            notation,
         )
     places = [parents] if isinstance(parents, str | Path) else parents
     files = _find(merged, recorded, places, on_progress)

@@ -52,7 +52,7 @@ def test_templates_without_a_place_for_the_name(tmp_path: Path, text: str, messa
     assert message in caught.value.message
     assert (
         caught.value.hint
-        == 'write templates as "a photo of a {}."; or openai, simple, or a file with one a line'
+        == 'write templates as "a photo of a {}."; or openai, simple, or a file with one per line'
     )
 
 
