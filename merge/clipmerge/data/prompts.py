@@ -20,6 +20,8 @@ __all__ = [
 ]
 
 DEFAULT = ("a photo of a {}.",)
+NAMED = ("openai", "simple")
+"""Lists of templates that open_clip has."""
 
 CONTEXTS = (
     "photo", "painting", "sketch", "drawing", "cartoon", "sculpture", "toy", "blurry photo", "dark photo",
@@ -42,7 +44,7 @@ def templates(
     """
     if choice is None:
         return (split and split.templates) or DEFAULT
-    if choice in ("openai", "simple"):
+    if choice in NAMED:
         import open_clip
 
         openai, simple = open_clip.OPENAI_IMAGENET_TEMPLATES, open_clip.SIMPLE_IMAGENET_TEMPLATES

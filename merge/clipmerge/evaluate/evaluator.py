@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +24,7 @@ from clipmerge.evaluate.journal import Journal, recipe_digest
 from clipmerge.evaluate.metrics import METRICS, Predictions
 from clipmerge.evaluate.predictor import Predictor
 from clipmerge.evaluate.score import Score, Stopped, check_metric, is_better, read_result, score_of
+from clipmerge.evaluate.setup import Given, Setup, read_head
 from clipmerge.evaluate.sources import Source, open_all
 from clipmerge.model import ModelSpec
 from clipmerge.text import did_you_mean
@@ -45,13 +47,16 @@ class Evaluator:
     the images, and every process has the whole answer.
 
     Args:
-        model: an open_clip name, a JSON configuration, a ModelSpec; None: what the first weights record.
+        model: an open_clip name, a JSON configuration, a ModelSpec; None: what each of the weights records.
         splits: name → split; a split alone is called "val".
         device: "cpu", "cuda", "cuda:1" …; None: the GPU, where there is one (each process's own).
         precision: what the image tower computes in: "fp32", "tf32", or "bf16" or "fp16" by autocast; None: "bf16" on
             a GPU, "fp32" on a CPU. Weights, heads, logits and probabilities are fp32 or wider.
         batch_size: images at a time, at most; None: 256, on a GPU 512.
-        templates: prompts for zero-shot heads, as `data.prompts.templates` takes them; None: the split's own.
+        templates: prompts for zero-shot heads, as `data.prompts.templates` takes them; None: what the weights record
+            for these classes, else the split's own. A split that was opened with templates keeps them.
+        heads: split → a checkpoint whose classification head scores it, in place of the weights' own.
+        text_tower: the checkpoint whose text tower is taken by weights that have none.
         metric: the one that decides: a key of `metrics.METRICS`; None: "top1", and "recall@1" where a split has
             captions and no classes.
         cache: the folder for pixels and heads, None for the user's cache folder.
@@ -73,6 +78,8 @@ class Evaluator:
         precision: str | None = None,
         batch_size: int | None = None,
         templates: str | Path | Sequence[str] | None = None,
+        heads: Mapping[str, Source] | None = None,
+        text_tower: Source | None = None,
         metric: str | None = None,
         cache: Path | None = None,
         journal: Journal | str | os.PathLike[str] | None = None,
@@ -83,26 +90,31 @@ class Evaluator:
         self.metrics = {name: _metric_for(split, metric) for name, split in self.splits.items()}
         self.images_scored = 0
         self.images_saved = 0
+        for name in heads or {}:
+            self.split_name(name)
+        self._given = Given(
+            model,
+            templates,
+            {name: read_head(head) for name, head in (heads or {}).items()},
+            None if text_tower is None else as_weights(text_tower),
+        )
         if predictor is None:
             place = resolve_device(device)
             computed = resolve_precision(precision, place)
-            predictor = Predictor(
-                model, self.splits, place, computed, batch_size, templates, cache, on_progress
-            )
+            predictor = Predictor(self._given, self.splits, place, computed, batch_size, cache, on_progress)
         self.predictor = predictor
         self._journal = journal if isinstance(journal, Journal) or journal is None else Journal(journal)
         self._loaded: Weights | None = None
         self._mean = ""
         self._results: dict[str, Score | Stopped] = {}
         self._difficulty: dict[str, _Difficulty] = {}
-        self._data_keys: dict[str, str] = {}
         self._digests: WeakKeyDictionary[Checkpoint, str] = WeakKeyDictionary()
 
     # -- scores -------------------------------------------------------------------------------------------
 
     def score(self, weights: Source, split: str | None = None) -> Score:
         """Compute every metric of weights on one split (the only one, or "val", where none is named)."""
-        weights, name = as_weights(weights), self.split_name(split)
+        weights, name = self._given.complete(as_weights(weights)), self.split_name(split)
         key = self._key(weights, name)
         result = self._recall(key, name)
         if isinstance(result, Score):
@@ -113,8 +125,30 @@ class Evaluator:
 
     def scores(self, weights: Source, splits: Sequence[str] | None = None) -> dict[str, Score]:
         """Score weights on several splits, by default on all; they are loaded once."""
-        weights = as_weights(weights)
+        weights = self._given.complete(as_weights(weights))
         return {name: self.score(weights, name) for name in (self.splits if splits is None else splits)}
+
+    @contextmanager
+    def together(self, weights: Sequence[Weights]) -> Iterator[None]:
+        """Inside the block, score all weights in one way, as a search must.
+
+        The model, prompts and class names are those that all of `weights` agree on; one that records none takes the
+        others'.
+
+        Raises:
+            ModelError, MismatchError: they record different models. SelectionError: they record different prompts.
+        """
+        with self.predictor.together([self._given.complete(each) for each in weights]):
+            self._loaded, self._mean = None, ""
+            try:
+                yield
+            finally:
+                self._loaded, self._mean = None, ""
+
+    def setup(self, weights: Source | None = None, split: str | None = None) -> Setup:
+        """Say how weights, by default those that are loaded, are scored on a split: model, prompts, head."""
+        complete = None if weights is None else self._given.complete(as_weights(weights))
+        return self.predictor.setup(self.split_name(split), complete)
 
     def score_with(
         self,
@@ -137,13 +171,13 @@ class Evaluator:
             early_stop: the answer that matters, whether the candidate is better, is the same without.
         """
         name = self.split_name(split)
-        proposed = mean([*members, candidate])
+        proposed = self._given.complete(mean([*members, candidate]))
         key = self._key(proposed, name)
         known = self._recall(key, name)
         if isinstance(known, Score) or (known and not is_better(known, incumbent, strict=strict)):
             self.images_saved += self.splits[name].pictures
             return known
-        held = mean(members)
+        held, candidate = self._given.complete(mean(members)), self._given.complete(candidate)
         if self._mean != (recipe := recipe_digest(held, self._digest)):
             self.load(held)
             self.predictor.resident.hold()
@@ -193,15 +227,16 @@ class Evaluator:
     def data_key(self, split: str | None = None, weights: Weights | None = None) -> str:
         """Digest everything that a score depends on beside the weights."""
         name = self.split_name(split)
-        parts = [self.splits[name].digest, *self.predictor.key(name, weights)]
-        parts += ["retrieval"] if METRICS[self.metrics[name]].retrieval else []
-        return blake3(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+        retrieval = ["retrieval"] if METRICS[self.metrics[name]].retrieval else []
+        return _digest([self.splits[name].digest, *self.predictor.key(name, weights), *retrieval])
 
     def _key(self, weights: Weights, name: str) -> str:
         """Name what a score is filed under: the recipe, and all that it depends on beside the weights."""
-        if name not in self._data_keys:
-            self._data_keys[name] = name if self._journal is None else self.data_key(name, weights)
-        return f"{recipe_digest(weights, self._digest)}:{self._data_keys[name]}"
+        if self._journal is None:
+            data = _digest([name, *self.predictor.key(name, weights)])
+        else:
+            data = self.data_key(name, weights)
+        return f"{recipe_digest(weights, self._digest)}:{data}"
 
     def _digest(self, checkpoint: Checkpoint) -> str:
         """Digest a checkpoint's content; without a journal nobody else will compare, and any name of its own does."""
@@ -242,7 +277,7 @@ class Evaluator:
 
     @property
     def model(self) -> ModelSpec:
-        """The model that scores.
+        """The model of the weights that were scored last.
 
         Raises:
             ModelError: it was left to the weights, and none have been loaded yet.
@@ -256,7 +291,7 @@ class Evaluator:
         Raises:
             ModelError: they do not fit it.
         """
-        weights = as_weights(weights)
+        weights = self._given.complete(as_weights(weights))
         if self._loaded is not weights:
             self._loaded, self._mean = None, ""
             self.predictor.load(weights)
@@ -308,6 +343,10 @@ def _metric_for(split: Split, metric: str | None) -> str:
     captioned = split.captions is not None
     usual = "recall@1" if captioned and not split.classes else "top1"
     return check_metric(metric or usual, grouped=split.groups is not None, captioned=captioned)
+
+
+def _digest(parts: list[Any]) -> str:
+    return blake3(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 class _Difficulty:

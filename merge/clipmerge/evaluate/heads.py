@@ -201,19 +201,26 @@ def average_templates(features: "Float[Tensor, 'prompts d']", classes: int) -> "
 
 
 def class_logits(
-    model: nn.Module, features: "Float[Tensor, 'batch d']", zero_shot: Tensor | None
+    model: nn.Module,
+    features: "Float[Tensor, 'batch d']",
+    head: Tensor | nn.Module | None,
+    rows: "Int[Tensor, ' classes'] | None" = None,
 ) -> "Float[Tensor, 'batch classes']":
-    """Compute logits of unit image features by the model's own trained head; where it has none, by a zero-shot head.
+    """Compute logits of unit image features.
 
-    Zero-shot logits are exp(logit_scale) · features · headᵀ, plus SigLIP's logit_bias where the model has one.
+    Args:
+        head: a zero-shot head, whose logits are exp(logit_scale) · features · headᵀ, plus SigLIP's logit_bias where the
+            model has one; or a trained one; None: the model's own trained head.
+        rows: which of a trained head's classes, in this order; None takes all.
     """
     clip: Any = model
-    trained = getattr(model, "classification_head", None)
-    if trained is not None:
-        return F.linear(features, trained.weight, trained.bias)
-    if zero_shot is None:
+    trained = getattr(model, "classification_head", None) if head is None else head
+    if isinstance(trained, nn.Module):
+        scores: Tensor = trained(features)
+        return scores if rows is None else scores[:, rows]
+    if trained is None:
         raise ValueError("a model without a trained head needs a zero-shot head")
-    logits: Tensor = F.linear(features, zero_shot) * clip.logit_scale.exp()
+    logits: Tensor = F.linear(features, trained) * clip.logit_scale.exp()
     bias = getattr(model, "logit_bias", None)
     return logits if bias is None else logits + bias
 

@@ -1,6 +1,7 @@
 """Images through the resident model: batches in any order, shared between processes, read back one batch late."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from pathlib import Path
@@ -14,7 +15,6 @@ from torch.nn import functional as F
 from clipmerge import distributed
 from clipmerge.checkpoint.cache import cache_dir
 from clipmerge.data.pixels import pixels
-from clipmerge.data.prompts import templates as resolve_templates
 from clipmerge.data.split import Split
 from clipmerge.device import Precision, autocast, autocast_dtype, float32_matmul
 from clipmerge.errors import DataError, ModelError, NonFiniteError
@@ -22,8 +22,10 @@ from clipmerge.evaluate.device_split import DeviceSplit
 from clipmerge.evaluate.heads import class_logits, encode_prompts, zero_shot_head
 from clipmerge.evaluate.resident import Resident
 from clipmerge.evaluate.retrieval import Ranks, rank_pairs
-from clipmerge.model import ModelSpec, get_tokenizer, resolve_model
+from clipmerge.evaluate.setup import HEAD, Given, Setup
+from clipmerge.model import ModelSpec, get_tokenizer
 from clipmerge.types import Floats, Ints, Progress
+from clipmerge.weights.digest import content_digest
 from clipmerge.weights.weights import Weights
 
 _PASSES, _LEAST = 16, 32
@@ -37,6 +39,9 @@ T = TypeVar("T")
 Arrive = Callable[[], Tensor]
 """Waits until rows have come from the device, and returns them on the CPU."""
 
+Head = tuple[Tensor | nn.Module | None, Tensor | None]
+"""A zero-shot head, or a trained one (None: the weights' own) and which of its rows."""
+
 Reduce = Callable[[Tensor, Tensor], Tensor]
 """(indices, uint8 pixels) → rows (batch, columns), whose last column marks images that are not finite."""
 
@@ -47,30 +52,59 @@ class Predictor:
 
     Pixels are decoded once, to disk; a zero-shot head is built once for all weights with the same text tower.
 
-    Attributes: as the arguments of `Evaluator`, with device and precision resolved.
+    Attributes: as the arguments of `Evaluator`, with device and precision resolved; `given` decides how each is scored.
     """
 
-    model: ModelSpec | str | Path | None
+    given: Given
     splits: Mapping[str, Split]
     device: torch.device
     precision: Precision
     batch_size: int | None
-    templates: str | Path | Sequence[str] | None
     cache: Path | None
     on_progress: Progress | None
-    _spec: ModelSpec | None = None
     _resident: Resident | None = None
+    _spec: ModelSpec | None = None
+    _weights: Weights | None = None
+    _agreed: tuple[Weights, ...] = ()
+    _setups: tuple[Weights | None, dict[str, Setup]] = (None, {})
     _tokenizer: Callable[[list[str]], Tensor] | None = None
-    _on_device: dict[str, DeviceSplit] = field(default_factory=dict)
-    _heads: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
+    _on_device: dict[str, tuple[Mapping[str, Any], DeviceSplit]] = field(default_factory=dict)
+    _heads: dict[str, tuple[list[Any], Tensor]] = field(default_factory=dict)
+    _file_heads: dict[str, nn.Module] = field(default_factory=dict)
 
     # -- the model and the data ---------------------------------------------------------------------------
 
-    def spec(self, weights: Weights | None = None) -> ModelSpec:
-        """Return the model that scores; where none was named, it is the one that the first weights record."""
-        if self._spec is None:
-            self._spec = resolve_model(self.model, *([] if weights is None else [weights]))
-        return self._spec
+    def spec(self) -> ModelSpec:
+        """Return the model of the weights that are loaded; before any are, the one that was given."""
+        return self._spec or self.given.spec()
+
+    def setup(self, split: str, weights: Weights | None = None) -> Setup:
+        """Decide how weights, by default those that are loaded, are scored on a split.
+
+        Where several were said to be `together`, all of them are scored alike.
+        """
+        weights = weights or self._weights
+        among = self._agreed or (() if weights is None else (weights,))
+        if not among:
+            raise ModelError("no weights are loaded", hint="call load(weights) first")
+        if self._setups[0] is not among[-1]:
+            self._setups = (among[-1], {})
+        known = self._setups[1]
+        if split not in known:
+            known[split] = self.given.setup(among, split, self.splits[split])
+        return known[split]
+
+    @contextmanager
+    def together(self, weights: Sequence[Weights]) -> Iterator[None]:
+        """Inside the block, score all weights by what these agree on; refuse those that do not."""
+        before = self._agreed
+        held = {checkpoint for each in before for checkpoint in each.checkpoints}
+        self._agreed = (*before, *(each for each in weights if not held.issuperset(each.checkpoints)))
+        self._setups = (None, {})
+        try:
+            yield
+        finally:
+            self._agreed, self._setups = before, (None, {})
 
     @property
     def resident(self) -> Resident:
@@ -84,8 +118,9 @@ class Predictor:
         return self._resident
 
     def load(self, weights: Weights) -> None:
-        """Copy weights into the model."""
+        """Copy weights into the model, into another one where they are for another."""
         self._resident_for(weights).load(weights)
+        self._weights = weights
 
     def expect(self, order: Sequence[Weights]) -> None:
         """Say which weights will be scored, in this order: a GPU gets the next ones while it scores."""
@@ -93,8 +128,11 @@ class Predictor:
             self._resident_for(order[0]).checkpoints.expect(order)
 
     def _resident_for(self, weights: Weights) -> Resident:
-        if self._resident is None:
-            self._resident = Resident(self.spec(weights), self.device)
+        spec = self.given.spec(self._agreed or (weights,))
+        if self._resident is None or self._spec is None or not _same_model(spec, self._spec):
+            self._resident, self._tokenizer, self._heads = None, None, {}
+            self._resident = Resident(spec, self.device)
+        self._spec = spec
         return self._resident
 
     def key(self, split: str, weights: Weights | None = None) -> list[Any]:
@@ -104,56 +142,63 @@ class Predictor:
         """
         kind = self.device.type
         computed = self.precision if kind == "cpu" else f"{self.precision} on {kind}"
-        return [self.spec(weights).to_metadata(), self.templates_of(split), computed]
-
-    def templates_of(self, split: str) -> tuple[str, ...]:
-        """Return the prompt templates that make this split's zero-shot heads."""
-        return resolve_templates(self.templates, self.splits[split])
+        setup = self.setup(split, weights)
+        more = setup.exceptions()
+        if setup.head == "file":
+            more["head"] = content_digest(self.given.heads[split].checkpoints[0])
+        return [setup.spec.to_metadata(), setup.templates, computed, *([more] if more else [])]
 
     def device_split(self, name: str) -> DeviceSplit:
         """Return a split as the device sees it; its images are decoded once on each machine."""
-        if name not in self._on_device:
-            split, preprocess = self.splits[name], self.spec().preprocess
+        split, preprocess = self.splits[name], self.spec().preprocess
+        if name not in self._on_device or self._on_device[name][0] != preprocess:
+            self._on_device.pop(name, None)  # a GPU need not hold both
             decoded = distributed.first_on_machine_first(
                 lambda: pixels(split, preprocess, cache=self.cache, on_progress=self.on_progress)
             )
-            self._on_device[name] = DeviceSplit(split, decoded, preprocess, self.device)
-        return self._on_device[name]
+            self._on_device[name] = (preprocess, DeviceSplit(split, decoded, preprocess, self.device))
+        return self._on_device[name][1]
 
-    def head(self, name: str) -> Tensor | None:
-        """Return the zero-shot head for a split; None where the weights have a trained head, which must fit."""
-        split, module = self.splits[name], self.resident.module
-        if not split.classes:
-            raise DataError(
-                f"{split.source} has captions and no classes", hint="score it by --metric recall@1"
-            )
-        if split.choices < 2:
-            raise DataError(
-                f"{split.source} has {split.choices or 'no'} class to choose from, so no score can follow",
-                hint="name the folder whose folders are the classes; captions are scored by --metric recall@1",
-            )
-        trained = getattr(module, "classification_head", None)
-        if trained is not None:
-            if len(trained.weight) != len(split.classes):
-                raise ModelError(
-                    f"the head has {len(trained.weight)} classes, {split.source} has {len(split.classes)}",
-                    hint="score it on the data that the head was trained for",
-                )
-            return None
+    def head(self, name: str) -> Head:
+        """Return what `class_logits` takes to score a split."""
+        setup = self.setup(name)
+        rows = None if setup.rows is None else torch.from_numpy(setup.rows).to(self.device)
+        if setup.head == "captions":
+            source = self.splits[name].source
+            raise DataError(f"{source} has captions and no classes", hint="score it by --metric recall@1")
+        if setup.head == "trained":
+            return None, rows
+        if setup.head == "file":
+            return self._file_head(name), rows
         digest = self.resident.text_digest()
-        if self._heads.get(name, ("",))[0] != digest:
+        made_of = [digest, setup.classes, setup.templates]
+        if name not in self._heads or self._heads[name][0] != made_of:
             self._tokenizer = self._tokenizer or get_tokenizer(self.spec())
             head = zero_shot_head(
-                module,
+                self.resident.module,
                 self._tokenizer,
-                split.classes,
-                self.templates_of(name),
+                setup.classes,
+                setup.templates,
                 cache=self.cache or cache_dir(),
                 digest=digest,
                 on_progress=self.on_progress,
             )
-            self._heads[name] = (digest, head)
-        return self._heads[name][1]
+            self._heads[name] = (made_of, head)
+        return self._heads[name][1], None
+
+    def _file_head(self, name: str) -> nn.Module:
+        """Read the head that was given for a split, on the device."""
+        if name not in self._file_heads:
+            tensors = self.given.heads[name].state_dict("F32")
+            weight, bias = (tensors.get(f"{HEAD}.{part}") for part in ("weight", "bias"))
+            assert weight is not None
+            head = nn.Linear(weight.shape[1], len(weight), bias=bias is not None, device=self.device)
+            head.requires_grad_(False)
+            head.weight.copy_(weight)
+            if bias is not None:
+                head.bias.copy_(bias)
+            self._file_heads[name] = head
+        return self._file_heads[name]
 
     # -- one batch ----------------------------------------------------------------------------------------
 
@@ -181,8 +226,9 @@ class Predictor:
     def collect(self, split: str, what: Literal["logits", "features"]) -> Tensor:
         """Return logits (-inf for classes that the data lacks) or unit features of every image, fp32 on the CPU."""
         images = self.device_split(split)
+        head: Head = (None, None)
         if what == "features":
-            head, width = None, _feature_width(self.resident.module, images)
+            width = _feature_width(self.resident.module, images)
         else:
             head, width = self.head(split), len(self.splits[split].classes)
 
@@ -210,12 +256,12 @@ class Predictor:
             self._tokenizer(list(split.captions or ())), dim=0, return_inverse=True
         )
         digest, module = self.resident.text_digest(), self.resident.module
-        if self._heads.get(images, ("",))[0] != digest:
+        if self._heads.get(images, ([],))[0] != [digest]:
             encoded = encode_prompts(module, tokens, on_progress=self.on_progress)
             if not encoded.isfinite().all():
                 hint = "the text tower's weights hold NaN or infinity"
                 raise NonFiniteError(f"the model's features of {name}'s captions are not finite", hint=hint)
-            self._heads[images] = (digest, encoded)
+            self._heads[images] = ([digest], encoded)
         features, wide = self.collect(images, "features"), _wide(self.device)
         return rank_pairs(
             features.to(self.device, wide),
@@ -234,8 +280,8 @@ class Predictor:
                 features = cast("Any", self.resident.module).encode_image(ready, normalize=False)
         return F.normalize(features.float(), dim=-1)
 
-    def _logits(self, images: DeviceSplit, batch: Tensor, head: Tensor | None) -> Tensor:
-        return class_logits(self.resident.module, self._features(images, batch), head)
+    def _logits(self, images: DeviceSplit, batch: Tensor, head: Head) -> Tensor:
+        return class_logits(self.resident.module, self._features(images, batch), *head)
 
     # -- all batches --------------------------------------------------------------------------------------
 
@@ -279,6 +325,11 @@ class Predictor:
                     rows[first - start : last - start] = reduce(indices, batch).to(rows)
                 arrive = _fetch(distributed.all_reduce_sum(rows))
             yield chunk, arrive
+
+
+def _same_model(one: ModelSpec, other: ModelSpec) -> bool:
+    """Return whether one module serves both: pictures may be prepared differently, prompts are tokenized alike."""
+    return one.name == other.name and one.config == other.config
 
 
 def _one_late(launched: Iterator[T]) -> Iterator[T]:

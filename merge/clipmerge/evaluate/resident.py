@@ -20,7 +20,7 @@ from clipmerge.evaluate.device_checkpoints import DeviceCheckpoints, lone_checkp
 from clipmerge.evaluate.heads import text_digest
 from clipmerge.model import ModelSpec, build_model, load_weights
 from clipmerge.types import Bytes
-from clipmerge.weights.names import tower_of
+from clipmerge.weights.names import lacks_text, tower_of
 from clipmerge.weights.weights import Weights
 
 __all__ = ["Resident", "tensors_of"]
@@ -54,7 +54,7 @@ class Resident:
 
     def load(self, weights: Weights) -> None:
         """Copy the weights' exact values into the model; a GPU computes them where it can."""
-        load_weights(self.module, weights, self._fill)
+        load_weights(self.module, weights, self._fill, without_text=lacks_text(weights.names))
         self._names, self._digest, self._lone = weights.names, None, lone_checkpoint(weights)
         self._lowered_is_current = False
 

@@ -20,6 +20,8 @@ def load_weights(
     model: "torch.nn.Module",
     weights: "Weights",
     fill: "Callable[[Weights, torch.nn.Module], object] | None" = None,
+    *,
+    without_text: bool = False,
 ) -> None:
     """Write weights into an open_clip model in place.
 
@@ -28,6 +30,7 @@ def load_weights(
 
     Args:
         fill: what copies the tensors, in place of `Weights.load_into`.
+        without_text: the text tower may be absent where there is no trained head either, for scoring by another head.
 
     Raises:
         ModelError: names or shapes differ; missing and unexpected ones are listed all at once.
@@ -40,7 +43,7 @@ def load_weights(
         return
     if hasattr(model, HEAD):
         delattr(model, HEAD)
-    copy(weights, model)
+    copy(weights, _without_absent_text(model, names) if without_text else model)
 
 
 def _fit_head(model: "torch.nn.Module", classes: int, width: int, *, bias: bool) -> None:

@@ -54,10 +54,10 @@ def resolve_model(model: "str | Path | ModelSpec | None", *weights: "Weights") -
     Raises:
         ModelError: no such model, an unreadable configuration, or weights that name none or different ones.
     """
-    if isinstance(model, ModelSpec):
-        return model
     if model is None:
         spec = _recorded(weights)
+    elif isinstance(model, ModelSpec):
+        spec = model
     elif isinstance(model, Path) or model.endswith(".json") or Path(model).is_file():
         spec = _from_file(Path(model))
     else:
@@ -75,6 +75,13 @@ def _recorded(weights: Sequence["Weights"]) -> ModelSpec:
             hint="name it (--model): an open_clip name such as ViT-B-32, or an open_clip JSON config",
         )
     for other in specs[1:]:
+        if other.config == specs[0].config and other.preprocess != specs[0].preprocess:
+            differing = [key for key, value in other.preprocess.items() if value != specs[0].preprocess[key]]
+            one, two = ({key: s.preprocess[key] for key in differing} for s in (specs[0], other))
+            raise ModelError(
+                f"the checkpoints were made with different preprocessing: {one} and {two}",
+                hint="score them apart, or give the preprocessing for all: --model with a JSON config",
+            )
         if other.config != specs[0].config:
             raise ModelError(
                 f"the checkpoints were made by different models: {specs[0].name} and {other.name}",

@@ -11,7 +11,7 @@ from clipmerge.search.results import SweepResult
 from clipmerge.search.rules import Rule
 from clipmerge.search.sweep import Search, choose_point
 from clipmerge.types import Progress
-from clipmerge.weights.coefficient import Coefficient
+from clipmerge.weights.coefficient import Coefficient, exact
 from clipmerge.weights.names import block_of, tower_of
 from clipmerge.weights.weights import Weights, as_weights
 
@@ -103,19 +103,21 @@ def search_coefficients(
         raise SelectionError("a search needs at least one coefficient and one evaluation")
     if method not in _METHODS:
         raise SelectionError(f"there is no search {method!r}", hint=f"one of {', '.join(_METHODS)}")
-    return choose_point(
-        "coefficients",
-        method,
-        family,
-        names,
-        _METHODS[method](first, low, high, seed),
-        evaluator,
-        rule=rule,
-        splits=rule.splits,
-        expected=budget,
-        budget=budget,
-        on_progress=on_progress,
-    )
+    ends = (first, (high,) * len(names))
+    with evaluator.together([family(dict(zip(names, map(exact, end), strict=True))) for end in ends]):
+        return choose_point(
+            "coefficients",
+            method,
+            family,
+            names,
+            _METHODS[method](first, low, high, seed),
+            evaluator,
+            rule=rule,
+            splits=rule.splits,
+            expected=budget,
+            budget=budget,
+            on_progress=on_progress,
+        )
 
 
 def _random(first: Vector, low: float, high: float, seed: int) -> Search:

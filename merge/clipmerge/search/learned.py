@@ -59,46 +59,47 @@ def learned_soup(
     weights = open_candidates(checkpoints)
     split = evaluator.split_name(split)
     groups = groups_of(weights[0].names, per)
-    evaluator.load(weights[0])
-    mixture = Mixture(evaluator, split, weights, groups)
-    # AdamW over a softmax of free numbers, beside the factor on the logits where that is learned.
-    raw = torch.zeros(mixture.groups, mixture.models, requires_grad=True)
-    beta = torch.ones((), requires_grad=temperature)
-    optimizer = torch.optim.AdamW([raw, beta] if temperature else [raw], lr=lr, weight_decay=0.0)
-    draw, done = torch.Generator().manual_seed(seed), 0
-    steps = epochs * -(-mixture.size // batch_size)
-    for _ in range(epochs):
-        for indices in torch.split(torch.randperm(mixture.size, generator=draw), batch_size):
-            shares = raw.softmax(dim=1)
-            by_share, by_beta, loss = mixture.gradients(shares.detach(), beta.item(), indices)
-            if not isfinite(loss):
-                hint = "a checkpoint may hold NaN or infinity"
-                raise NonFiniteError("the learned soup's loss is not finite", hint=hint)
-            optimizer.zero_grad()
-            torch.autograd.backward(shares, by_share)
-            if temperature:
-                beta.grad = torch.tensor(by_beta)
-            optimizer.step()
-            done += 1
-            if on_progress:
-                on_progress("learning", done, steps)
-    numbers = round_shares(raw.detach().softmax(dim=1))
-    soup = _soup(weights, groups, numbers)
-    names = tuple(map(repr, weights))
-    by_group = {
-        group: {name: float(share) for name, share in zip(names, row, strict=True)}
-        for group, row in zip(groups, numbers, strict=True)
-    }
-    return SoupResult(
-        "learned_soup",
-        soup,
-        names,
-        names,
-        score=evaluator.score(soup, split),
-        split=split,
-        coefficients=by_group if len(groups) > 1 else next(iter(by_group.values())),
-        temperature=beta.item(),
-    )
+    with evaluator.together(weights):
+        evaluator.load(weights[0])
+        mixture = Mixture(evaluator, split, weights, groups)
+        # AdamW over a softmax of free numbers, beside the factor on the logits where that is learned.
+        raw = torch.zeros(mixture.groups, mixture.models, requires_grad=True)
+        beta = torch.ones((), requires_grad=temperature)
+        optimizer = torch.optim.AdamW([raw, beta] if temperature else [raw], lr=lr, weight_decay=0.0)
+        draw, done = torch.Generator().manual_seed(seed), 0
+        steps = epochs * -(-mixture.size // batch_size)
+        for _ in range(epochs):
+            for indices in torch.split(torch.randperm(mixture.size, generator=draw), batch_size):
+                shares = raw.softmax(dim=1)
+                by_share, by_beta, loss = mixture.gradients(shares.detach(), beta.item(), indices)
+                if not isfinite(loss):
+                    hint = "a checkpoint may hold NaN or infinity"
+                    raise NonFiniteError("the learned soup's loss is not finite", hint=hint)
+                optimizer.zero_grad()
+                torch.autograd.backward(shares, by_share)
+                if temperature:
+                    beta.grad = torch.tensor(by_beta)
+                optimizer.step()
+                done += 1
+                if on_progress:
+                    on_progress("learning", done, steps)
+        numbers = round_shares(raw.detach().softmax(dim=1))
+        soup = _soup(weights, groups, numbers)
+        names = tuple(map(repr, weights))
+        by_group = {
+            group: {name: float(share) for name, share in zip(names, row, strict=True)}
+            for group, row in zip(groups, numbers, strict=True)
+        }
+        return SoupResult(
+            "learned_soup",
+            soup,
+            names,
+            names,
+            score=evaluator.score(soup, split),
+            split=split,
+            coefficients=by_group if len(groups) > 1 else next(iter(by_group.values())),
+            temperature=beta.item(),
+        )
 
 
 def round_shares(shares: "Float[Tensor, 'groups models']") -> list[list[Fraction]]:

@@ -19,7 +19,7 @@ from clipmerge.errors import SelectionError
 from clipmerge.evaluate.device_checkpoints import DeviceCheckpoints
 from clipmerge.evaluate.evaluator import Evaluator
 from clipmerge.evaluate.heads import average_templates, class_logits, encode_text
-from clipmerge.evaluate.predictor import Predictor
+from clipmerge.evaluate.predictor import Head, Predictor
 from clipmerge.evaluate.resident import tensors_of
 from clipmerge.model import get_tokenizer
 from clipmerge.weights.names import matches, tower_of
@@ -63,7 +63,7 @@ class Mixture:
         self._candidates.keep()
         head, tokens = _head_of(predictor, split, self._candidates)
         classes = len(evaluator.splits[split].classes)
-        self._logits = _Logits(predictor.resident.module, head, tokens, classes, predictor.precision)
+        self._logits = _Logits(predictor.resident.module, *head, tokens, classes, predictor.precision)
 
     def gradients(
         self, shares: "Float[Tensor, 'groups models']", beta: float, indices: "Int[Tensor, ' batch']"
@@ -198,11 +198,17 @@ class _Logits(nn.Module):
     """Images → logits, with everything that `functional_call` may replace below `model`."""
 
     def __init__(
-        self, model: nn.Module, head: Tensor | None, tokens: Tensor | None, classes: int, precision: Precision
+        self,
+        model: nn.Module,
+        head: Tensor | nn.Module | None,
+        rows: Tensor | None,
+        tokens: Tensor | None,
+        classes: int,
+        precision: Precision,
     ) -> None:
         super().__init__()
         self.model = model
-        self.register_buffer("head", head, persistent=False)
+        self._head = (head, rows)  # a tuple, so that it is no part of the module
         self.register_buffer("tokens", tokens, persistent=False)
         self.classes, self.precision = classes, precision
 
@@ -210,27 +216,24 @@ class _Logits(nn.Module):
         model: Any = self.model
         with autocast(self.precision, images.device):
             features = model.encode_image(images, normalize=False)
-        head = self.head if isinstance(self.head, Tensor) else None
+        head, rows = self._head
         if isinstance(self.tokens, Tensor):
             head = average_templates(encode_text(model, self.tokens), self.classes)
-        return class_logits(model, F.normalize(features.float(), dim=-1), head)
+        return class_logits(model, F.normalize(features.float(), dim=-1), head, rows)
 
 
-def _head_of(predictor: Predictor, split: str, candidates: Candidates) -> tuple[Tensor | None, Tensor | None]:
+def _head_of(predictor: Predictor, split: str, candidates: Candidates) -> tuple[Head, Tensor | None]:
     """Return a fixed head, or prompts to build one from at each step; neither for weights with a trained head.
 
     One text tower for all checkpoints makes one head. Where towers differ, the head follows the mixture.
     """
-    if hasattr(predictor.resident.module, "classification_head") or candidates.share_text_tower():
+    setup = predictor.setup(split)
+    if setup.head != "zero-shot" or candidates.share_text_tower():
         return predictor.head(split), None
-    texts = [
-        text
-        for row in prompts(predictor.splits[split].classes, predictor.templates_of(split))
-        for text in row
-    ]
+    texts = [text for row in prompts(setup.classes, setup.templates) for text in row]
     if len(texts) > MOST_PROMPTS:
         raise SelectionError(
             f"learning through differing text towers takes at most {MOST_PROMPTS} prompts, not {len(texts)}",
             hint="use fewer templates, as in --templates simple",
         )
-    return None, get_tokenizer(predictor.spec())(texts).to(predictor.device)
+    return (None, None), get_tokenizer(predictor.spec())(texts).to(predictor.device)

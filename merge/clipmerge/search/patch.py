@@ -65,39 +65,41 @@ def patch(
     _check(mode, len(models), new)
     images, patched, done = count_images(evaluator), as_weights(base), list[SweepResult]()
     start = patched
-    if mode == "parallel":
-        names, family = task_family(
-            patched, {task: _tuned(model, patched) for task, model in zip(new, models, strict=True)}
-        )
-        rule = paint(new, old, keep=keep)
-        done.append(
-            search_coefficients(
-                family,
-                names,
+    known = [start, *(as_weights(model) for model in models if not callable(model))]
+    with evaluator.together(known):
+        if mode == "parallel":
+            names, family = task_family(
+                patched, {task: _tuned(model, patched) for task, model in zip(new, models, strict=True)}
+            )
+            rule = paint(new, old, keep=keep)
+            done.append(
+                search_coefficients(
+                    family,
+                    names,
+                    evaluator,
+                    rule=rule,
+                    method=method,
+                    budget=budget,
+                    seed=seed,
+                    start=None if keep is None else 0.0,  # the base, which keep always allows
+                    on_progress=on_progress,
+                )
+            )
+        for turn, model in enumerate(models if mode != "parallel" else ()):
+            tasks = new[: turn + 1] if mode == "sequential" else new
+            step = sweep(
+                partial(interpolate, patched, _tuned(model, patched)),
+                grid,
                 evaluator,
-                rule=rule,
-                method=method,
-                budget=budget,
-                seed=seed,
-                start=None if keep is None else 0.0,  # the base, which keep always allows
+                rule=paint(tasks, old, keep=keep),
+                refine=refine,
+                name="patch",
+                splits=(*old, *tasks),
+                base=start,  # not the model patched so far: what may be lost must not add up
                 on_progress=on_progress,
             )
-        )
-    for turn, model in enumerate(models if mode != "parallel" else ()):
-        tasks = new[: turn + 1] if mode == "sequential" else new
-        step = sweep(
-            partial(interpolate, patched, _tuned(model, patched)),
-            grid,
-            evaluator,
-            rule=paint(tasks, old, keep=keep),
-            refine=refine,
-            name="patch",
-            splits=(*old, *tasks),
-            base=start,  # not the model patched so far: what may be lost must not add up
-            on_progress=on_progress,
-        )
-        patched = step.weights
-        done.append(step)
+            patched = step.weights
+            done.append(step)
     last = done[-1]
     alphas = [step.coefficient for step in done] if mode == "sequential" else []
     return SweepResult(

@@ -71,10 +71,11 @@ def greedy_soup(
             members, candidate, name, incumbent=incumbent, strict=strict, early_stop=early_stop
         )
 
-    evaluator.expect(weights)
-    turns, alone = rank(weights, lambda each: evaluator.score(each, name), order, seed, on_progress)
-    evaluator.expect([weights[turn] for turn in turns])
-    members, steps, best = choose(weights, turns, alone, score_with, strict, on_progress)
+    with evaluator.together(weights):
+        evaluator.expect(weights)
+        turns, alone = rank(weights, lambda each: evaluator.score(each, name), order, seed, on_progress)
+        evaluator.expect([weights[turn] for turn in turns])
+        members, steps, best = choose(weights, turns, alone, score_with, strict, on_progress)
     return SoupResult(
         "greedy_soup",
         mean(members),

@@ -12,7 +12,7 @@ from clipmerge.search.rules import Rule, Scores, normalised_mean
 from clipmerge.types import Progress
 from clipmerge.weights.check import check
 from clipmerge.weights.coefficient import Scalar, exact
-from clipmerge.weights.weights import Weights
+from clipmerge.weights.weights import Weights, as_weights
 
 if TYPE_CHECKING:
     from clipmerge.evaluate.evaluator import Evaluator
@@ -64,19 +64,20 @@ def sweep(
     step = min((b - a for a, b in pairwise(coefficients)), default=Fraction(0))
     width = step / 10 if refine is True else Fraction(refine)
     parameter = "alpha" if name in _ALPHA else "scale"
-    return choose_point(
-        "sweep",
-        name,
-        lambda point: family(point[parameter]),
-        (parameter,),
-        _try_grid(coefficients, rule, float(width)),
-        evaluator,
-        rule=rule,
-        splits=tuple(dict.fromkeys([*(splits or evaluator.splits), *rule.splits])),
-        expected=len(coefficients),
-        base=base,
-        on_progress=on_progress,
-    )
+    with evaluator.together([family(coefficient) for coefficient in (coefficients[0], coefficients[-1])]):
+        return choose_point(
+            "sweep",
+            name,
+            lambda point: family(point[parameter]),
+            (parameter,),
+            _try_grid(coefficients, rule, float(width)),
+            evaluator,
+            rule=rule,
+            splits=tuple(dict.fromkeys([*(splits or evaluator.splits), *rule.splits])),
+            expected=len(coefficients),
+            base=base,
+            on_progress=on_progress,
+        )
 
 
 def sweep_scale(
@@ -99,9 +100,10 @@ def sweep_scale(
 
     Source: Ilharco et al. 2023, arXiv 2212.04089.
     """
-    rule = normalised_mean(reference_scores(tasks, evaluator))
     scales = steps(0, 1, 0.05) if grid is None else grid
-    return sweep(family, scales, evaluator, rule=rule, refine=refine, name=name, on_progress=on_progress)
+    with evaluator.together([*map(as_weights, tasks.values()), family(exact(max(scales)))]):
+        rule = normalised_mean(reference_scores(tasks, evaluator))
+        return sweep(family, scales, evaluator, rule=rule, refine=refine, name=name, on_progress=on_progress)
 
 
 def choose_point(

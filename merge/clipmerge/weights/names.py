@@ -93,6 +93,11 @@ def depths_of(names: Iterable[str]) -> dict[str, float]:
     }
 
 
+def lacks_text(names: Collection[str]) -> bool:
+    """Return whether there is no text transformer among the names, as in the encoders that papers publish."""
+    return not any(name.startswith(("transformer.", "text.")) for name in names)
+
+
 @lru_cache(maxsize=65536)
 def matches(pattern: str, name: str) -> bool:
     """Return whether the pattern picks the name."""

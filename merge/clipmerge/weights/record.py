@@ -65,13 +65,16 @@ def prompts_of(checkpoint: Checkpoint) -> list[dict[str, Any]]:
         templates = training["templates"]  # files of old record them as they were given
         entries = [{"templates": [templates] if isinstance(templates, str) else templates}]
     entries = entries if isinstance(entries, list) else []
-    return [entry for entry in entries if isinstance(entry, dict) and _are_texts(entry)]
+    return [entry for entry in entries if isinstance(entry, dict) and _is_entry(entry)]
 
 
-def _are_texts(entry: Mapping[str, Any]) -> bool:
-    """Whether each list of an entry of prompts is one of texts, and there are templates."""
+def _is_entry(entry: Mapping[str, Any]) -> bool:
+    """Whether it is lists of texts, and has templates; a file's name is not one, for no path in a file is followed."""
     lists = [entry.get("templates"), entry.get("classes", []), entry.get("words", [])]
-    return bool(lists[0]) and all(isinstance(x, list) and all(isinstance(t, str) for t in x) for x in lists)
+    if not lists[0] or not all(isinstance(x, list) and all(isinstance(t, str) for t in x) for x in lists):
+        return False
+    named = lists[0] in (["openai"], ["simple"])
+    return named or all("{}" in text and "{" not in text.replace("{}", "") for text in lists[0])
 
 
 def needs_quick_gelu(checkpoint: Checkpoint) -> bool:

@@ -15,6 +15,7 @@ from clipmerge.evaluate import heads, predictor
 from clipmerge.evaluate.device_split import DeviceSplit
 from clipmerge.evaluate.evaluator import Evaluator
 from clipmerge.evaluate.predictor import Predictor
+from clipmerge.evaluate.setup import Given
 from clipmerge.search.soup import greedy_soup
 
 
@@ -47,10 +48,13 @@ def test_a_batch_is_launched_before_the_one_before_it_is_read() -> None:
     assert events == ["launch 0", "launch 1", "read 0", "launch 2", "read 1", "read 2"]
 
 
-def test_the_key_of_a_score_knows_precision_and_kind_of_device(tiny_spec: Any, digits: Any) -> None:
+def test_the_key_of_a_score_knows_precision_and_kind_of_device(
+    tiny_spec: Any, digits: Any, weights: Any
+) -> None:
     def key(device: str, precision: Any) -> Any:
-        place = torch.device(device)
-        return Predictor(tiny_spec, {"val": digits}, place, precision, 8, None, None, None).key("val")[-1]
+        place, given = torch.device(device), Given(tiny_spec)
+        predictor = Predictor(given, {"val": digits}, place, precision, 8, None, None)
+        return predictor.key("val", weights["base"])[-1]
 
     kinds = (
         ("cpu", "fp32"),
@@ -70,7 +74,10 @@ def test_the_key_of_a_score_knows_precision_and_kind_of_device(tiny_spec: Any, d
         ["a {}"],
         "fp32",
     ]  # as journals had it before there were GPUs
-    assert evaluator.data_key() == blake3(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    assert (
+        evaluator.data_key("val", weights["base"])
+        == blake3(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    )
 
 
 def test_out_of_memory_says_which_option_helps(

@@ -212,13 +212,13 @@ def test_bfloat16_is_close_to_fp32(tiny_spec, digits, weights):
         Evaluator(tiny_spec, digits, precision="int8")
 
 
-def test_the_data_key_covers_all_but_the_weights(tiny_spec, digits):
-    key = Evaluator(tiny_spec, digits).data_key()
-    assert key == Evaluator(tiny_spec, {"any": digits}, batch_size=3).data_key()
+def test_the_data_key_covers_all_but_the_weights(tiny_spec, digits, weights):
+    key = Evaluator(tiny_spec, digits).data_key(None, weights["base"])
+    assert key == Evaluator(tiny_spec, {"any": digits}, batch_size=3).data_key(None, weights["base"])
     others = [
-        Evaluator(tiny_spec, digits, templates="a {}").data_key(),
-        Evaluator(tiny_spec, digits, precision="bf16").data_key(),
-        Evaluator(tiny_spec, digits.subset(range(100))).data_key(),
+        Evaluator(tiny_spec, digits, templates="a {}").data_key(None, weights["base"]),
+        Evaluator(tiny_spec, digits, precision="bf16").data_key(None, weights["base"]),
+        Evaluator(tiny_spec, digits.subset(range(100))).data_key(None, weights["base"]),
     ]
     assert len({key, *others}) == 4
 
