@@ -6,16 +6,17 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
 from textwrap import dedent
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
-from clipmerge.errors import ClipmergeError
+from clipmerge.errors import ClipmergeError, ClipmergeWarning
 from clipmerge_cli.groups import flatten
 from clipmerge_cli.show import plain
 
@@ -71,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = list(sys.argv[1:] if argv is None else argv)
     wanted = next((word for word in args if not word.startswith("-")), None)
+    warnings.showwarning = _warn
     with _signals() as came:
         code = _run(args, wanted, came)
     try:
@@ -137,6 +139,20 @@ def _stopped(came: list[int]) -> int:
     number = came[-1] if came else signal.SIGINT
     print("terminated" if number == signal.SIGTERM else "interrupted", file=sys.stderr)
     return 128 + number
+
+
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print our own warnings as a remark, others as Python does."""
+    ours = issubclass(category, ClipmergeWarning)
+    text = f"note: {message}\n" if ours else warnings.formatwarning(message, category, filename, lineno, line)
+    print(plain(text), end="", file=file or sys.stderr)
 
 
 def _refuse(message: str, hint: str | None) -> int:

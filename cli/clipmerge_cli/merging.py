@@ -9,13 +9,14 @@ import typer
 import clipmerge
 from clipmerge.checkpoint import convert as convert_checkpoint
 from clipmerge.weights.recipe import Recipe, read_recipe
+from clipmerge.weights.record import with_model
 from clipmerge.weights.weights import one_tower
 from clipmerge_cli import options as shared
 from clipmerge_cli import show
 from clipmerge_cli.groups import arg, opt
 from clipmerge_cli.options import HUB_FILE, INPUT, Grid, Talk
 from clipmerge_cli.scoring import Choosing, choose
-from clipmerge_cli.writing import Output, load_models
+from clipmerge_cli.writing import UNKNOWN_MODEL, Output, load_models, named_model
 
 
 def analogy(
@@ -128,6 +129,8 @@ def convert(
                 "one tower is a file, not a model's folder: -o FILE", param_hint="--only"
             )
         source = one_tower(source, only)
+    said = weights.model if model is None else named_model(model, weights)
+    source = replace(source, metadata={**source.metadata, **with_model(source, said)})
     with talk.progress() as on_progress:
         if output.name == HUB_FILE:
             record = clipmerge.resolve_model(model, weights).to_metadata()
@@ -144,4 +147,6 @@ def convert(
     if dropped:
         talk.say(f"left out, as {to} has no place for them: {', '.join(dropped)}")
     talk.say(f"{source.layout} → {to}, {len(source.tensors)} tensors")
+    if said is None:
+        talk.say(UNKNOWN_MODEL)
     talk.say(f"wrote {show.short(path)}")

@@ -77,7 +77,8 @@ class Output(Talk):
         else:
             from clipmerge.weights.output_files import check_save
 
-            check_save(weights, self.output, dtype=dtype, force=force, shard_size=limit)
+            named = model is not None
+            check_save(weights, self.output, dtype=dtype, force=force, shard_size=limit, model_named=named)
 
     def write(
         self, weights: "Weights", record: Mapping[str, Any], on_progress: "Progress | None" = None
@@ -148,7 +149,7 @@ class Output(Talk):
             return
         record = {}
         if model is not None:
-            record = {"model": clipmerge.resolve_model(model, weights).to_metadata()}
+            record = {"model": named_model(model, weights)}
         with self.progress() as on_progress:
             written = self.write(weights, record, on_progress)
         self.say_left_alone(weights)
@@ -156,6 +157,8 @@ class Output(Talk):
             show.document({**(document or {"kind": "merge", "notation": repr(weights)}), "output": written})
         if remark:
             self.say(remark)
+        if not record and weights.model is None:
+            self.say(UNKNOWN_MODEL)
         self.finish(written)
 
     def plan(self, weights: "Weights", model: str | None) -> None:
@@ -163,6 +166,8 @@ class Output(Talk):
         from clipmerge.weights.look import describe
 
         plan = describe(weights, dtype=self.dtype, threads=self.threads)
+        if model is not None:
+            named_model(model, weights)
         self.check(weights, model, self.dtype)
         if self.json:
             show.document({"kind": "plan", **plan.to_json(), "output": self.output})
@@ -180,6 +185,19 @@ class Output(Talk):
         read, written, memory = map(size, (plan.read_bytes, plan.written_bytes, plan.memory_bytes))
         sizes = f"reads {read}, writes {written}, works in {memory} at most"
         print(f"{plan.notation} gives {plan.gives}: {sizes}")
+
+
+UNKNOWN_MODEL = "no input says which model it is for, nor will the file: say so with --model NAME"
+
+
+def named_model(model: str, weights: "Weights") -> dict[str, Any]:
+    """Return the record of the model that --model names, once the weights can be of it."""
+    from clipmerge.model import refuse_misfit
+
+    spec = clipmerge.resolve_model(model, weights)
+    if weights.kind() == 1:
+        refuse_misfit(weights, spec)
+    return spec.to_metadata(stated=True)
 
 
 def load_models(*files: str, origin: str | None = None, vectors: bool = False) -> "list[Weights]":

@@ -13,11 +13,14 @@ ClipmergeError
 ├── SelectionError         a search that cannot choose: no candidates, no split for a role
 ├── TrainingError          finetuning that cannot go on: non-finite loss, state that does not fit
 └── MissingExtraError      an optional library is not installed
+
+ClipmergeWarning           something was taken that nobody stated
 """
 
 __all__ = [
     "CheckpointError",
     "ClipmergeError",
+    "ClipmergeWarning",
     "DataError",
     "DeviceError",
     "MismatchError",
@@ -39,6 +42,10 @@ class ClipmergeError(Exception):
         super().__init__(message if hint is None else f"{message}\nhint: {hint}")
         self.message = message
         self.hint = hint
+
+
+class ClipmergeWarning(UserWarning):
+    """A default was taken where what is known leaves a question open."""
 
 
 class CheckpointError(ClipmergeError):

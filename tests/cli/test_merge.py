@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,10 @@ def values(path: str) -> dict[str, float]:
 def test_an_expression(run: Run) -> None:
     code, out, err = run("merge", "base + 0.5*((a - base) + (b - base))", *FILES, "-o", "out.safetensors")
     assert (code, out) == (0, "")
-    assert err == "no part of the result, as its coefficients sum to 0: base\nwrote out.safetensors\n"
+    first, second, last = err.splitlines()
+    assert first == "no part of the result, as its coefficients sum to 0: base"
+    assert "no input says which model it is for" in second
+    assert last == "wrote out.safetensors"
     assert values("out.safetensors") == {"visual.proj": 3.0, "text_projection": 3.0}
 
 
@@ -351,18 +354,24 @@ def record_of(path: str) -> dict[str, Any]:
     return load(path).record
 
 
-def test_the_model_can_be_named(run: Run, tiny_model_file: Path) -> None:
-    arguments = (
-        "merge",
-        "mean([a, b])",
-        *FILES[1:],
-        "-o",
-        "out.safetensors",
-        "--model",
-        str(tiny_model_file),
-    )
-    assert run(*arguments)[0] == 0
-    assert record_of("out.safetensors")["model"]["config"]["embed_dim"] == 16
+def test_the_model_can_be_named(
+    run: Run, tiny_model_file: Path, tiny_checkpoints: Mapping[str, Path]
+) -> None:
+    named = ("-o", "out.safetensors", "--model", str(tiny_model_file))
+    files = [f"{name}={tiny_checkpoints[name]}" for name in ("base", "ft0")]
+    code, _, err = run("merge", "mean([base, ft0])", *files, *named)
+    assert code == 0
+    assert "no input says" not in err
+    record = record_of("out.safetensors")["model"]
+    assert record["config"]["embed_dim"] == 16
+    assert record["preprocess"] == {
+        "mean": [0.5] * 3,
+        "std": [0.25] * 3,
+    }  # what is stated, not what open_clip adds
+    for more in ((), ("--dry-run",)):
+        code, _, err = run("merge", "mean([a, b])", *FILES[1:], *named, "--force", *more)
+        assert code == 1
+        assert "the weights do not fit the model" in err
 
 
 def test_a_checkpoint_given_twice_is_remarked_once_whatever_it_is_called(

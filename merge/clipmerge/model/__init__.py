@@ -1,7 +1,7 @@
 """Weights ↔ open_clip models: the only room that knows how open_clip builds, names and preprocesses."""
 
 from clipmerge.model.build import build_model, eval_transform, get_tokenizer
-from clipmerge.model.load import load_weights, save_model, weights_of
+from clipmerge.model.load import load_weights, refuse_misfit, save_model, weights_of
 from clipmerge.model.spec import ModelSpec, resolve_model
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "eval_transform",
     "get_tokenizer",
     "load_weights",
+    "refuse_misfit",
     "resolve_model",
     "save_model",
     "weights_of",

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clipmerge.model.build import build_model
 from clipmerge.model.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
 
     from clipmerge.weights.weights import Weights
 
-__all__ = ["load_weights", "save_model", "weights_of"]
+__all__ = ["load_weights", "refuse_misfit", "save_model", "weights_of"]
 
 HEAD = "classification_head"
 
@@ -44,6 +45,17 @@ def load_weights(
     if hasattr(model, HEAD):
         delattr(model, HEAD)
     copy(weights, _without_absent_text(model, names) if without_text else model)
+
+
+def refuse_misfit(weights: "Weights", spec: ModelSpec) -> None:
+    """Refuse to record a model that the weights cannot be of, from headers alone.
+
+    Whole towers may be missing (encoders are published without their text tower), and a trained head may be there.
+
+    Raises:
+        ModelError: names or shapes differ; all of them are listed.
+    """
+    weights.check_fit(build_model(spec, "meta"), whole=False)
 
 
 def _fit_head(model: "torch.nn.Module", classes: int, width: int, *, bias: bool) -> None:

@@ -37,7 +37,6 @@ def check(weights: Expression, *, dtype: str | None = None) -> None:
             )
         _check_patterns(weights, sorted({name for checkpoint in checkpoints for name in checkpoint.tensors}))
     weights.kind()
-    weights.model  # noqa: B018 - raises where two models are mixed
 
 
 def left_alone(weights: Expression) -> list[str]:

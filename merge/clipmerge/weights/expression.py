@@ -17,7 +17,8 @@ from clipmerge.errors import MismatchError, RecipeError
 from clipmerge.types import Reals
 from clipmerge.weights.coefficient import Coefficient, Scalar, number_text
 from clipmerge.weights.names import absent_parts
-from clipmerge.weights.record import model_record, prompts_of, read_record
+from clipmerge.weights.record import model_record, needs_quick_gelu, prompts_of, read_record
+from clipmerge.weights.said import agreed
 
 TOLERANCE = Fraction(1, 10**6)
 """How far a total may be from 0 or 1: softmaxed coefficients sum to 1 only up to their own rounding."""
@@ -313,27 +314,23 @@ class Expression:
 
     @property
     def model(self) -> dict[str, Any] | None:
-        """The model record that the checkpoints carry: {"name", "config", "preprocess"}; None where none does.
+        """What the checkpoints say of their model: {"name", "config", "preprocess"}; None where none does.
 
         Raises:
-            MismatchError: two checkpoints were made for different models.
+            MismatchError: two checkpoints say different things.
         """
-        records = [(checkpoint, model_record(checkpoint)) for checkpoint in self.checkpoints]
-        known = [(checkpoint, model) for checkpoint, model in records if model is not None]
-        for checkpoint, model in known[1:]:
-            if model.get("config") != known[0][1].get("config"):
-                raise MismatchError(
-                    f"{known[0][0].path or known[0][0].name} was made for {known[0][1].get('name')}, "
-                    f"{checkpoint.path or checkpoint.name} for {model.get('name')}",
-                    hint="checkpoints of different models cannot be merged, even where the shapes agree",
-                )
-        # The base's own; among equals not the first listed, so that the order of a soup decides nothing.
-        of_base = [model for checkpoint, model in known if checkpoint is self.base]
-        return min(
-            of_base or [model for _, model in known],
-            key=lambda m: json.dumps(m, sort_keys=True),
-            default=None,
-        )
+        # The base's own first; among equals not the first listed, so that the order of a soup decides nothing.
+        records = [(c, record) for c in self.checkpoints if (record := model_record(c)) is not None]
+        records.sort(key=lambda said: (said[0] is not self.base, json.dumps(said[1], sort_keys=True)))
+        said = agreed([(str(c.path or c.name), record) for c, record in records])
+        quick = [c for c in self.checkpoints if needs_quick_gelu(c)]
+        if said and quick and isinstance(said.get("config"), dict) and not said["config"].get("quick_gelu"):
+            name, plain = str(quick[0].path or quick[0].name), said.get("name")
+            raise MismatchError(
+                f"{name} needs QuickGELU, the configuration of {plain} has none",
+                hint=f"say which holds with --model, such as {plain}-quickgelu",
+            )
+        return said
 
 
 E = TypeVar("E", bound=Expression)

@@ -51,11 +51,17 @@ def check_save(
     force: bool = False,
     dtype: str | None = None,
     shard_size: int | None = None,
+    model_named: bool = False,
 ) -> Target:
     """Refuse what `Weights.save` would refuse before it reads a tensor. Returns where it will write.
 
     Tensors go to shards in name order; one that is larger than `shard_size` has a shard to itself.
+
+    Args:
+        model_named: whether the caller says which model it is; without that, the checkpoints must agree on theirs.
     """
+    if not model_named:
+        weights.model  # noqa: B018 - raises where two models are mixed
     inputs = [file for checkpoint in weights.checkpoints for file in checkpoint.files()]
     real = check_target(path, force=force, inputs=inputs)
     plan = make_plan(weights, dtype=dtype)

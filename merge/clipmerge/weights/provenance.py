@@ -79,7 +79,7 @@ def file_metadata(
         "dtype": dtype or "base",
         "parents": parents,
     }
-    if (model := weights.model) is not None:
+    if "model" not in (extra or {}) and (model := weights.model) is not None:
         record["model"] = model
     if prompts := weights.prompts:
         record["prompts"] = prompts

@@ -44,14 +44,19 @@ def _depth(document: Any) -> int:
 
 
 def model_record(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """Say which model the checkpoint is for: {"name", "config", "preprocess"}, recorded or from the file beside it."""
-    for model in (read_record(checkpoint.metadata).get("model"), checkpoint.extra.get("model")):
-        if isinstance(model, dict):
-            config = model.get("config")
-            if isinstance(config, dict) and needs_quick_gelu(checkpoint):
-                return {**model, "config": {**config, "quick_gelu": True}}
-            return model
-    return None
+    """Say which model the checkpoint is for: {"name", "config", "preprocess"}, each where it is known.
+
+    What its own record leaves out is taken from the configuration beside the file.
+    """
+    own, beside = read_record(checkpoint.metadata).get("model"), checkpoint.extra.get("model")
+    said = {**(beside if isinstance(beside, dict) else {}), **(own if isinstance(own, dict) else {})}
+    if isinstance(own, dict) and isinstance(beside, dict):
+        parts = [model.get("preprocess") for model in (beside, own)]
+        said["preprocess"] = {k: v for part in parts if isinstance(part, dict) for k, v in part.items()}
+    config = said.get("config")
+    if isinstance(config, dict) and needs_quick_gelu(checkpoint):
+        said["config"] = {**config, "quick_gelu": True}
+    return said or None
 
 
 def prompts_of(checkpoint: Checkpoint) -> list[dict[str, Any]]:
@@ -81,6 +86,16 @@ def needs_quick_gelu(checkpoint: Checkpoint) -> bool:
     """Whether the weights were trained with QuickGELU, as OpenAI's were: no tensor tells, so the record must."""
     recorded = read_record(checkpoint.metadata).get("quick_gelu") is True
     return recorded or checkpoint.layout == "openai" or checkpoint.extra.get("quick_gelu") is True
+
+
+def with_model(checkpoint: Checkpoint, model: Mapping[str, Any] | None) -> dict[str, str]:
+    """Return the checkpoint's record as file metadata, with what is known of its model; {} where nothing is known."""
+    record = read_record(checkpoint.metadata)
+    known = {
+        **({"model": model} if model else {}),
+        **({"quick_gelu": True} if needs_quick_gelu(checkpoint) else {}),
+    }
+    return write_record({"format": FORMAT, "total": 1, **record, **known}) if known else {}
 
 
 def write_record(record: Mapping[str, Any]) -> dict[str, str]:

@@ -84,7 +84,7 @@ class Weights(Expression):
             dtype: "F32", "F16", "BF16" …; None keeps the base's, tensor by tensor.
             allow_nonfinite: let NaN and infinity through.
             shard_size: the largest number of bytes of one file.
-            metadata: further keys of the file's record.
+            metadata: further keys of the file's record; "model" says which model it is, whatever the inputs say.
             digests: whether to record the parents' content digests, by which `verify` finds them.
             fsync: return only when the file is on the disk.
             threads: worker threads; None takes the cores this process may use, at most four.
@@ -97,7 +97,10 @@ class Weights(Expression):
             OutputError: the file exists, is an input, or cannot be written.
         """
         dtype = float_dtype(dtype)
-        target = check_save(self, Path(path), force=force, dtype=dtype, shard_size=shard_size)
+        named = "model" in (metadata or {})
+        target = check_save(
+            self, Path(path), force=force, dtype=dtype, shard_size=shard_size, model_named=named
+        )
         record = partial(file_metadata, self, dtype=dtype, extra=metadata)
         # Digests that are not known are taken from the bytes as they stream by, so the header that holds them is
         # written last. All digests are equally long: with any text in their place it has its final size.
@@ -169,8 +172,11 @@ class Weights(Expression):
                 targets[name].copy_(staged[name])
         return module
 
-    def check_fit(self, module: "torch.nn.Module", *, strict: bool = True) -> None:
+    def check_fit(self, module: "torch.nn.Module", *, strict: bool = True, whole: bool = True) -> None:
         """Refuse a module that `load_into` could not fill, from headers alone; it may be on the meta device.
+
+        Args:
+            whole: without it the weights may lack whole towers, and have a trained head that the module lacks.
 
         Raises:
             ModelError: names or shapes differ; all of them are listed.
@@ -178,6 +184,11 @@ class Weights(Expression):
         tensors = {name: self.tensor(name) for name in self.names}
         targets = module.state_dict(keep_vars=True)
         problems = []
+        if not whole:
+            tensors = {name: tensor for name, tensor in tensors.items() if tower_of(name) != "head"}
+            gone = targets.keys() - tensors.keys()
+            if tensors and gone and absent_parts(gone, targets.keys() | tensors.keys()):
+                targets = {name: target for name, target in targets.items() if name not in gone}
         if strict:
             missing, extra = sorted(targets.keys() - tensors.keys()), sorted(tensors.keys() - targets.keys())
             problems += [f"the weights lack {name!r}" for name in missing]
@@ -189,8 +200,17 @@ class Weights(Expression):
         if problems:
             raise ModelError(
                 "the weights do not fit the model:\n  " + and_more(problems, SHOWN, "\n  "),
-                hint="is it the right --model? `clipmerge inspect FILE` shows what the file holds",
+                hint=self._hint_of_misfit(),
             )
+
+    def _hint_of_misfit(self) -> str:
+        for checkpoint in self.checkpoints:
+            if names := checkpoint.extra.get("without_place"):
+                return (
+                    f"{checkpoint.path or checkpoint.name} keeps its own names, as open_clip has no place for "
+                    f"{and_more([repr(name[:80]) for name in names])}: it can be merged, not scored or finetuned"
+                )
+        return "is it the right --model? `clipmerge inspect FILE` shows what the file holds"
 
 
 def __getattr__(name: str) -> Callable[..., Weights]:

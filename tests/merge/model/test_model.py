@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clipmerge.errors import ModelError
+from clipmerge.errors import ClipmergeWarning, ModelError
 from clipmerge.model import (
     ModelSpec,
     build_model,
@@ -21,6 +21,7 @@ from clipmerge.model import (
     save_model,
     weights_of,
 )
+from clipmerge.weights.record import write_record
 from clipmerge.weights.weights import from_state_dict, interpolate, load, mean
 
 
@@ -30,7 +31,22 @@ def test_a_name_is_open_clips():
     assert spec.config == open_clip.get_model_config("ViT-B-32")
     assert spec.preprocess["size"] == 224
     assert spec.preprocess["mean"] == pytest.approx((0.48145466, 0.4578275, 0.40821073))
-    assert resolve_model("ViT-L/14").name == "ViT-L-14"
+    assert resolve_model("ViT-B/32").name == "ViT-B-32"
+
+
+def test_a_name_that_leaves_the_preprocessing_open_says_what_was_taken(tiny_model_config, tmp_path):
+    with pytest.warns(
+        ClipmergeWarning, match=r"mean and std of this ViT-L-14: .*laion2b_s32b_b82k has others"
+    ):
+        spec = resolve_model("ViT-L-14")
+    assert spec.stated == {"interpolation": "bicubic", "resize_mode": "shortest"}
+    with pytest.warns(ClipmergeWarning, match="resize_mode of this ViT-H-14"):
+        assert resolve_model("ViT-H-14").preprocess["resize_mode"] == "shortest"
+    half = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    stated = from_state_dict({"a": torch.ones(1)}, "a", write_record({"model": {"preprocess": half}}))
+    assert (
+        resolve_model("ViT-L-14", stated).preprocess["mean"] == [0.5] * 3
+    )  # said by the weights: no question
 
 
 def test_a_names_weights_may_agree_on_another_preprocessing():
@@ -75,7 +91,9 @@ def test_different_models_do_not_mix(tiny_spec, tmp_path):
     wider = ModelSpec("wider", {**tiny_spec.config, "embed_dim": 8}, tiny_spec.preprocess)
     a = load(save_model(build_model(tiny_spec, seed=0), tiny_spec, tmp_path / "a.safetensors"))
     b = load(save_model(build_model(wider, seed=0), wider, tmp_path / "b.safetensors"))
-    with pytest.raises(ModelError, match="different models: tiny and wider"):
+    with pytest.raises(
+        ModelError, match=r"different models: a was made for tiny, b for wider: .*embed_dim: 16 and 8"
+    ):
         resolve_model(None, a, b)
 
 

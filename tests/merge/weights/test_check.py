@@ -74,11 +74,9 @@ def test_patterns_and_shapes_inside_methods_are_checked_too(point: Point) -> Non
     assert "[2]" in refusal(apply("slerp", [a, point("c", x=[1.0, 2.0])])).message
 
 
-def test_totals_and_models_are_checked(point: Point) -> None:
+def test_totals_are_checked(point: Point) -> None:
     a, b = point("a", x=[1.0]), point("b", x=[1.0])
     assert "total is 2" in refusal(a + b).message
-    one, other = (point(n, 1, {"model": {"name": n, "config": {"d": n}}}, x=[1.0]) for n in "pq")
-    assert "was made for p" in refusal(mean([one, other])).message
 
 
 def test_whose_dtypes_count(point: Point) -> None:

@@ -180,13 +180,20 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load(tmp_path / "nothing.safetensors")
 
 
-def test_models_that_differ_are_not_mixed(point: Point) -> None:
+def test_models_that_differ_are_not_mixed_unless_one_is_named(point: Point, tmp_path: Path) -> None:
     a = point("a", 1, {"model": {"name": "ViT-B-32", "config": {"embed_dim": 512}}})
     b = point(
         "b", 1, {"model": {"name": "ViT-B-32-quickgelu", "config": {"embed_dim": 512, "quick_gelu": True}}}
     )
-    with pytest.raises(MismatchError, match="a was made for ViT-B-32, b for ViT-B-32-quickgelu"):
+    with pytest.raises(
+        MismatchError, match=r"b was made for ViT-B-32-quickgelu, a for ViT-B-32: .* quick_gelu"
+    ):
         _ = mean([a, b]).model
+    with pytest.raises(MismatchError, match="b was made for"):
+        mean([a, b]).save(tmp_path / "out.safetensors")
+    chosen = {"name": "ViT-B-32", "config": {"embed_dim": 512}}
+    saved = load(mean([a, b]).save(tmp_path / "out.safetensors", metadata={"model": chosen}))
+    assert saved.model == chosen
 
 
 def test_the_recorded_model_is_the_bases_and_never_the_first_listed(point: Point) -> None:
