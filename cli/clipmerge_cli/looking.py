@@ -44,7 +44,7 @@ def evaluate(
     """
     sources = named(data, "--data", data)
     weights = load_all(checkpoints)
-    with scoring.evaluator(sources, talk, role="test") as (evaluator, _):
+    with scoring.evaluator(sources, talk, role="test", models=weights, as_one=False) as (evaluator, _):
         scores = [evaluator.scores(w) for w in weights]
     if not show.is_first():
         return

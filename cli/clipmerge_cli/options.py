@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
-from clipmerge.text import and_more
+from clipmerge.text import and_more, did_you_mean
 from clipmerge_cli import show
 from clipmerge_cli.groups import arg, opt
 from clipmerge_cli.progress import progress
@@ -72,6 +72,9 @@ CHECKPOINTS = arg("CKPT...", "Checkpoints: files, folders, hf-hub:ORG/NAME.")
 FORCE = opt(False, "Overwrite an output that exists.", OUTPUT)
 PLOT = opt(None, "Draw it: FILE as PNG, and as SVG beside it.", OUTPUT, metavar="FILE", parser=figure_path)
 MODEL = opt(None, "An open_clip model name or JSON config; default: the checkpoint's.", INPUT, metavar="M")
+TEXT_TOWER = opt(
+    None, "Whose text tower a checkpoint without one takes.", INPUT, "--text-tower", "--base", metavar="CKPT"
+)
 REFINE = opt(False, "Narrow the choice down between the points of the grid.", SEARCH)
 SEED = opt(0, "Seed of anything random.", SEARCH)
 
@@ -111,19 +114,41 @@ class Images:
     """Labelled images, and the model and prompts for them."""
 
     model: str | None = MODEL
-    templates: str | None = opt(
-        None, "Prompts: openai, simple, a file or 'a photo of a {}.'", INPUT, metavar="T"
+    templates: list[str] | None = opt(
+        None, "Prompts: openai, simple, a file or 'a photo of a {}.'; repeat.", INPUT, metavar="[NAME=]T"
     )
-    classnames: Path | None = opt(None, "Class names, one per line, in label order.", INPUT, metavar="FILE")
+    classnames: list[str] | None = opt(
+        None, "Class names, one per line, in label order; repeat.", INPUT, metavar="[NAME=]FILE"
+    )
     limit: int | None = opt(None, "Use at most this many images.", INPUT, min=1)
     skip_bad: bool = opt(False, "Leave out images that cannot be used.", INPUT)
 
-    def open(self, data: str, role: str | None, talk: Talk, **changes: Any) -> "Split":
-        """Open labelled images with these options and `changes` to them, and say what --skip-bad left out."""
+    def prompts(self, name: str, among: Sequence[str] = ("train", "val")) -> str | None:
+        """Return the --templates that these images were given."""
+        return by_data(self.templates, "--templates", among).get(name)
+
+    def open(
+        self,
+        name: str,
+        data: str,
+        role: str | None,
+        talk: Talk,
+        *,
+        among: Sequence[str] = ("train", "val"),
+        **changes: Any,
+    ) -> "Split":
+        """Open labelled images with these options and `changes` to them, and say what --skip-bad left out.
+
+        Args:
+            name: what the command calls these images, by which options may be for them alone.
+            among: the names of all images that it has.
+        """
         from clipmerge.data.open import open_split
 
-        options = {"classnames": self.classnames, "limit": self.limit, "skip_bad": self.skip_bad, **changes}
-        split = open_split(data, role=role, **options)
+        templates = self.prompts(name, among)
+        classnames = by_data(self.classnames, "--classnames", among).get(name)
+        options = {"limit": self.limit, "skip_bad": self.skip_bad, **changes}
+        split = open_split(data, role=role, classnames=classnames, templates=templates, **options)
         for remark in split.remarks:
             show.say(f"{split.source}: {remark}", quiet=talk.quiet or not show.is_first())
         if split.skipped:
@@ -164,6 +189,24 @@ def named(values: Sequence[str], option: str, unnamed: Sequence[str] | None = No
             raise typer.BadParameter(f"{name!r} is given twice", param_hint=option)
         pairs[name] = data
     return pairs
+
+
+def by_data(values: Sequence[str] | None, option: str, names: Sequence[str]) -> dict[str, str]:
+    """Return what each data set was given: by `VALUE`, which is for all of them, or by `NAME=VALUE`."""
+    every: dict[str, str] = {}
+    for value in values or ():
+        name, equals, rest = value.partition("=")
+        if not equals or (name not in names and not (name.isidentifier() and rest)) or Path(value).exists():
+            name, rest = "", value
+        elif name not in names:
+            hint = did_you_mean(name, names, f"there are {', '.join(names)}")
+            raise typer.BadParameter(f"no images are called {name!r}: {hint}", param_hint=option)
+        if name in every:
+            what = f"{name!r} is" if name else "the value for all images is"
+            raise typer.BadParameter(f"{what} given twice", param_hint=option)
+        every[name] = rest
+    given = {name: every.get(name, every.get("")) for name in names}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def numbered(name: str, count: int) -> list[str]:

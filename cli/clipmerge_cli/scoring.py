@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, get_args
 import clipmerge
 from clipmerge_cli import show
 from clipmerge_cli.groups import opt, refuse_unused
-from clipmerge_cli.options import INPUT, PLOT, SCORING, SEARCH, Grid, Images, Several, Talk
+from clipmerge_cli.options import INPUT, PLOT, SCORING, SEARCH, Grid, Images, Several, Talk, by_data
 from clipmerge_cli.writing import Output
 
 if TYPE_CHECKING:
@@ -46,6 +46,15 @@ class Search(Protocol):
 class Scoring(Images):
     """How weights are scored."""
 
+    head: list[str] | None = opt(
+        None,
+        "A classification head for the images, in place of prompts; repeat.",
+        INPUT,
+        metavar="[NAME=]FILE",
+    )
+    text_tower: str | None = opt(
+        None, "Whose text tower a checkpoint without one takes; default: BASE's.", INPUT, metavar="CKPT"
+    )
     holdout: str | None = opt(None, "Use only this share of the images, e.g. 2%.", INPUT, metavar="SHARE")
     metric: Metric | None = opt(None, _METRIC, SCORING, metavar="M", show_default=False)
     precision: Precision = opt("auto", "bf16 and fp16 by autocast; auto: bf16 on a GPU, else fp32.", SCORING)
@@ -59,37 +68,70 @@ class Scoring(Images):
         talk: Talk,
         *,
         role: str,
-        models: "Sequence[Weights]" = (),
+        models: "Sequence[Weights]",
+        as_one: bool,
         journal: "Journal | None" = None,
     ) -> "Iterator[tuple[clipmerge.Evaluator, Progress | None]]":
         """Make an evaluator over the named data, together with torchrun's other processes where there are any.
 
+        Says in one summary what is scored how, before anything is.
+
         Args:
             role: the part of each data set to use where DATA names none.
-            models: the model is what all of these agree on; without them, what the first weights scored record.
+            models: what will be scored: each as it says of itself, or `as_one`, as all of them agree.
         """
         from clipmerge import distributed
+        from clipmerge.device import describe, resolve_device, resolve_precision
+        from clipmerge.weights.names import lacks_text
 
         part = None if self.holdout else role
-        device, precision = talk.device("scoring", self.device, self.precision)
+        device = resolve_device(self.device)
+        precision = resolve_precision(self.precision, device)
         distributed.start(device)
+        heads = by_data(self.head, "--head", list(data))
+        tower: Any = self.text_tower or (None if lacks_text(models[0].names) else models[0])
         try:
-            with distributed.explain_lost_peer(), talk.progress() as on_progress:
-                changes = {"holdout": self.holdout, "on_progress": on_progress}
+            with distributed.explain_lost_peer(), talk.progress() as on_progress, ExitStack() as stack:
+                changes: Any = {"holdout": self.holdout, "on_progress": on_progress, "among": list(data)}
                 evaluator = clipmerge.Evaluator(
-                    clipmerge.resolve_model(self.model, *models) if models else self.model,
-                    {name: self.open(source, part, talk, **changes) for name, source in data.items()},
+                    self.model,
+                    {name: self.open(name, source, part, talk, **changes) for name, source in data.items()},
                     device=device,
                     precision=precision,
                     batch_size=self.batch_size,
-                    templates=self.templates,
+                    heads=heads,
+                    text_tower=tower,
                     metric=self.metric,
                     journal=journal,
                     on_progress=on_progress,
                 )
+                if as_one:
+                    stack.enter_context(evaluator.together(models))
+                place = describe(device, precision)
+                talk.say(f"scoring on {place}: {_summary(evaluator, models[:1] if as_one else models)}")
                 yield evaluator, on_progress
         finally:
             distributed.finish()
+
+
+def _summary(evaluator: "clipmerge.Evaluator", models: "Sequence[Weights]") -> str:
+    """Say which model, images, classes and prompts score: in one line where they are the same for all models."""
+    splits, data, how = evaluator.splits, list[str](), dict[str, list[str]]()
+    for name, split in splits.items():
+        source = split.source + (f", #{split.part}" if split.part and "#" not in split.source else "")
+        said = f"{len(split)} images of {source}, {len(split.classes)} classes"
+        data.append(said if len(splits) == 1 else f"{name}: {said}")
+    for weights in models:
+        setups = {name: evaluator.setup(weights, name) for name in splits}
+        prompts = {name: setup.says() for name, setup in setups.items()}
+        one = next(iter(setups.values()))
+        same = len(set(prompts.values())) == 1
+        says = prompts[next(iter(prompts))] if same else "; ".join(f"{n}: {p}" for n, p in prompts.items())
+        how.setdefault(f"{one.spec.name} ({one.spec_from}); {says}", []).append(repr(weights))
+    if len(how) == 1:
+        (text,) = how
+        return "; ".join([text, *data])
+    return "\n".join([*data, *(f"{', '.join(names)}: {text}" for text, names in how.items())])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,19 +222,19 @@ def run_search(
     remembered = choosing.journal or cache_dir() / "scores.jsonl"
     resumed = f"going on from the scores remembered in {show.short(remembered)}; --fresh scores anew"
     journal = Journal(remembered, fresh=choosing.fresh, on_resume=lambda: out.say(resumed))
-    scoring = choosing.evaluator(data, out, role="val", models=models, journal=journal)
+    scoring = choosing.evaluator(data, out, role="val", models=models, as_one=True, journal=journal)
     with scoring as (evaluator, on_progress):
         result = search(evaluator, on_progress=on_progress)
         written = None
         if show.is_first() and out.output is not None:
-            selection = _selection(result, evaluator, data)
-            record = {"model": evaluator.model.to_metadata(), "selection": selection}
-            written = out.write(result.weights, record, on_progress)
+            written = out.write(result.weights, _record(result, evaluator, data), on_progress)
+        prompts = {name: evaluator.setup(split=name).to_json() for name in data}
     if not show.is_first():
         return
     drawn = clipmerge.plot(result, choosing.plot) if choosing.plot else []
     if out.json:
-        show.document(result.to_json() | {"output": written} | ({"figures": drawn} if drawn else {}))
+        figures = {"figures": drawn} if drawn else {}
+        show.document(result.to_json() | {"prompts": prompts, "output": written} | figures)
     else:
         table = result.table()
         show.table(table.headers, table.rows, title=table.title or None)
@@ -204,8 +246,11 @@ def run_search(
     out.finish(written)
 
 
-def _selection(result: "Result", evaluator: "clipmerge.Evaluator", data: Mapping[str, str]) -> dict[str, Any]:
-    """Return what the written file records about how it was chosen; folders stay private, in `images/val` too."""
+def _record(result: "Result", evaluator: "clipmerge.Evaluator", data: Mapping[str, str]) -> dict[str, Any]:
+    """Return what the written file records about how it was chosen; folders stay private, in `images/val` too.
+
+    Prompts that were given are its own from now on.
+    """
     from clipmerge.search.results import SoupResult
 
     names = [re.sub(r"[^:#@]*/(?=[^/#@])", "", text) for text in data.values()]
@@ -214,7 +259,19 @@ def _selection(result: "Result", evaluator: "clipmerge.Evaluator", data: Mapping
         score = result.score
         facts |= {"metric": score.metric, "value": score.value, "n": score.n}
         facts["ingredients"] = list(result.ingredients)
-    return {**facts, "digests": {name: evaluator.data_key(name) for name in data}}
+    setups = {name: evaluator.setup(split=name) for name in data}
+    facts |= {"digests": {name: evaluator.data_key(name) for name in data}}
+    facts |= {"prompts": {name: setup.to_json() for name, setup in setups.items()}}
+    given = [s.entry(evaluator.splits[name]) for name, s in setups.items() if s.templates_from == "given"]
+    inherited = [entry for entry in result.weights.prompts if not any(_same_classes(entry, g) for g in given)]
+    prompts = [*inherited, *(g for i, g in enumerate(given) if g not in given[:i])]
+    return {"model": evaluator.model.to_metadata(), "selection": facts} | (
+        {"prompts": prompts} if given else {}
+    )
+
+
+def _same_classes(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return "classes" not in one or set(one["classes"]) == set(other["classes"])
 
 
 def _remarks(result: "Result", coefficient: str | None) -> Iterator[str]:

@@ -69,13 +69,13 @@ def finetune(
 
     began = perf_counter()
     place, computing = talk.device("training", device, precision)
-    settings = replace(settings, augment=augmentation, templates=images.templates)
+    settings = replace(settings, augment=augmentation, templates=images.prompts("train"))
     distributed.start(place)
     with training(quiet=talk.silent) as (on_progress, on_event):
         weights = run_finetuning(
             None if base == "none" else base,
-            images.open(train, "train", talk),
-            val=None if val is None else images.open(val, "val", talk, limit=None),
+            images.open("train", train, "train", talk),
+            val=None if val is None else images.open("val", val, "val", talk, limit=None),
             head=head,
             out=output,
             model=images.model,
@@ -158,11 +158,11 @@ def sweep(
         talk.say(f"{done}/{trials}  {trial.file.name}  held-out {show.percent(trial.score)} %")
 
     options: dict[str, Any] = {"storage": storage, "sampler": sampler, "seed": seed, "retries": retries}
-    options |= {"model": images.model, "templates": images.templates, "batch_size": batch_size}
+    options |= {"model": images.model, "templates": images.prompts("train"), "batch_size": batch_size}
     finished = finetune_sweep(
         None if base == "none" else load(base),
-        images.open(train, "train", talk),
-        images.open(val, "val", talk, limit=None),
+        images.open("train", train, "train", talk),
+        images.open("val", val, "val", talk, limit=None),
         output,
         trials=trials,
         space=trial_space,

@@ -21,6 +21,7 @@ from clipmerge.model import ModelSpec, resolve_model
 from clipmerge.text import and_more
 from clipmerge.types import Ints
 from clipmerge.weights.names import lacks_text
+from clipmerge.weights.record import model_record
 from clipmerge.weights.weights import Weights, as_checkpoint
 
 __all__ = ["Given", "Origin", "Setup", "read_head"]
@@ -36,7 +37,7 @@ class Setup:
     """How weights are scored on a split.
 
     Attributes:
-        spec: the model. spec_from: whether it was given or is what the checkpoints record.
+        spec: the model. spec_from: "given", or which checkpoint records it.
         templates, classes: the prompts: templates, and a name for each of the split's classes.
         templates_from, classes_from: where they come from.
         head: what gives logits: "zero-shot" (built from the prompts), "trained" (the weights' own), "file"; "captions"
@@ -45,7 +46,7 @@ class Setup:
     """
 
     spec: ModelSpec
-    spec_from: Origin
+    spec_from: str
     templates: tuple[str, ...]
     templates_from: Origin
     classes: tuple[str, ...]
@@ -58,6 +59,20 @@ class Setup:
         renamed = self.head == "zero-shot" and self.classes_from == "recorded"
         rows = {} if self.rows is None else {"rows": self.rows.tolist()}
         return ({"classes": self.classes} if renamed else {}) | rows
+
+    def says(self) -> str:
+        """Say what gives the logits, in a few words."""
+        if self.head != "zero-shot":
+            return "a trained head" if self.head == "trained" else "a head from a file"
+        count, first = len(self.templates), repr(self.templates[0])
+        prompts = f"prompts {first}" if count == 1 else f"{count} prompts such as {first}"
+        names = ", class names recorded" if self.classes_from == "recorded" else ""
+        return f"{prompts} ({self.templates_from}{names})"
+
+    def entry(self, split: Split) -> dict[str, list[str]]:
+        """Return these prompts as a checkpoint records them for such data."""
+        entry = {"templates": self.templates, "classes": self.classes, "words": split.words}
+        return {key: list(texts) for key, texts in entry.items() if texts}
 
     def to_json(self) -> dict[str, Any]:
         """Return head and prompts, ready for `json.dumps`."""
@@ -121,12 +136,12 @@ class Given:
         if needs_text and lacks_text(weights[0].names) and self.text_tower is None:
             raise ModelError(
                 f"{weights[0]!r} has no text tower, which {name} is scored by",
-                hint="name a checkpoint that has it (--text-tower CKPT, such as the base that this was finetuned from), "
-                f"or give a head (--head {name}=FILE)",
+                hint="name a checkpoint that has it, such as the base that this was finetuned from "
+                f"(--text-tower CKPT), or give a head (--head {name}=FILE)",
             )
         return Setup(
             self.spec(weights),
-            "recorded" if self.model is None else "given",
+            "given" if self.model is not None else _recorder(weights),
             templates[0],
             templates_from,
             classes[0],
@@ -193,6 +208,11 @@ def read_head(source: Source) -> Weights:
             hint="a head is a file with weight and bias, or a checkpoint with classification_head.weight",
         )
     return Weights.of(replace(checkpoint, tensors=parts))
+
+
+def _recorder(weights: Iterable[Weights]) -> str:
+    checkpoints = (c for each in weights for c in each.checkpoints if model_record(c) is not None)
+    return f"recorded in {next(checkpoints).name}"
 
 
 _Entry = tuple[Mapping[str, Any], tuple[int, ...]]
