@@ -35,6 +35,8 @@ COMMANDS = {
     "negate": (CHOOSE, "Make the base forget a task (task negation)."),
     "analogy": (MERGE, "base + scale * (C + B - A), all as task vectors."),
     "merge": (MERGE, "Any expression over checkpoints, or a TOML recipe."),
+    "leaderboard": (MERGE, "Run merging methods on the same models and compare them on images."),
+    "methods": (MERGE, "List the methods that `merge` knows, with their options."),
     "task-vector": (MERGE, "Write finetuned minus base as a file of its own."),
     "convert": (MERGE, "Between layouts: open_clip, Hugging Face."),
     "finetune": (MAKE, "FLYP, cross-entropy, LP-FT, CAR-FT, linear probe, or from scratch."),

@@ -1,22 +1,34 @@
-"""The commands that merge as they are told: analogy, merge, task-vector, convert."""
+"""The commands that merge: analogy, merge, leaderboard, methods, task-vector, convert."""
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
 import clipmerge
 from clipmerge.checkpoint import convert as convert_checkpoint
-from clipmerge.weights.recipe import Recipe, read_recipe
+from clipmerge.checkpoint.tensors import Checkpoint
+from clipmerge.errors import RecipeError
+from clipmerge.weights.methods import METHODS, describe
+from clipmerge.weights.parse import names_in, parse
+from clipmerge.weights.recipe import Recipe, load_named, read_recipe
 from clipmerge.weights.record import with_model
-from clipmerge.weights.weights import one_tower
+from clipmerge.weights.weights import Weights, one_tower
 from clipmerge_cli import options as shared
 from clipmerge_cli import show
 from clipmerge_cli.groups import arg, opt
 from clipmerge_cli.options import HUB_FILE, INPUT, Grid, Talk
-from clipmerge_cli.scoring import Choosing, choose
+from clipmerge_cli.scoring import Choosing, Scoring, choose, run_search
 from clipmerge_cli.writing import UNKNOWN_MODEL, Output, load_models, named_model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from clipmerge.search.results import SweepResult
+    from clipmerge.types import Progress
+    from clipmerge.weights.coefficient import Scalar
+    from clipmerge.weights.expression import OptionValue
 
 
 def analogy(
@@ -62,14 +74,30 @@ def merge(
     expression: str = arg("EXPRESSION|RECIPE.toml", "What to compute, or a recipe that says it."),
     files: list[str] | None = arg("[NAME=FILE]...", "The checkpoint behind each name.", None),
     out: Output,
-    model: str | None = shared.MODEL,
+    choosing: Choosing,
+    scale: str | None = opt(
+        None, "The number that `scale` in the expression stands for; auto: chosen on images.", metavar="X"
+    ),
+    val: list[str] | None = opt(
+        None, "With auto: held-out images of the task of checkpoint NAME; repeat.", INPUT, metavar="NAME=DATA"
+    ),
+    scales: Grid | None = shared.grid_option(None, "With auto: numbers to try; default: the method's own."),
+    refine: bool = shared.REFINE,
+    fused: bool = opt(False, "Methods of matrices take q, k and v in one tensor as one matrix."),
+    equalise: bool = opt(False, "Scale task vectors to the median of their norms first."),
 ) -> None:
-    """Any expression over checkpoints, computed in one pass.
+    """Any expression over checkpoints.
 
-    The sum of the coefficients must be 1 (a model) or 0 (a task vector).
+    The sum of the coefficients must be 1 (a model) or 0 (a task vector). `clipmerge methods` lists what can be
+    called in it. With --scale auto the number `scale` (or, where the expression has none, the factor on everything
+    that it adds to its base) is the one with the best mean, over tasks, of held-out score divided by the score of
+    that task's own checkpoint.
 
         clipmerge merge "base + 0.4*(a - base)" \\
           base=base.safetensors a=a.safetensors -o out.safetensors
+        clipmerge merge "zs + scale*ties(\\[a - zs, b - zs], density=0.2)" \\
+          zs=base.safetensors a=cars.safetensors b=dtd.safetensors \\
+          --scale auto --val a=cars/val --val b=dtd/val -o out.safetensors
         clipmerge merge "mean(\\[a, b])" a=a.pt b=hf-hub:org/b -o soup/
         clipmerge merge 'base + {"visual": 0.5}*(a - base)' \\
           base=base.safetensors a=a.safetensors --dry-run
@@ -81,11 +109,128 @@ def merge(
     named_files = shared.named(files or [], "NAME=FILE")
     recipe = read_recipe(expression) if expression.endswith(".toml") else Recipe(expression, {})
     recipe = replace(recipe, checkpoints={**recipe.checkpoints, **named_files})
-    weights = recipe.weights()
-    idle = [name for name in recipe.checkpoints if name not in {c.name for c in weights.checkpoints}]
-    remark = f"no part of the result, as its coefficients sum to 0: {', '.join(idle)}" if idle else None
+    options = {key: True for key, wanted in (("fused", fused), ("equalise", equalise)) if wanted}
+    if scale is None and val:
+        raise typer.BadParameter("--val is for --scale auto", param_hint="--val")
     first = {name: getattr(out, name) or getattr(recipe, name) for name in ("output", "dtype", "shard_size")}
-    replace(out, **first).merge(weights, model=model, remark=remark)
+    out = replace(out, **first)
+    if scale is None:
+        weights = recipe.weights(**options)
+        idle = [name for name in recipe.checkpoints if name not in {c.name for c in weights.checkpoints}]
+        remark = f"no part of the result, as its coefficients sum to 0: {', '.join(idle)}" if idle else None
+        out.merge(weights, model=choosing.model, remark=remark)
+        return
+    names, value = load_named(recipe.checkpoints), shared.scale(scale)
+    family = scaled(recipe.expression, names, options)
+    if value is not None:
+        out.merge(family(value), model=choosing.model)
+        return
+    splits = shared.named(val or [], "--val")
+    if not splits or out.dry_run:
+        if not out.dry_run:
+            raise typer.BadParameter(
+                "--scale auto needs held-out images: --val NAME=DATA", param_hint="--val"
+            )
+        out.merge(family(1), model=choosing.model, remark="scale is chosen on images; the plan shows 1")
+        return
+    from clipmerge.search.leaderboard import search_scale
+
+    if unknown := splits.keys() - names.keys():
+        known = ", ".join(names)
+        message = f"{min(unknown)!r} is no checkpoint of the expression, whose names are {known}"
+        raise typer.BadParameter(message, param_hint="--val")
+    start = Weights.of(family(1).reference)
+    tasks = {split: names[split] if names[split].kind() == 1 else start + names[split] for split in splits}
+
+    def search(evaluator: "clipmerge.Evaluator", *, on_progress: "Progress | None") -> "SweepResult":
+        return search_scale(family, tasks, evaluator, grid=scales, refine=refine, on_progress=on_progress)
+
+    run_search(search, splits, list(tasks.values()), choosing, out, "scale")
+
+
+def scaled(
+    text: str, names: "Mapping[str, Weights]", options: "Mapping[str, OptionValue]"
+) -> "Callable[[Scalar], Weights]":
+    """Return number → model: the number is `scale` in the expression, or the factor on what it adds to its base."""
+    if "scale" in names_in(text):
+        if "scale" in names:
+            raise RecipeError(
+                "scale is a number here, and a checkpoint", hint="give the checkpoint another name"
+            )
+        return lambda number: parse(text, names, numbers={"scale": number}, options=options)
+    whole = parse(text, names, options=options)
+    if whole.kind() != 1 or not isinstance(whole.base, Checkpoint):
+        raise RecipeError("the expression has no free number", hint="write it as scale: zs + scale*ties(…)")
+    base = Weights.of(whole.base)
+    return lambda number: base + number * (whole - base)
+
+
+def leaderboard(
+    *,
+    base: str = shared.BASE,
+    finetuned: list[str] = arg("FINETUNED...", "One checkpoint, or task-vector file, per task."),
+    talk: Talk,
+    scoring: Scoring,
+    val: list[str] = opt(..., "Each task's held-out images, in order.", INPUT, metavar="DATA"),
+    test: list[str] | None = opt(
+        None, "Each task's images to report on, in order; default: the held-out ones.", INPUT, metavar="DATA"
+    ),
+    method: list[str] | None = opt(
+        None, "Run this one, such as 'ties(density=0.1)'; repeat.", metavar="METHOD"
+    ),
+) -> None:
+    """Run merging methods on the same task vectors and print their scores, absolute and normalised.
+
+    Each method of task vectors is added to the base times the number that has the best mean normalised score on
+    the held-out images (see `clipmerge merge --help`). Without --method all methods run that take so many models.
+
+        clipmerge leaderboard base.safetensors cars.safetensors dtd.safetensors \\
+          --val cars/val --val dtd/val --test cars/test --test dtd/test
+    """
+    for option, given in (("--val", val), ("--test", test)):
+        if given is not None and len(given) != len(finetuned):
+            message = f"one {option} for each task: {len(finetuned)}, not {len(given)}"
+            raise typer.BadParameter(message, param_hint=option)
+    from clipmerge.search.leaderboard import leaderboard as run
+
+    start, *tuned = load_models(base, *finetuned)
+    tasks = [w.checkpoints[-1].name for w in tuned]
+    data = shared.named(val, "--val", tasks)
+    tests = shared.named(test or [], "--test", [f"{task}_test" for task in tasks])
+    models = dict(zip(data, tuned, strict=True))
+    reported = dict(zip(models, tests, strict=True)) if test else None
+    roles = {**dict.fromkeys(data, "val"), **dict.fromkeys(tests, "test")}
+    with scoring.evaluator({**data, **tests}, talk, role=roles, models=[start, *tuned], as_one=True) as (
+        evaluator,
+        bars,
+    ):
+        board = run(start, models, evaluator, method, test=reported, on_progress=bars)
+    if not show.is_first():
+        return
+    if talk.json:
+        show.document(board.to_json())
+        return
+    table = board.table()
+    show.table(table.headers, table.rows, title=table.title)
+
+
+def methods(*, talk: Talk) -> None:
+    """List the methods that `clipmerge merge` knows: what they take and give, their options with defaults, the paper.
+
+    In an expression: ties(\\[a - zs, b - zs], density=0.2). In Python: cm.ties(\\[a - zs, b - zs], density=0.2).
+
+    Example: [bold]clipmerge methods[/bold]
+    """
+    rows = [describe(method) for method in METHODS.values()]
+    if talk.json:
+        show.document({"kind": "methods", "methods": rows})
+        return
+    cells = [(m["name"], m["takes"], ", ".join(m["shown"]), m["source"]) for m in rows]
+    show.table(("method", "takes → gives", "options", "source"), cells)
+    for row in rows:
+        talk.say(f"{row['name']}: {row['says']}")
+        for name, option in row["options"].items():
+            talk.say(f"    {name}: {option['says']}")
 
 
 def task_vector(*, base: str = shared.BASE, finetuned: str = shared.FINETUNED, out: Output) -> None:

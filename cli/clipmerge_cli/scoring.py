@@ -67,7 +67,7 @@ class Scoring(Images):
         data: Mapping[str, str],
         talk: Talk,
         *,
-        role: str,
+        role: str | Mapping[str, str],
         models: "Sequence[Weights]",
         as_one: bool,
         journal: "Journal | None" = None,
@@ -77,14 +77,15 @@ class Scoring(Images):
         Says in one summary what is scored how, before anything is.
 
         Args:
-            role: the part of each data set to use where DATA names none.
+            role: the part of each data set to use where DATA names none, the same for all or by name.
             models: what will be scored: each as it says of itself, or `as_one`, as all of them agree.
         """
         from clipmerge import distributed
         from clipmerge.device import describe, resolve_device, resolve_precision
         from clipmerge.weights.names import lacks_text
 
-        part = None if self.holdout else role
+        roles = dict.fromkeys(data, role) if isinstance(role, str) else role
+        parts = dict.fromkeys(data) if self.holdout else roles
         device = resolve_device(self.device)
         precision = resolve_precision(self.precision, device)
         distributed.start(device)
@@ -95,7 +96,10 @@ class Scoring(Images):
                 changes: Any = {"holdout": self.holdout, "on_progress": on_progress, "among": list(data)}
                 evaluator = clipmerge.Evaluator(
                     self.model,
-                    {name: self.open(name, source, part, talk, **changes) for name, source in data.items()},
+                    {
+                        name: self.open(name, source, parts[name], talk, **changes)
+                        for name, source in data.items()
+                    },
                     device=device,
                     precision=precision,
                     batch_size=self.batch_size,

@@ -4,7 +4,9 @@ A new method is one function in `clipmerge.ops`, one row here and one test: the 
 name, the command's list and the records of files follow from the row. `expression.Method` says what a row holds.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+from inspect import getdoc
 from math import isfinite
 from numbers import Real
 from typing import Any
@@ -223,3 +225,23 @@ def function_of(method: Method) -> Callable[..., Expression]:
 
 def _did_you_mean(name: str, known: Mapping[str, object]) -> str | None:
     return did_you_mean(name, known, f"known: {', '.join(sorted(known)) or 'none'}")
+
+
+def describe(method: Method) -> dict[str, Any]:
+    """Say in words what a row of the table holds: what it takes and gives, its options, its source."""
+    text = getdoc(method.function) or ""
+    source = re.search(r"Source: (.+)", text)
+    options = {
+        name: {"default": option.default, "says": option.says, "choices": list(option.choices)}
+        for name, option in method.all_options.items()
+    }
+    kinds = {"vectors": "task vectors → task vector", "points": "models → model"}
+    merged = ["merged=their sum"] if method.takes_merged else []
+    return {
+        "name": method.name,
+        "takes": kinds[method.takes],
+        "says": text.partition("\n")[0],
+        "options": options,
+        "shown": merged + [f"{name}={option.default}" for name, option in method.options.items()],
+        "source": source.group(1).rstrip(".") if source else "",
+    }

@@ -85,6 +85,16 @@ def parse(
     return value
 
 
+def names_in(text: str) -> frozenset[str]:
+    """Return the names that an expression uses, of checkpoints and numbers; none where it cannot be read."""
+    try:
+        nodes = list(ast.walk(ast.parse(text.strip(), mode="eval")))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return frozenset()
+    called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
+    return frozenset(node.id for node in nodes if isinstance(node, ast.Name) and id(node) not in called)
+
+
 class _Parser(Generic[E]):
     """One text, the names it may use, those it has used, and `at`, the part that is read: where errors point."""
 

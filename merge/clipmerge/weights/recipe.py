@@ -20,6 +20,7 @@ from typing import Any
 
 from clipmerge.errors import RecipeError
 from clipmerge.text import did_you_mean
+from clipmerge.weights.expression import OptionValue
 from clipmerge.weights.parse import parse
 from clipmerge.weights.weights import Weights, load_leaves
 
@@ -41,9 +42,9 @@ class Recipe:
     shard_size: int | None = None
     output: Path | None = None
 
-    def weights(self) -> Weights:
-        """The expression over its checkpoints (headers are read)."""
-        return parse(self.expression, load_named(self.checkpoints))
+    def weights(self, **options: OptionValue) -> Weights:
+        """The expression over its checkpoints (headers are read); options go to every method that has them."""
+        return parse(self.expression, load_named(self.checkpoints), options=options)
 
 
 def load_named(files: Mapping[str, str | Path]) -> dict[str, Weights]:
