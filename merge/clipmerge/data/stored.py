@@ -48,21 +48,64 @@ class StoredImages(Protocol):
 
 
 def decode(stored: Stored) -> Image.Image:
-    """Return the image in RGB, as torchvision's loader makes it: no alpha, no EXIF rotation, no draft mode."""
+    """Return the image in RGB, as torchvision's loader makes it: no alpha, no EXIF rotation, no draft mode.
+
+    Deeper grey images, which that loader clips, are scaled: 16 bits by their white, floats in 0 … 1 by 255.
+
+    Raises:
+        ValueError: a mode whose white is not known.
+    """
     if isinstance(stored, bytes):
         with Image.open(io.BytesIO(stored)) as image:
-            if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
-                return image.convert("RGBA").convert("RGB")  # the same pixels, without Pillow's warning
-            return image.convert("RGB")
-    return (stored if isinstance(stored, Image.Image) else Image.fromarray(stored)).convert("RGB")
+            return _rgb(image)
+    return _rgb(stored if isinstance(stored, Image.Image) else Image.fromarray(stored))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if _is_deep(image):
+        values = np.asarray(image)
+        if image.mode == "F":
+            if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+                values = f"{values.min():g} to {values.max():g}"
+                raise ValueError(f"mode F with values from {values}, not in 0 … 1: save it in 8 or 16 bits")
+            white: float = 1
+        elif image.mode == "I" and image.format not in _SIXTEEN_BITS:
+            raise ValueError("mode I, 32-bit integers without a known white: save it in 8 or 16 bits")
+        else:  # a TIFF may have 12 bits in 16
+            white = 2 ** int(getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0]) - 1
+        return Image.fromarray(np.rint(values * (255.0 / white)).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        return image.convert("RGBA").convert("RGB")  # the same pixels, without Pillow's warning
+    return image.convert("RGB")
+
+
+_SIXTEEN_BITS = ("PNG", "PPM")
+"""Formats whose deepest pixels have 16 bits, which releases of Pillow give as mode I."""
+
+_BITS_PER_SAMPLE = 258
+_MAYBE_DEEP = (b"\x89PNG", b"II", b"MM", b"P5", b"P2", b"Pf", b"\0\0\0\x0cjP", b"\xff\x4f")
+
+
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
 def content_key(stored: Stored) -> bytes:
-    """Return a digest (32 bytes) of an image's content: of its bytes where it is encoded, else of its pixels."""
+    """Return a digest (32 bytes) of an image's content: of its bytes where it is encoded, else of its pixels.
+
+    Deep images were clipped once: a word in front tells what was remembered of them then from what they are now.
+    """
     if isinstance(stored, bytes):
-        return blake3(stored).digest()
+        deep = False
+        if stored.startswith(_MAYBE_DEEP):
+            with (
+                suppress(Exception),
+                Image.open(io.BytesIO(stored)) as image,
+            ):  # what is no image is told by others
+                deep = _is_deep(image)
+        return blake3(b"scaled\0" + stored if deep else stored).digest()
     if isinstance(stored, Image.Image):
-        rgb = stored.convert("RGB")
+        rgb = decode(stored)
         return blake3(repr(rgb.size).encode() + rgb.tobytes()).digest()
     return blake3(repr(stored.shape).encode() + stored.tobytes()).digest()
 
@@ -131,6 +174,10 @@ def survey(
     Returns:
         (n, 32) digests of what is stored, zeros for images that cannot be read; and by position why those cannot.
     """
+    distinct, places = np.unique(index, return_inverse=True)
+    if len(distinct) < len(index):  # an image with several captions is read once
+        keys, faults = survey(images, distinct, fully=fully, on_progress=on_progress)
+        return keys[places], {i: faults[p] for i, p in enumerate(places.tolist()) if p in faults}
     path, size = _cache_path(images, index, fully), 32 * len(index)
     cached = None if path is None else map_intact(path)
     if cached is not None:
@@ -200,7 +247,7 @@ def _reason(error: Exception) -> str:
 
 def _cache_path(images: StoredImages, index: Ints, fully: bool) -> Path | None:
     """Return where a survey of files that look like these is kept; None where some images are in no file."""
-    hasher = blake3(b"clipmerge survey 1 fully" if fully else b"clipmerge survey 1")
+    hasher = blake3(b"clipmerge survey 2 fully" if fully else b"clipmerge survey 2")
     for i in index.tolist():
         stamp = images.stamp(i)
         if stamp is None:

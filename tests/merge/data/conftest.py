@@ -62,10 +62,11 @@ def store(
     root: Path,
     labels: Sequence[str | int | float],
     names: Sequence[str] | None = None,
-    images: Sequence[Image.Image] | None = None,
+    images: Sequence[Image.Image | bytes] | None = None,
 ) -> Path:
     """Write small images with these labels as a source of this kind; `names` are the classes that it declares."""
-    files = [encoded(image, "PNG") for image in images or [picture(i, 8, 6) for i in range(len(labels))]]
+    pictures = images or [picture(i, 8, 6) for i in range(len(labels))]
+    files = [image if isinstance(image, bytes) else encoded(image, "PNG") for image in pictures]
     root.mkdir(parents=True, exist_ok=True)
     if kind == "folder":
         for i, (label, data) in enumerate(zip(labels, files, strict=True)):
