@@ -116,7 +116,8 @@ def settle_classes(
     target = np.array([classes.counts_as.get(i, i) for i in subset.tolist()], np.int64)
     merged = not np.array_equal(target, subset)
     remarks = [*split.remarks, *classes.remarks]
-    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    chosen = Counter(names[i] for i in np.unique(target).tolist())
+    twice = sorted(name for name, count in chosen.items() if count > 1 and names != imagenet_names())
     if twice:
         remarks.append(f"several classes have one name: {and_more(twice)}")
     if len(np.unique(target)) == 1:

@@ -29,7 +29,9 @@ _SYNONYMS: tuple[tuple[str, ...], ...] = (
     ("val", "valid", "validation", "dev", "holdout"),
     ("test", "testing", "eval"),
 )
-_PARTS = re.compile(rf"({'|'.join(name for names in _SYNONYMS for name in names)})([-_].*)?")
+_PARTS = re.compile(
+    rf"({'|'.join(name for names in _SYNONYMS for name in names)})([-_0-9].*)?", re.IGNORECASE
+)
 
 Pick = Callable[[Sequence[str]], str]
 """From the names of the parts that a source has to the one to take; raises where that is not among them."""
@@ -82,11 +84,12 @@ def pick_part(place: str, parts: Sequence[str], part: str | None, role: str) -> 
     if part is None and len(parts) == 1:
         return parts[0]
     wanted = part or role
-    synonyms = next((names for names in _SYNONYMS if wanted in names), ())
+    synonyms = next((names for names in _SYNONYMS if wanted.lower() in names), ())
     stand_ins = _SYNONYMS[1] if part is None and wanted == "test" else ()
-    for name in (wanted, *synonyms, *stand_ins):
-        if name in parts:
-            return name
+    by_name = {name.lower(): name for name in parts} | {name: name for name in parts}
+    for name in (wanted, wanted.lower(), *synonyms, *stand_ins):
+        if name in by_name:
+            return by_name[name]
     listed = ", ".join(f"#{name}" for name in parts if name)
     if not listed:
         raise DataError(f"{place} has no splits, so there is no #{part}", hint=f"leave #{part} out")

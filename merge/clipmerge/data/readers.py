@@ -1,4 +1,4 @@
-"""Read a source by what it is: folders and torchvision's data sets here, files of one format in files of their own."""
+"""Read a source by what it is: torchvision's data sets and the digits here, other formats in files of their own."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from clipmerge.data.class_folders import class_folders
 from clipmerge.data.csv_table import is_table, table
-from clipmerge.data.raw_split import IMAGE_SUFFIXES, Pick, RawSplit, expand, is_part, pick_part
+from clipmerge.data.raw_split import IMAGE_SUFFIXES, Pick, RawSplit, expand, pick_part
 from clipmerge.data.sampling import name_hash
-from clipmerge.data.stored import FileImages, LoadedImages
+from clipmerge.data.stored import LoadedImages
 from clipmerge.data.tables import npz, parquet
 from clipmerge.data.webdataset import SHARD_SUFFIXES, webdataset
 from clipmerge.errors import DataError
@@ -96,10 +97,10 @@ def _reader_of_folder(root: Path) -> tuple[Reader, list[str]]:
             return reader, []
         if shards:
             names = and_more(sorted(path.relative_to(root).as_posix() for path in shards), 3)
-            return folder, [f"most of it is images in folders; passed over {names}"]
+            return class_folders, [f"most of it is images in folders; passed over {names}"]
     if (root / "metadata.csv").is_file() and is_table(root / "metadata.csv"):
         return table, ["read by its metadata.csv"]
-    return folder, []
+    return class_folders, []
 
 
 def digits(place: str, pick: Pick) -> RawSplit:
@@ -121,31 +122,6 @@ def digits(place: str, pick: Pick) -> RawSplit:
     prompts = ('a photo of the number: "{}".',)  # CLIP's own for MNIST, arXiv 2103.00020
     classes = tuple("0123456789")
     return RawSplit(LoadedImages(pixels), names, labels.tolist(), classes, parts.tolist(), templates=prompts)
-
-
-def folder(place: str, pick: Pick) -> RawSplit:
-    """Read a folder of class folders, or of parts (`train`, `val`, `test`) that hold class folders."""
-    root = Path(place)
-    parts = [name for name in _subfolders(root) if is_part(name) and _subfolders(root / name)]
-    root = root / pick(parts or [""])
-    classes = _subfolders(root)
-    names = [
-        path.relative_to(root).as_posix()
-        for name in classes
-        for path in sorted((root / name).rglob("*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-    ]
-    if not names:
-        raise DataError(
-            f"{root} holds no images in class folders", hint=f"put them where {root}/CLASS/image.jpg would be"
-        )
-    labels = [name.partition("/")[0] for name in names]
-    empty = sorted(set(classes) - set(labels))
-    return RawSplit(FileImages([str(root / name) for name in names]), names, labels, empty=empty)
-
-
-def _subfolders(root: Path) -> list[str]:
-    return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 def torchvision(place: str, pick: Pick) -> RawSplit:

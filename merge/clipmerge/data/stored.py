@@ -66,8 +66,8 @@ def _rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image)
         if image.mode == "F":
             if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
-                values = f"{values.min():g} to {values.max():g}"
-                raise ValueError(f"mode F with values from {values}, not in 0 … 1: save it in 8 or 16 bits")
+                span = f"{values.min():g} to {values.max():g}"
+                raise ValueError(f"mode F with values from {span}, not in 0 … 1: save it in 8 or 16 bits")
             white: float = 1
         elif image.mode == "I" and image.format not in _SIXTEEN_BITS:
             raise ValueError("mode I, 32-bit integers without a known white: save it in 8 or 16 bits")
