@@ -41,6 +41,7 @@ PUBLIC = [
     "sweep",
     "uniform_soup",
     "verify",
+    "with_zero_shot_head",
     "within",
 ]
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from clipmerge.search.results import SweepResult
     from clipmerge.search.rules import Rule
     from clipmerge.types import Progress
+    from clipmerge.weights.weights import Weights
 
 Mode = Literal["single", "sequential", "joint", "parallel"]
 _KIND = "Kind of soup"
@@ -122,7 +123,8 @@ def interpolate(
     """Interpolate between a base and a finetuned checkpoint (WiSE-FT): (1 - alpha) base + alpha finetuned.
 
     With --alphas and --eval every alpha is scored, the curve is shown, and the alpha that the rule chooses is
-    written. Without images to score on, alpha is 0.5.
+    written. Without images to score on, alpha is 0.5. Where only FINETUNED has a trained head, BASE gets the zero-shot
+    head of its own text tower, for the classes and prompts that FINETUNED records.
 
     Which --rule? best-mean (the default where there is a shift) when images of the shifts that matter can be scored.
     within:1 when they cannot: the smallest alpha whose score on id is within 1 point of the best; on 18 published
@@ -143,6 +145,7 @@ def interpolate(
     value = None if eval else 0.5 if alpha is None else alpha
     grid = alphas or shared.numbers("0:1:0.1")
     start, end = load_models(base, finetuned, vectors=vectors)
+    start = _with_head(start, end, choosing, out)
 
     beyond = alpha is not None and not 0 <= alpha <= 1
     remark = f"alpha {alpha:g} lies beyond the two models: this extrapolates" if beyond else None
@@ -160,6 +163,21 @@ def interpolate(
         refine=refine,
         remark=remark,
     )
+
+
+def _with_head(base: "Weights", tuned: "Weights", choosing: Choosing, out: Output) -> "Weights":
+    """Give a base that has no head its zero-shot head where the finetuned model has a trained one, and say so."""
+    trained = "classification_head.weight"
+    if trained in base.names or trained not in tuned.names:
+        return base
+    headed, recipe = clipmerge.with_zero_shot_head(base, tuned, choosing.model)
+    templates = recipe["templates"]
+    prompts = repr(templates[0]) if len(templates) == 1 else f"{len(templates)} templates"
+    out.say(
+        f"{base!r} has no head: its zero-shot head is built from its own text tower, with the {len(recipe['classes'])} "
+        f"classes and the prompts ({prompts}) that {tuned!r} records"
+    )
+    return headed
 
 
 def _rule(name: str | None, splits: list[str]) -> "Rule":

@@ -12,13 +12,13 @@ from rich.tree import Tree
 from clipmerge.errors import CheckpointError
 from clipmerge.evaluate.metrics import METRICS
 from clipmerge.evaluate.score import Score
+from clipmerge.evaluate.verify import verify as verify_file
 from clipmerge.text import and_more
 from clipmerge.weights.look import Summary
 from clipmerge.weights.look import compare as compare_weights
 from clipmerge.weights.look import inspect as summarise
 from clipmerge.weights.provenance import Parent, bases_of, is_original, parents_of
 from clipmerge.weights.verify import Verdict
-from clipmerge.weights.verify import verify as verify_file
 from clipmerge.weights.weights import load, load_all
 from clipmerge_cli import show
 from clipmerge_cli.groups import arg, opt

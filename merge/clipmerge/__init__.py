@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from clipmerge.evaluate.evaluator import Evaluator as Evaluator
     from clipmerge.evaluate.evaluator import score as score
     from clipmerge.evaluate.score import Score as Score
+    from clipmerge.evaluate.verify import verify as verify
+    from clipmerge.evaluate.zero_shot import with_zero_shot_head as with_zero_shot_head
     from clipmerge.finetuning.finetune import finetune as finetune
     from clipmerge.model import build_model as build_model
     from clipmerge.model import resolve_model as resolve_model
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
     from clipmerge.search.sweep import sweep as sweep
     from clipmerge.weights.look import compare as compare
     from clipmerge.weights.look import inspect as inspect
-    from clipmerge.weights.verify import verify as verify
     from clipmerge.weights.weights import Weights as Weights
     from clipmerge.weights.weights import from_state_dict as from_state_dict
     from clipmerge.weights.weights import interpolate as interpolate
@@ -45,6 +46,8 @@ _NAMES = {
     "errors": "ClipmergeError",
     "evaluate.evaluator": "Evaluator score",
     "evaluate.score": "Score",
+    "evaluate.verify": "verify",
+    "evaluate.zero_shot": "with_zero_shot_head",
     "finetuning.finetune": "finetune",
     "model": "build_model resolve_model",
     "report.figures": "plot",
@@ -55,7 +58,6 @@ _NAMES = {
     "search.soup": "greedy_soup uniform_soup",
     "search.sweep": "sweep",
     "weights.look": "compare inspect",
-    "weights.verify": "verify",
     "weights.weights": "Weights from_state_dict interpolate load load_all mean",
 }
 """The public names by the file that holds them."""

@@ -44,9 +44,6 @@ from clipmerge.weights.weights import Weights, as_weights, load
 
 __all__ = ["apply_method", "base_contexts", "finetune", "starting_model", "with_defaults"]
 
-FEW_IMAGES = 5000
-"""Below so many training images BatchNorm's statistics stay as they are by default."""
-
 
 def finetune(
     base: Weights | str | Path | None,
@@ -114,7 +111,7 @@ def finetune(
         if settings.shots is not None:
             train = few_shot(train, settings.shots, settings.seed)
         net, spec = starting_model(base, model, settings.seed, device)
-        settings = with_defaults(settings, net, len(train))
+        settings = with_defaults(settings, net, from_scratch=base is None)
         images = Images(train, val, spec.preprocess, device, settings, on_progress)
         loader = images.loader()
         tokenizer = tokenizer_of(spec)
@@ -160,8 +157,12 @@ def finetune(
     return load(written)
 
 
-def with_defaults(settings: Settings, net: nn.Module, images: int) -> Settings:
-    """Return the settings with what depends on the model and on the number of training images.
+def with_defaults(settings: Settings, net: nn.Module, *, from_scratch: bool) -> Settings:
+    """Return the settings with what depends on the model.
+
+    BatchNorm's statistics stay as they are unless training starts from scratch. Measured with EfficientNet-Lite0 on
+    CIFAR-10, 100 steps of 64 under a frozen head, held-out accuracy with frozen and with batch statistics: 59 and 42 %
+    of 200 training images, 73 and 53 of 2,000, 74 and 57 of 10,000.
 
     Raises:
         TrainingError: BatchNorm is to be frozen in a model that has none.
@@ -170,7 +171,7 @@ def with_defaults(settings: Settings, net: nn.Module, images: int) -> Settings:
     if clip is None and settings.frozen_head:
         clip = 1.0  # as in the code of task arithmetic and PAINT
     if has_batch_norm(net):
-        freeze = images < FEW_IMAGES if freeze is None and settings.row.steps else freeze
+        freeze = not from_scratch if freeze is None and settings.row.steps else freeze
     elif freeze is not None:
         raise TrainingError(
             "--freeze-batch-norm does nothing here: the model has no BatchNorm", hint="leave it out"

@@ -104,7 +104,7 @@ class Settings:
     logit_scale: Literal["learned", "clamped", "frozen"] = _method("learned", "clamped: at most 100.")
     freeze_batch_norm: bool | None = _method(
         None,
-        "Keep BatchNorm's running statistics, and normalise by them; by default for few images.",
+        "Keep BatchNorm's running statistics, and normalise by them; the default from a base.",
         option="--freeze-batch-norm/--no-freeze-batch-norm",
     )
     car_weight: float = _method(1.0, "Weight of CAR-FT's term.", min=0)

@@ -13,6 +13,8 @@ from clipmerge.weights.record import FORMAT, needs_quick_gelu, read_record, writ
 
 GENERATIONS = 2
 """How far back a file tells its history besides its parents: what lies further back stands in those files."""
+HEAD_OF = "zero_shot_head"
+"""Key of what a zero-shot head that was built for a merge is made of: the base's digest, classes and templates."""
 MAX_TRAINING = 1 << 14
 """Characters of a parent's training record that a descendant repeats."""
 
@@ -90,7 +92,7 @@ def file_metadata(
 
 def history(record: Mapping[str, Any], generations: int = GENERATIONS) -> dict[str, Any]:
     """Select what a descendant repeats of a record: how it was made, through at most so many generations."""
-    entry = {key: record[key] for key in ("notation", "dtype", "training") if key in record}
+    entry = {key: record[key] for key in ("notation", "dtype", "training", HEAD_OF) if key in record}
     if len(json.dumps(entry.get("training"))) > MAX_TRAINING:
         del entry["training"]
     if is_original(record):

@@ -1,29 +1,33 @@
 """Does a file hold what its record says? Its parents are found by content and the merge is computed again."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from clipmerge.checkpoint.open import SUFFIXES, open_checkpoint
 from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import Checkpoint, Tensor
-from clipmerge.dtypes import ITEMSIZE
+from clipmerge.dtypes import ITEMSIZE, storage_dtype, to_float64
 from clipmerge.errors import CheckpointError, ClipmergeError
 from clipmerge.types import Bytes, Progress
 from clipmerge.weights.blocks import Sink
 from clipmerge.weights.digest import content_digest
 from clipmerge.weights.parse import parse
 from clipmerge.weights.plan import Plan, float_dtype, make_plan
-from clipmerge.weights.provenance import Parent, is_original, parents_of
+from clipmerge.weights.provenance import HEAD_OF, Parent, is_original, parents_of
 from clipmerge.weights.record import read_record
 from clipmerge.weights.run import execute
 from clipmerge.weights.weights import Weights, as_checkpoint, load
+
+Rebuild: TypeAlias = Callable[[Mapping[str, Any], Weights], Weights]
+ROUNDING = 1e-4
+"""How far a head that was built again may be from the stored one, relative to the largest number there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,7 @@ def verify(
     checkpoint: str | Path | Weights,
     parents: str | Path | Sequence[str | Path] = (),
     *,
+    rebuild: Rebuild | None = None,
     on_progress: Progress | None = None,
 ) -> Verdict:
     """Recompute a merged file from its parents and compare every tensor, bit for bit.
@@ -62,6 +67,8 @@ def verify(
         checkpoint: the file to verify, or what `load` gave for it.
         parents: a file, a folder to search through, or several, besides the file's own folder. Names do not
             matter: parents are known by their content digests.
+        rebuild: makes a zero-shot head again that was built for the merge, from its recipe and its base. Where that
+            is not the same to the bit (on another processor), the head is compared to within rounding.
 
     Raises:
         CheckpointError: the file cannot be read, or its record makes no sense.
@@ -86,14 +93,43 @@ def verify(
         )
     places = [parents] if isinstance(parents, str | Path) else parents
     files = _find(merged, recorded, places, on_progress)
-    missing = tuple(parent for parent in recorded if parent.name not in files)
+    built = _built(recorded, files, rebuild)
+    missing = tuple(parent for parent in recorded if parent.name not in {*files, *built})
     if missing:
         reason = f"{len(missing)} of {len(recorded)} parents are missing"
         return Verdict("missing", reason, notation, None, files, missing)
-    tensor, reason = _first_difference(merged, _plan(merged, record, notation, files), on_progress)
+    inexact = {
+        name
+        for parent in recorded
+        if parent.name in built and content_digest(as_checkpoint(built[parent.name])) != parent.digest
+        for name in built[parent.name].names
+    }
+    plan = _plan(merged, record, notation, files, built)
+    tensor, reason = _first_difference(merged, plan, inexact, on_progress)
     if tensor:
         return Verdict("differs", reason, notation, tensor, files)
-    return Verdict("verified", "every tensor is what the record says, bit for bit", notation, None, files)
+    reason = "every tensor is what the record says, bit for bit"
+    if inexact:
+        reason += f" ({', '.join(sorted(inexact))} to within rounding: the head was built again)"
+    return Verdict("verified", reason, notation, None, files)
+
+
+def _built(
+    recorded: Sequence[Parent], files: Mapping[str, Path], rebuild: Rebuild | None
+) -> dict[str, Weights]:
+    """Build heads again that were built for the merge. Returns name → head, for those whose base was found."""
+    bases = {parent.digest: files[parent.name] for parent in recorded if parent.name in files}
+    built: dict[str, Weights] = {}
+    for parent in recorded:
+        recipe = parent.made.get(HEAD_OF)
+        if (
+            rebuild
+            and parent.name not in files
+            and isinstance(recipe, Mapping)
+            and recipe.get("base") in bases
+        ):
+            built[parent.name] = rebuild(recipe, load(bases[recipe["base"]]))
+    return built
 
 
 def _find(
@@ -131,11 +167,15 @@ def _find(
 
 
 def _plan(
-    checkpoint: Checkpoint, record: Mapping[str, Any], notation: str, files: Mapping[str, Path]
+    checkpoint: Checkpoint,
+    record: Mapping[str, Any],
+    notation: str,
+    files: Mapping[str, Path],
+    built: Mapping[str, Weights],
 ) -> Plan:
     dtype = record.get("dtype", "base")
     try:
-        weights = parse(notation, {name: load(file, name) for name, file in files.items()})
+        weights = parse(notation, {**{name: load(file, name) for name, file in files.items()}, **built})
         return make_plan(weights, dtype=None if dtype == "base" else float_dtype(str(dtype)))
     except ClipmergeError as error:
         raise CheckpointError(
@@ -144,9 +184,13 @@ def _plan(
 
 
 def _first_difference(
-    checkpoint: Checkpoint, plan: Plan, on_progress: Progress | None
+    checkpoint: Checkpoint, plan: Plan, inexact: Collection[str], on_progress: Progress | None
 ) -> tuple[str | None, str]:
-    """Return the first tensor that is not what the plan gives, and what is wrong with it; None where all are."""
+    """Return the first tensor that is not what the plan gives, and what is wrong with it; None where all are.
+
+    Args:
+        inexact: names that need to agree to within rounding only.
+    """
     for name in sorted(plan.steps.keys() ^ checkpoint.tensors.keys()):
         return name, f"{name!r} is {'not in the file' if name in plan.steps else 'in no parent'}"
     for name, step in plan.steps.items():
@@ -156,14 +200,19 @@ def _first_difference(
             return name, f"{name!r} is {have}, not {step.dtype} {list(step.shape)}"
     wrong = dict.fromkeys(plan.steps, 0)
     with Reader((checkpoint, *plan.checkpoints)) as reader:
-        sinks = [(name, _comparer(name, checkpoint.tensors[name], reader, wrong), 0) for name in plan.steps]
+        sinks = [
+            (name, _comparer(name, checkpoint.tensors[name], reader, wrong, exact=name not in inexact), 0)
+            for name in plan.steps
+        ]
         execute(plan, sinks, reader, allow_nonfinite=True, what="verifying", on_progress=on_progress)
     for name in filter(wrong.get, wrong):
         return name, f"{wrong[name]:,} of the {plan.steps[name].numel:,} elements of {name!r} differ"
     return None, ""
 
 
-def _comparer(name: str, tensor: Tensor, reader: Reader, wrong: dict[str, int]) -> Sink:
+def _comparer(
+    name: str, tensor: Tensor, reader: Reader, wrong: dict[str, int], *, exact: bool = True
+) -> Sink:
     """Takes what was computed, block by block, and counts in `wrong` the elements that are stored differently."""
     lock = Lock()
 
@@ -174,7 +223,13 @@ def _comparer(name: str, tensor: Tensor, reader: Reader, wrong: dict[str, int]) 
         else:
             whole = reader.dense(tensor).reshape(-1).view(np.uint8)
             stored = whole[offset : offset + computed.size]
-        if not np.array_equal(computed, stored):
+        if not exact:
+            here, there = (
+                to_float64(raw.view(storage_dtype(tensor.dtype)), tensor.dtype) for raw in (computed, stored)
+            )
+            with lock:
+                wrong[name] += int((np.abs(here - there) > ROUNDING * np.abs(there).max(initial=1)).sum())
+        elif not np.array_equal(computed, stored):
             wide = (-1, ITEMSIZE[tensor.dtype])
             with lock:
                 wrong[name] += int((computed.reshape(wide) != stored.reshape(wide)).any(axis=1).sum())

@@ -16,6 +16,7 @@ from clipmerge.errors import TrainingError
 from clipmerge.finetuning.batches import tokenizer_of, training_prompts
 from clipmerge.finetuning.settings import Settings
 from clipmerge.model import build_model, resolve_model
+from clipmerge.weights.weights import from_state_dict
 
 CPU = torch.device("cpu")
 
@@ -152,24 +153,23 @@ def test_batch_norms_statistics_can_stay_as_they_are(tune: Callable[..., Any], r
         name for name in before if name.endswith(("running_mean", "running_var", "num_batches_tracked"))
     ]
     assert statistics
-    made = {}
+    start, made = from_state_dict(before), {}
+    options = {"base": start, "model": resnet_spec, "method": "ce", "head": "frozen", "steps": 2}
     for freeze in (True, False, None):
-        tuned = tune(f"{freeze}", base=None, model=resnet_spec, method="ce", head="frozen", steps=2,
-                     freeze_batch_norm=freeze)  # fmt: skip
+        tuned = tune(f"{freeze}", freeze_batch_norm=freeze, **options)
         made[freeze] = tuned.state_dict()
         assert tuned.record["training"]["freeze_batch_norm"] is (freeze is not False)
     assert all(torch.equal(before[name], made[True][name]) for name in statistics)
     assert not any(torch.equal(before[name], made[False][name]) for name in statistics)
-    assert all(
-        torch.equal(value, made[None][name]) for name, value in made[True].items()
-    )  # few images: frozen
+    assert all(torch.equal(value, made[None][name]) for name, value in made[True].items())
     assert not torch.equal(before["visual.bn1.weight"], made[True]["visual.bn1.weight"])
 
 
-def test_statistics_of_nothing_are_not_asked_for(resnet_spec: Any, tiny_spec: Any) -> None:
+def test_statistics_that_nobody_took_are_not_kept(resnet_spec: Any, tiny_spec: Any) -> None:
     resnet, vit = build_model(resnet_spec), build_model(tiny_spec)
-    few, many = (finetuning.with_defaults(Settings(), resnet, n) for n in (100, 10**6))
-    assert (few.freeze_batch_norm, many.freeze_batch_norm) == (True, False)
-    assert finetuning.with_defaults(Settings(), vit, 100).freeze_batch_norm is None
+    for scratch in (True, False):
+        settings = finetuning.with_defaults(Settings(), resnet, from_scratch=scratch)
+        assert settings.freeze_batch_norm is not scratch
+        assert finetuning.with_defaults(Settings(), vit, from_scratch=scratch).freeze_batch_norm is None
     with pytest.raises(TrainingError, match="has no BatchNorm"):
-        finetuning.with_defaults(Settings(freeze_batch_norm=False), vit, 100)
+        finetuning.with_defaults(Settings(freeze_batch_norm=False), vit, from_scratch=False)
