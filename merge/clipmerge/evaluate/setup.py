@@ -169,7 +169,7 @@ class Given:
             ModelError: it has other classes, or another number of them.
         """
         source, own = self.heads.get(name, weights[0]), name not in self.heads
-        count = source.checkpoints[0].tensors[f"{HEAD}.weight"].shape[0]
+        count = source.tensor(f"{HEAD}.weight").shape[0]
         orders = {places for entry, places in entries if own and len(entry.get("classes", ())) == count}
         if len(orders) > 1:
             raise ModelError(
