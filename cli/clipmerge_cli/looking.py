@@ -64,7 +64,8 @@ def _scores_table(names: Sequence[str], scores: Sequence[Mapping[str, Score]], m
     every = [score for row in scores for score in row.values()]
     others = [name for name in METRICS if name != metric and all(name in score.metrics for score in every)]
     compares = ["p"] if len(names) > 1 else []
-    columns = ["checkpoint", "data", "images", METRICS[metric].title, "95 %", *compares]
+    counted = "queries" if METRICS[metric].retrieval else "images"
+    columns = ["checkpoint", "data", counted, METRICS[metric].title, "95 %", *compares]
     rows: list[list[object]] = []
     for name, row in zip(names, scores, strict=True):
         for split, score in row.items():

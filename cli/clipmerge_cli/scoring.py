@@ -123,7 +123,9 @@ def _summary(evaluator: "clipmerge.Evaluator", models: "Sequence[Weights]") -> s
     splits, data, how = evaluator.splits, list[str](), dict[str, list[str]]()
     for name, split in splits.items():
         source = split.source + (f", #{split.part}" if split.part and "#" not in split.source else "")
-        said = f"{len(split)} images of {source}, {len(split.classes)} classes"
+        classes, choices = len(split.classes), split.choices
+        classes_text = f"{classes} classes" if choices == classes else f"{choices} of {classes} classes"
+        said = f"{split.pictures} images of {source}, {classes_text if classes else f'{len(split)} captions'}"
         data.append(said if len(splits) == 1 else f"{name}: {said}")
     for weights in models:
         setups = {name: evaluator.setup(weights, name) for name in splits}
@@ -287,7 +289,11 @@ def _remarks(result: "Result", coefficient: str | None) -> Iterator[str]:
         uniform = result.kind == "uniform_soup"
         yield f"uniform soup (no --greedy): {counts}" if uniform else f"kept {counts}"
         if score := result.score:
-            right = f"{score.correct} of {score.n} right" if score.metric == "top1" else f"{score.n} images"
+            right = (
+                f"{score.correct} of {score.n} right"
+                if score.metric == "top1"
+                else f"{score.n} {'queries' if METRICS[score.metric].retrieval else 'images'}"
+            )
             value, bounds = show.percent(score.value), show.interval(score.interval, 2)
             yield f"held out: {METRICS[score.metric].title} {value} (95 %: {bounds}, {right})"
         if result.images and result.images["saved"]:

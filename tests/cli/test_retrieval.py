@@ -38,7 +38,10 @@ def test_captions_are_scored_by_recall(
     metrics = score["metrics"]
     assert score["value"] == metrics["recall@1"] == (metrics["text_recall@1"] + metrics["image_recall@1"]) / 2
     assert main([*common, "--metric", "text_recall@5"]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "20 images of" in err
+    assert "40 captions" in err
+    assert "queries" in out
     assert [out.count(f"recall@{k}") for k in (5, 10)] == [3, 3], "every recall has a column"
     assert main([*common, "--metric", "top1"]) == 1
     assert "captions by --metric recall@1" in capsys.readouterr().err

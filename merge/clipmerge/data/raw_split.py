@@ -137,14 +137,12 @@ def expand(place: str) -> list[Path]:
     """
     if Path(place).exists():
         return [Path(place)]
-    paths = list(
-        islice((Path(path) for text in place.split("::") for path in _braces(text)), _MOST_FILES + 1)
-    )
+    paths = list(islice((path for text in place.split("::") for path in _braces(text)), _MOST_FILES + 1))
     if len(paths) > _MOST_FILES:
         raise DataError(
             f"{place} stands for more than {_MOST_FILES} files", hint="name fewer, as in {0000..0099}.tar"
         )
-    return paths
+    return [Path(path) for path in paths]
 
 
 def _braces(text: str) -> Iterator[str]:
