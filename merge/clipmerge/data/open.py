@@ -35,8 +35,9 @@ def open_split(
 ) -> Split:
     """Open the images that a DATA text names: `SOURCE[#part][@shift[:value]]…`, as in `digits#test@rotate:20`.
 
-    SOURCE is a folder of class folders, a `.csv` or `.tsv`, an `.npz`, a folder of WebDataset shards in
-    CLIP_benchmark's layout, Parquet as Hugging Face stores images, `torchvision:CIFAR10:ROOT` or `digits`.
+    SOURCE is a folder of class folders, a `.csv` or `.tsv` of paths, an `.npz`, WebDataset shards in CLIP_benchmark's
+    layout (a folder, `{0000..0099}.tar`, `a.tar::b.tar`, also compressed), Parquet as Hugging Face stores images, a
+    folder of WILDS, `torchvision:CIFAR10:ROOT` or `digits`. An image with several captions is an item for each.
 
     Args:
         classnames: a file (one name per line, a JSON list, or a JSON object from the data's words to names),

@@ -142,7 +142,10 @@ def torchvision(place: str, pick: Pick) -> RawSplit:
             f"{place} cannot be opened: {error}",
             hint=f"download it first: torchvision.datasets.{name}({root!r}, download=True)",
         ) from error
-    classes = getattr(data, "classes", None) or getattr(data, "categories", None)
+    # Of ImageNet's names those that CLIP is prompted with are taken, by WordNet ids.
+    classes = next(
+        (found for name in ("wnids", "classes", "categories") if (found := getattr(data, name, None))), None
+    )
     return RawSplit(
         LoadedImages(data),
         [f"{i:06d}" for i in range(len(labels))],

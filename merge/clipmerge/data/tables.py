@@ -120,16 +120,27 @@ def parquet(place: str, pick: Pick) -> RawSplit:
         import pyarrow.parquet as pq
     except ImportError as error:
         raise MissingExtraError("pyarrow", extra="parquet", what=f"reading {place}") from error
-    paths = part_files(place, (".parquet",), pick)
+    seen = list[str]()
+
+    def first(parts: Sequence[str]) -> str:
+        seen.extend(parts)
+        return parts[0]
+
+    paths = part_files(place, (".parquet",), first)
     files, where, rows = list[str](), list[tuple[str, int, int]](), list[dict[str, Any]]()
     try:
         schema = pq.read_schema(paths[0])
+        # One part of files whose rows name theirs, as in flickr30k, is no part at all.
+        by_row = len(seen) == 1 and "split" in schema.names and "string" in str(schema.field("split").type)
+        if not by_row:
+            paths = part_files(place, (".parquet",), pick)
         info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {})
         features = {k: v for k, v in info.get("features", {}).items() if isinstance(v, dict)}
         image, label, captions = _columns(place, schema.names, features)
         kind = schema.field(image).type
         has_path = hasattr(kind, "get_field_index") and kind.get_field_index("path") >= 0
-        wanted = [name for name in (f"{image}.path" if has_path else None, label, *captions) if name]
+        columns = (f"{image}.path" if has_path else None, label, *captions, "split" if by_row else None)
+        wanted = [name for name in columns if name]
         for path in paths:
             with pq.ParquetFile(path) as file:
                 rows += file.read(columns=wanted).to_pylist()
@@ -151,7 +162,8 @@ def parquet(place: str, pick: Pick) -> RawSplit:
         [items[i] for i, _ in pairs],
         [_text(rows[i][label]) for i, _ in pairs] if label else None,
         None if classes is None else tuple(classes),
-        unusable=unusable,
+        [rows[i]["split"] or "" for i, _ in pairs] if by_row else None,
+        unusable,
         captions=[text for _, text in pairs] if captions else None,
         which=[i for i, _ in pairs],
     )

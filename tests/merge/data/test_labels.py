@@ -11,7 +11,7 @@ from clipmerge.data.open import open_split
 from clipmerge.errors import DataError
 from clipmerge.text import natural
 
-from .conftest import KINDS, MakeFolder, store
+from .conftest import KINDS, MakeFolder, picture, store
 
 MANY = 12
 NAMES = [f"thing number {chr(97 + i)}" for i in range(MANY)]
@@ -183,6 +183,25 @@ def test_declared_wordnet_ids_are_imagenets_classes(kind: str, tmp_path: Path) -
     split = open_split(store(kind, tmp_path / "s", [1, 0], ["n01443537", "n01498041"]))
     assert named(split) == ["stingray", "goldfish"]
     assert split.classes == imagenet_names()
+
+
+def test_torchvisions_imagenet_has_the_names_that_clip_is_prompted_with(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import torchvision.datasets as known
+
+    class Four(known.VisionDataset):
+        wnids = ("n01440764", "n01443537")
+        classes = (("tench", "Tinca tinca"), ("goldfish", "Carassius auratus"))
+        targets = (1, 0)
+
+        def __getitem__(self, i: int) -> object:
+            return picture(i), self.targets[i]
+
+    monkeypatch.setattr(known, "ImageNet", Four)
+    split = open_split(f"torchvision:ImageNet:{tmp_path}")
+    assert split.classes == imagenet_names()
+    assert named(split) == ["goldfish", "tench"]
 
 
 def test_imagenets_names_for_folders_of_ids(folder: MakeFolder) -> None:

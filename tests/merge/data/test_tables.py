@@ -7,7 +7,7 @@ import pytest
 from clipmerge.data.open import open_split
 from clipmerge.errors import DataError
 
-from .conftest import MakeFolder, picture
+from .conftest import MakeFolder, encoded, picture
 
 
 def put(root: Path, *places: str) -> None:
@@ -175,3 +175,18 @@ def test_a_metadata_csv_of_hugging_face(tmp_path: Path) -> None:
     (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,a red door\n1.png,a lake\n")
     split = open_split(tmp_path)
     assert (split.captions, split.remarks) == (("a red door", "a lake"), ("read by its metadata.csv",))
+
+
+# --- Parquet
+
+
+def test_a_column_of_parts_in_one_parquet_file(tmp_path: Path) -> None:
+    """As flickr30k is stored: every part in a file that is called test."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    images = [{"bytes": encoded(picture(i), "PNG"), "path": f"{i}.png"} for i in range(4)]
+    columns = {"image": images, "caption": [["one", "two"]] * 4, "split": ["train", "test", "val", "test"]}
+    pq.write_table(pa.table(columns), tmp_path / "test-00000-of-00001.parquet")
+    split = open_split(tmp_path)
+    assert (split.part, split.names) == ("test", ("1.png", "1.png (2)", "3.png", "3.png (2)"))
+    assert split.read_bytes(2) == encoded(picture(3), "PNG")
+    assert open_split(f"{tmp_path}#val").pictures == 1
