@@ -81,6 +81,13 @@ def test_transformers_folders_say_it_too(inputs: Mapping[str, Path], tmp_path: P
         spec = clipmerge.resolve_model(None, clipmerge.load(tmp_path / folder))
         assert spec.config["quick_gelu"] is True
         assert {key: spec.preprocess[key] for key in SAYS} == SAYS
+    weights = tmp_path / "hf" / "model.safetensors"  # without the record in the file: by its sidecars alone
+    from safetensors.torch import save_file
+
+    save_file(load_file(weights), weights, {"format": "pt"})
+    spec = clipmerge.resolve_model(None, clipmerge.load(tmp_path / "hf"))
+    assert spec.config["quick_gelu"] is True
+    assert {key: spec.preprocess[key] for key in SAYS} == SAYS
 
 
 def test_a_soup_with_openais_archive_needs_quick_gelu_where_no_model_is_known(

@@ -1,15 +1,16 @@
 """The model's configuration beside its weights: open_clip's and Hugging Face's, and the way between them."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from clipmerge.checkpoint.processors import from_processor
 from clipmerge.checkpoint.safetensors import read_json
 
 MAX_CONFIG = 1 << 20
 _ACTIVATIONS = {"quick_gelu": True, "gelu": False}
-_INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
 _TEXT = {
     "context_length": ("max_position_embeddings", 77),
     "vocab_size": ("vocab_size", 49408),
@@ -27,27 +28,56 @@ _VISION = {
 
 
 def model_beside(path: Path) -> dict[str, Any] | None:
-    """Read the model record {"name", "config", "preprocess"} of the folder that `path` lies in, where it has one.
+    """Read what the folder that `path` lies in says of its model: {"name", "config", "preprocess"}, each where known.
+
+    Where `path` is a link and nothing lies beside it, the folder that it leads to is asked.
 
     Raises:
         CheckpointError: there is a configuration, but it is not JSON, or absurdly large.
     """
+    for place in dict.fromkeys((path, path.resolve())):
+        if (record := _record(place)) is not None:
+            return record
+    return None
+
+
+def _record(path: Path) -> dict[str, Any] | None:
     ours = _read(path.with_name("open_clip_config.json"))
     if isinstance(ours.get("model_cfg"), dict):
-        return _record(path, ours["model_cfg"], ours.get("preprocess_cfg"))
-    config = from_huggingface_config(_read(path.with_name("config.json")))
+        preprocess = ours.get("preprocess_cfg")
+        known = {
+            "config": ours["model_cfg"],
+            "preprocess": preprocess if isinstance(preprocess, dict) else {},
+        }
+        return {"name": repository(path), **known}
+    theirs = _read(path.with_name("config.json"))
+    config = from_huggingface_config(theirs)
+    # As transformers itself: a processor nested in the newer file wins over the older file.
+    nested = _read(path.with_name("processor_config.json")).get("image_processor")
+    processor = nested if isinstance(nested, dict) else _read(path.with_name("preprocessor_config.json"))
+    preprocess = from_processor(processor, str(theirs.get("model_type", "")))
     if config is None:
-        return None
-    return _record(path, config, _preprocess(_read(path.with_name("preprocessor_config.json"))))
+        return {"preprocess": preprocess} if preprocess else None
+    return {"name": repository(path), "config": config, "preprocess": preprocess}
+
+
+def repository(path: Path) -> str:
+    """Return what a checkpoint's folder is called: in the Hub's cache the repository, not the snapshot's number."""
+    folder = Path(os.path.abspath(path)).parent  # noqa: PTH100 (links are not followed: they lead to a cache's blobs)
+    for outer in folder.parents:
+        if outer.name == "snapshots" and outer.parent.name.startswith("models--"):
+            return outer.parent.name.rpartition("--")[2]
+    return folder.name
 
 
 def from_huggingface_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Make open_clip's model_cfg of a CLIPModel's config.json; None where open_clip has no such model.
 
-    Values that the file leaves out are CLIPConfig's own defaults.
+    Values that the file leaves out are CLIPConfig's own defaults. `text_config_dict` and `vision_config_dict` of old
+    files win over `text_config` and `vision_config`, with all of their defaults, as in transformers.
     """
-    text, vision = config.get("text_config"), config.get("vision_config")
-    if not isinstance(text, dict) or not isinstance(vision, dict):
+    text, vision = _tower(config, "text"), _tower(config, "vision")
+    if text is None or vision is None:
         return None
     exact = all(part.get("layer_norm_eps", 1e-5) == 1e-5 for part in (text, vision))
     if config.get("model_type") != "clip" or not exact:
@@ -63,6 +93,11 @@ def from_huggingface_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     sizes = {"embed_dim": config.get("projection_dim", 512), "vision_cfg": image, "text_cfg": words}
     return {**sizes, "quick_gelu": quick.pop()} if len(quick) == 1 else None
+
+
+def _tower(config: Mapping[str, Any], tower: str) -> dict[str, Any] | None:
+    own, old = config.get(f"{tower}_config"), config.get(f"{tower}_config_dict")
+    return old if isinstance(old, dict) else own if isinstance(own, dict) else None
 
 
 def to_huggingface_config(model: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -92,51 +127,9 @@ def to_huggingface_config(model: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def to_huggingface_preprocessor(preprocess: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Make CLIPImageProcessor's preprocessor_config.json; None where it cannot do what this preprocess_cfg asks."""
-    codes = {name: code for code, name in _INTERPOLATIONS.items()}
-    size, resample = preprocess.get("size"), codes.get(preprocess.get("interpolation", "bicubic"))
-    edge = size[0] if isinstance(size, list | tuple) and len(set(size)) == 1 else size
-    is_shortest = preprocess.get("resize_mode", "shortest") == "shortest"
-    is_complete = (
-        isinstance(edge, int) and resample is not None and preprocess.get("mean") and preprocess.get("std")
-    )
-    if not is_shortest or not is_complete:
-        return None
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "crop_size": {"height": edge, "width": edge},
-        "do_center_crop": True,
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_resize": True,
-        "image_mean": list(preprocess["mean"]),
-        "image_std": list(preprocess["std"]),
-        "resample": resample,
-        "size": {"shortest_edge": edge},
-    }
-
-
 def to_text(config: Mapping[str, Any]) -> bytes:
     """Return a configuration file's bytes: the same for the same configuration."""
     return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
-
-
-def _record(path: Path, config: Mapping[str, Any], preprocess: Any) -> dict[str, Any]:
-    preprocess = preprocess if isinstance(preprocess, dict) else {}
-    return {"name": path.resolve().parent.name, "config": dict(config), "preprocess": preprocess}
-
-
-def _preprocess(config: Mapping[str, Any]) -> dict[str, Any]:
-    """open_clip's preprocess_cfg for an image processor's; {} where the file is not there."""
-    size = config.get("crop_size")
-    fields = {
-        "size": size.get("height") if isinstance(size, dict) else size,
-        "mean": config.get("image_mean"),
-        "std": config.get("image_std"),
-        "interpolation": _INTERPOLATIONS.get(config.get("resample", 3)),
-    }
-    return {key: value for key, value in fields.items() if value is not None} if config else {}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from clipmerge.checkpoint.configs import to_huggingface_config, to_huggingface_preprocessor, to_text
+from clipmerge.checkpoint.configs import to_huggingface_config, to_text
 from clipmerge.checkpoint.huggingface import to_huggingface
 from clipmerge.checkpoint.output import check_folder, check_target, new_files, whole_folder, write_at
+from clipmerge.checkpoint.processors import for_open_clip, to_processor
 from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.safetensors import header
 from clipmerge.checkpoint.tensors import Checkpoint
@@ -67,7 +68,9 @@ def convert_folder(
         OutputError: a file of the folder exists, is the input, or cannot be written; nothing is left behind.
     """
     config, preprocess = model["config"], model.get("preprocess") or {}
-    configs: dict[str, Any] = {"open_clip_config.json": {"model_cfg": config, "preprocess_cfg": preprocess}}
+    configs: dict[str, Any] = {
+        "open_clip_config.json": {"model_cfg": config, "preprocess_cfg": for_open_clip(preprocess)}
+    }
     weights = "open_clip_model.safetensors"
     if to != "open_clip":
         weights, configs = "model.safetensors", {"config.json": to_huggingface_config(config)}
@@ -76,7 +79,7 @@ def convert_folder(
                 f"Hugging Face's CLIPModel has no configuration for {model.get('name')}",
                 hint="it has two transformer towers and nothing else; write the weights alone with -o FILE",
             )
-        if (processor := to_huggingface_preprocessor(preprocess)) is not None:
+        if (processor := to_processor(preprocess)) is not None:
             configs["preprocessor_config.json"] = processor
     names = (*configs, weights)
     check_folder(folder, names, force=force, inputs=list(checkpoint.files()))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["eval_transform_uint8", "image_size", "mean_and_std", "normalise", "pixels"]
 
-_FIELDS = ("size", "interpolation", "resize_mode", "fill_color")  # all that uint8 pixels depend on
+_FIELDS = ("size", "interpolation", "resize_mode", "fill_color", "steps")  # all that uint8 pixels depend on
 
 
 def pixels(
@@ -40,7 +40,7 @@ def pixels(
     The array is a mapped file in the cache folder. It is copy-on-write: changing it changes no file.
 
     Args:
-        preprocess_cfg: open_clip's: size, interpolation, resize_mode, fill_color.
+        preprocess_cfg: open_clip's: size, interpolation, resize_mode, fill_color; and "steps", see `model.transforms`.
         cache: the folder to keep it in, `cache_dir()` where None.
         on_progress: called as ("decoding images", done, total).
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from clipmerge.checkpoint.processors import for_open_clip
 from clipmerge.data.pixels import pixels
 from clipmerge.data.split import Split
 from clipmerge.device import keep_on_device, to_device
@@ -79,7 +80,7 @@ class Images:
         elif settings.augment_on == "device":
             loader.crops = device_crops(settings.augment, self.preprocess)
             side = round(np.max(size) * 8 / 7)
-            square = {**self.preprocess, "size": side, "resize_mode": "shortest"}
+            square = {**for_open_clip(self.preprocess), "size": side, "resize_mode": "shortest"}
             loader.fixed = resident(self._decode(self.train, square), self.device)
         else:
             loader.augment = parse_augmentation(settings.augment, self.preprocess)

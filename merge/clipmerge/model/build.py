@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from clipmerge.errors import ModelError
 from clipmerge.model.spec import ModelSpec
+from clipmerge.model.transforms import ResizeAndCrop
 
 if TYPE_CHECKING:
     import torch
@@ -120,8 +121,22 @@ def get_tokenizer(spec: ModelSpec) -> "Tokenizer":
 
 
 def eval_transform(spec: ModelSpec) -> "Transform":
-    """Return open_clip's own transform for scoring: PIL image → float tensor (3, H, W)."""
-    from open_clip.transform import PreprocessCfg, image_transform_v2
+    """Return the transform for scoring, PIL image → float tensor (3, H, W): open_clip's own, or transformers'.
 
-    known = {key: value for key, value in spec.preprocess.items() if key in PreprocessCfg.__annotations__}
+    Raises:
+        ModelError: the preprocessing asks for what nothing here does.
+    """
+    from open_clip.transform import MaybeToTensor, PreprocessCfg, image_transform_v2
+    from torchvision.transforms import Compose, Normalize
+
+    if unread := spec.preprocess.get("unread"):
+        raise ModelError(
+            f"the images of {spec.name or 'this model'} cannot be prepared: its processor asks for {unread}",
+            hint="state the preprocessing in open_clip's words: --model CONFIG.json with a preprocess_cfg",
+        )
+    cfg = spec.preprocess
+    if steps := cfg.get("steps"):
+        shape = ResizeAndCrop(steps, cfg["interpolation"])
+        return cast("Transform", Compose([shape, MaybeToTensor(), Normalize(cfg["mean"], cfg["std"])]))
+    known = {key: value for key, value in cfg.items() if key in PreprocessCfg.__annotations__}
     return cast("Transform", image_transform_v2(PreprocessCfg(**known), is_train=False))

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clipmerge.checkpoint.processors import OWN_KEYS
 from clipmerge.errors import ClipmergeWarning, MismatchError, ModelError
 from clipmerge.text import and_more, did_you_mean
 from clipmerge.weights.record import model_record, needs_quick_gelu
@@ -16,10 +17,7 @@ if TYPE_CHECKING:
     from clipmerge.checkpoint.tensors import Checkpoint
     from clipmerge.weights.weights import Weights
 
-__all__ = ["OWN_KEYS", "ModelSpec", "resolve_model"]
-
-OWN_KEYS = ("steps", "unread")
-"""Keys of a preprocessing beside open_clip's: see `checkpoint.processors`."""
+__all__ = ["ModelSpec", "resolve_model"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +123,11 @@ def _stated(checkpoints: Sequence["Checkpoint"], preprocess: Mapping[str, Any]) 
     for checkpoint in checkpoints:
         said = (model_record(checkpoint) or {}).get("preprocess")
         own = said if isinstance(said, Mapping) else {}
-        left = {key: value for key, value in own.items() if key not in preprocess}
+        settled = {
+            *preprocess,
+            *(OWN_KEYS if preprocess.keys() & {"size", "resize_mode", "interpolation"} else ()),
+        }
+        left = {key: value for key, value in own.items() if key not in settled}
         records.append((str(checkpoint.path or checkpoint.name), {"preprocess": left}))
     try:
         return (agreed(records) or {}).get("preprocess") or {}

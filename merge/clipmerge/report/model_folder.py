@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from clipmerge.checkpoint.output import check_folder, whole_folder
+from clipmerge.checkpoint.processors import for_open_clip
 from clipmerge.errors import ModelError, OutputError, RecipeError
 from clipmerge.model import ModelSpec, build_model, resolve_model
 from clipmerge.report.card import model_card
@@ -46,7 +47,7 @@ def save_folder(
     record = {**(metadata or {}), "model": spec.to_metadata()}
     with whole_folder(folder, (CONFIG, CARD, WEIGHTS)) as stage:
         written = weights.save(stage / WEIGHTS, metadata=record, **options)
-        config = {"model_cfg": dict(spec.config), "preprocess_cfg": dict(spec.preprocess)}
+        config = {"model_cfg": dict(spec.config), "preprocess_cfg": for_open_clip(spec.preprocess)}
         (stage / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         (stage / CARD).write_text(model_card(folder.name, written), encoding="utf-8")
     return folder

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from clipmerge.checkpoint.processors import OWN_KEYS
 from clipmerge.checkpoint.tensors import Checkpoint
 from clipmerge.errors import RecipeError
 
@@ -51,8 +52,10 @@ def model_record(checkpoint: Checkpoint) -> dict[str, Any] | None:
     own, beside = read_record(checkpoint.metadata).get("model"), checkpoint.extra.get("model")
     said = {**(beside if isinstance(beside, dict) else {}), **(own if isinstance(own, dict) else {})}
     if isinstance(own, dict) and isinstance(beside, dict):
-        parts = [model.get("preprocess") for model in (beside, own)]
-        said["preprocess"] = {k: v for part in parts if isinstance(part, dict) for k, v in part.items()}
+        aside, stated = (p if isinstance(p := m.get("preprocess"), dict) else {} for m in (beside, own))
+        if "resize_mode" in stated:
+            aside = {key: value for key, value in aside.items() if key not in OWN_KEYS}
+        said["preprocess"] = {**aside, **stated}
     config = said.get("config")
     if isinstance(config, dict) and needs_quick_gelu(checkpoint):
         said["config"] = {**config, "quick_gelu": True}
