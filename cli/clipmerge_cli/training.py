@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import typer
 
 from clipmerge.finetuning.settings import MethodName, Settings
+from clipmerge_cli import options as shared
 from clipmerge_cli import show
 from clipmerge_cli.groups import opt, setting
 from clipmerge_cli.options import FORCE, INPUT, PLOT, SEARCH, Images, Talk, output_option
@@ -24,9 +25,11 @@ _KEEP, _TRIAL = "What is kept", "Every trial"
 
 def finetune(
     *,
-    train: str = opt(..., "Training images.", INPUT, metavar="DATA"),
+    train: list[str] = opt(..., "Training images; repeat for several sets.", INPUT, metavar="[NAME=]DATA"),
     base: str = opt("none", "Where training starts; 'none' trains from scratch.", INPUT, metavar="CKPT"),
-    val: str | None = opt(None, "Held-out images, scored on the way.", INPUT, metavar="DATA"),
+    val: list[str] | None = opt(
+        None, "Held-out images, scored on the way; repeat.", INPUT, metavar="[NAME=]DATA"
+    ),
     output: Path = output_option(...),
     images: Images,
     settings: Settings,
@@ -38,6 +41,7 @@ def finetune(
         metavar="HEAD",
     ),
     augment: str = setting(Settings, "augment"),
+    shares: str = setting(Settings, "shares"),
     device: str = setting(Settings, "device", "auto"),
     precision: Precision = setting(Settings, "precision", "auto"),
     tensorboard: Path | None = opt(None, "Folder for its log.", _KEEP, metavar="DIR"),
@@ -53,11 +57,16 @@ def finetune(
           --method lp-ft --epochs 5 -o lpft.safetensors
         clipmerge finetune --base base.safetensors --train cars/train \\
           --method ce --head frozen -o cars.safetensors
+        clipmerge finetune --base base.safetensors --method ce --head frozen \\
+          --train cars=cars/train --train "dtd=dtd.npz#train[:30%]" \\
+          --shares root --val cars=cars/val --val dtd=dtd.npz#val -o both.safetensors
         torchrun --nproc-per-node 8 -m clipmerge finetune \\
           --base … --train … -o ft.safetensors
 
     Killed? The same command with --resume goes on, on a CPU to the same bytes. DATA is a folder of class folders, a
     .npz, a CSV, WebDataset shards, Parquet, torchvision:NAME:ROOT, or digits.
+
+    Several sets are trained on together, with one softmax over the prompts of all.
 
     --method ce --head frozen trains the image tower alone under the base's zero-shot head, as PAINT and task
     arithmetic do: what it writes has no head and goes straight into patch, add, negate and interpolate.
@@ -68,14 +77,25 @@ def finetune(
     from clipmerge.finetuning.finetune import finetune as run_finetuning
 
     began = perf_counter()
+    sets = shared.named(train, "--train", shared.numbered("train", len(train)))
+    held_out = shared.named(val or [], "--val", shared.numbered("val", len(val or [])))
+    among = list(dict.fromkeys([*sets, *held_out]))
     place, computing = talk.device("training", device, precision)
-    settings = replace(settings, augment=augmentation, templates=images.prompts("train"))
+    settings = replace(
+        settings,
+        augment=augmentation,
+        shares=shares,
+        templates=images.prompts(next(iter(sets)), among) if len(sets) == 1 else None,
+    )
     distributed.start(place)
     with training(quiet=talk.silent) as (on_progress, on_event):
         weights = run_finetuning(
             None if base == "none" else base,
-            images.open("train", train, "train", talk),
-            val=None if val is None else images.open("val", val, "val", talk, limit=None),
+            {name: images.open(name, data, "train", talk, among=among) for name, data in sets.items()},
+            val={
+                name: images.open(name, data, "val", talk, among=among, limit=None)
+                for name, data in held_out.items()
+            },
             head=head,
             out=output,
             model=images.model,

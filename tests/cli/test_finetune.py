@@ -82,6 +82,26 @@ def test_a_frozen_head_leaves_none_and_goes_into_patch(
     assert "classification_head" not in capsys.readouterr().out
 
 
+def test_several_sets_are_trained_on_together(
+    tiny_checkpoints: Any, tiny_model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "both.safetensors"
+    command = ["finetune", "--base", str(tiny_checkpoints["base"]), "--model", str(tiny_model_file), "--method", "ce",
+               "--head", "frozen", "--train", "plain=digits#train[:60]",
+               "--train", "turned=digits#train[:20]@rotate:20", "--templates", "turned=a turned {}",
+               "--shares", "plain=1,turned=3", "--val", "plain=digits#val[:40]",
+               "--val", "turned=digits#val[:20]", "--steps", "2", "--batch-size", "16", "--json",
+               "-o", str(out)]  # fmt: skip
+    assert main(command) == 0
+    training = json.loads(capsys.readouterr().out)["training"]
+    assert training["sets"] == {"plain": 60, "turned": 20}
+    assert training["shares"] == "plain=1,turned=3"
+    assert {"plain top1", "turned top1", "top1"} <= training["scores"].keys()
+    import clipmerge as cm
+
+    assert ["a turned {}"] in [entry["templates"] for entry in cm.load(out).prompts]
+
+
 def test_options_that_do_nothing_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for options, said in (
         (["--method", "ce", "--logit-scale", "frozen"], "--logit-scale does nothing here: a trained head"),

@@ -35,6 +35,8 @@ def open_split(
 ) -> Split:
     """Open the images that a DATA text names: `SOURCE[#part][@shift[:value]]…`, as in `digits#test@rotate:20`.
 
+    `#part[:30%]` or `#part[:500]` takes that many of the part, spread evenly over classes.
+
     SOURCE is a folder of class folders, a `.csv` or `.tsv` of paths, an `.npz`, WebDataset shards in CLIP_benchmark's
     layout (a folder, `{0000..0099}.tar`, `a.tar::b.tar`, also compressed), Parquet as Hugging Face stores images, a
     folder of WILDS, `torchvision:CIFAR10:ROOT` or `digits`. An image with several captions is an item for each.
@@ -55,6 +57,7 @@ def open_split(
     """
     text = str(source)
     place, part, shifts = parse_source(text)
+    part, most = _part_and_limit(part, text)
     raw, index, taken = read(place, part, role or ("train" if holdout is not None else "test"))
     names = [raw.names[i] for i in index]
     split = Split(
@@ -78,8 +81,27 @@ def open_split(
         chosen = held_out(names, fraction_of(holdout)) == (keep == "holdout")
     if raw.labels is not None:
         chosen &= split.labels >= 0
+    if most is not None:
+        share = max(1, round(most * chosen.sum())) if isinstance(most, float) else most
+        limit = share if limit is None else min(limit, share)
     split = _usable(split.subset(np.flatnonzero(chosen)), unusable, limit, skip_bad, on_progress)
     return replace(split, shifts=tuple(shifts), remarks=(*split.remarks, *_duplicates(split)))
+
+
+def _part_and_limit(part: str | None, text: str) -> tuple[str | None, float | int | None]:
+    """Cut `train[:30%]` into `train` and .3, and `train[:500]` into `train` and 500.
+
+    Raises:
+        DataError: what stands in the brackets is neither.
+    """
+    if part is None or not part.endswith("]"):
+        return part, None
+    name, _, most = part[:-1].partition("[")
+    if most.startswith(":") and most.endswith("%"):
+        return name, fraction_of(most[1:])
+    if most.startswith(":") and most[1:].isdigit() and int(most[1:]):
+        return name, int(most[1:])
+    raise DataError(f"{text}: [{most}] is no share of the images", hint="write #train[:30%] or #train[:500]")
 
 
 def _duplicates(split: Split) -> list[str]:

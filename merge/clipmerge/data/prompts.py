@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from clipmerge.errors import DataError
 __all__ = [
     "CONTEXTS",
     "check_templates",
+    "class_prompts",
     "context_templates",
     "prompts",
     "read_list",
@@ -79,10 +81,25 @@ def prompts(classes: Sequence[str], templates: Sequence[str]) -> list[list[str]]
     return [[template.replace("{}", name) for template in templates] for name in classes]
 
 
+def class_prompts(split: Split, choice: str | Path | Sequence[str] | None = None) -> list[list[str]]:
+    """Return [class][template] for a split's classes.
+
+    Of joined sets each class has its own set's templates, each as often as makes their numbers equal: that changes
+    neither a class's mean over them nor how often each is drawn.
+    """
+    if choice is not None or not split.class_templates:
+        return prompts(split.classes, templates(choice, split))
+    count = lcm(*map(len, split.class_templates))
+    rows = zip(split.classes, split.class_templates, strict=True)
+    return [prompts([name], own)[0] * (count // len(own)) for name, own in rows]
+
+
 def recorded_prompts(
     split: Split, choice: str | Path | Sequence[str] | None = None
 ) -> list[dict[str, list[str]]]:
     """Return what a checkpoint that was finetuned on these images records: `weights.record.prompts_of` reads it."""
+    if split.parts:
+        return [entry for part in split.parts for entry in recorded_prompts(part, choice)]
     if not split.classes:
         return []
     entry = {"templates": templates(choice, split), "classes": split.classes, "words": split.words}

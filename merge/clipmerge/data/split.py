@@ -45,6 +45,8 @@ class Split:
         skipped: what `skip_bad` left out, "item: reason" each.
         stored_keys: (n, 32) digests of the images as they are stored, where they are known already.
         remarks: what was decided or noticed on opening that a user should know, a sentence each.
+        parts: the sets that `join` made it of; () for a single one.
+        class_templates: of joined sets the templates of each class.
     """
 
     source: str
@@ -66,6 +68,8 @@ class Split:
     stored_keys: Bytes | None = None
     part: str = ""
     remarks: tuple[str, ...] = ()
+    parts: "tuple[Split, ...]" = ()
+    class_templates: tuple[tuple[str, ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)

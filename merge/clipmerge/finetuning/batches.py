@@ -1,7 +1,7 @@
 """Which items, with which prompts, at which step: a function of the seed, so that nothing of it needs saving."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeAlias
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from jaxtyping import Int
 
 __all__ = [
-    "Batch", "Prompts", "Sampler", "Tokenizer", "fit_batch", "tokenizer_of", "training_prompts", "unique_prompts",
+    "Batch", "Prompts", "Sampler", "Tokenizer", "fit_batch", "set_shares", "tokenizer_of", "training_prompts",
+    "unique_prompts",
 ]  # fmt: skip
 
 Tokenizer: TypeAlias = Callable[[list[str]], Tensor]
@@ -45,6 +46,8 @@ class Sampler:
     Attributes:
         first, count: item i draws among prompts first[i] … first[i] + count - 1.
         batch: items of one micro-batch over all ranks; `micro` of them make a step.
+        sets: (items, share) of each set of joined images, where an epoch holds a share of each and not every item
+            once. A set's items all come before one of them comes again, through as many epochs as that takes.
     """
 
     labels: Ints
@@ -53,6 +56,7 @@ class Sampler:
     seed: int
     batch: int
     micro: int = 1
+    sets: tuple[tuple[int, float], ...] = ()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -72,8 +76,54 @@ class Sampler:
 
     def _shuffle(self, epoch: int) -> tuple[Ints, Ints]:
         generator = np.random.default_rng([self.seed, epoch])
-        order = generator.permutation(len(self.labels)).astype(np.int64)
+        items = self._share_of_each(epoch) if self.sets else np.arange(len(self.labels))
+        order = generator.permutation(items).astype(np.int64)
         return order, self.first + generator.integers(self.count, size=len(self.labels))
+
+    def _share_of_each(self, epoch: int) -> Ints:
+        """Return the items of an epoch: of each set the next ones of an endless row of its shuffles."""
+        chosen, begin, shared = [], 0, 0.0
+        total, taken = sum(share for _, share in self.sets), 0
+        for number, (size, share) in enumerate(self.sets):
+            shared += share
+            count = round(len(self.labels) * shared / total) - taken  # together as many as there are items
+            taken += count
+            first, last = epoch * count, (epoch + 1) * count
+            rounds = range(first // size, -(-last // size))
+            row = [np.random.default_rng([self.seed, number, r, size]).permutation(size) for r in rounds]
+            if row:
+                chosen.append(begin + np.concatenate(row)[first - rounds[0] * size :][:count])
+            begin += size
+        return np.concatenate(chosen).astype(np.int64)
+
+
+def set_shares(shares: str | Mapping[str, float], sizes: Mapping[str, int]) -> tuple[tuple[int, float], ...]:
+    """Return (items, share) of each of several sets, () where every image comes once an epoch.
+
+    Args:
+        shares: "size", "root" (of the size), "equal", a number for each set, or these as "cars=3,dtd=1".
+
+    Raises:
+        TrainingError: none of these, or not one positive number for each set.
+    """
+    if shares == "size" or len(sizes) < 2:
+        return ()
+    numbers: dict[str, float] = {}
+    try:
+        if isinstance(shares, Mapping):
+            numbers = {name: float(share) for name, share in shares.items()}
+        elif shares in ("root", "equal"):
+            numbers = {name: size**0.5 if shares == "root" else 1.0 for name, size in sizes.items()}
+        else:
+            numbers = {name: float(share) for name, share in (pair.split("=") for pair in shares.split(","))}
+    except ValueError:
+        numbers = {}
+    if numbers.keys() != sizes.keys() or not all(0 < share < float("inf") for share in numbers.values()):
+        raise TrainingError(
+            f"{shares!r} gives no share to each of {', '.join(sizes)}",
+            hint=f"size, root, equal, or {','.join(f'{name}=1' for name in sizes)}",
+        )
+    return tuple((size, numbers[name]) for name, size in sizes.items())
 
 
 def fit_batch(size: int, ranks: int, micro: int, items: int) -> int:
@@ -122,7 +172,7 @@ def training_prompts(
         TrainingError: there are neither classes nor captions.
     """
     if split.classes:
-        rows = texts_of.prompts(split.classes, texts_of.templates(templates, split))
+        rows = texts_of.class_prompts(split, templates)
         texts, count = [text for row in rows for text in row], len(rows[0])
         first = split.labels * count
     elif split.captions is not None:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from clipmerge import distributed
 from clipmerge.checkpoint.output import make_folder
+from clipmerge.data.join import join
 from clipmerge.data.prompts import CONTEXTS, context_templates, recorded_prompts
 from clipmerge.data.sampling import few_shot
 from clipmerge.data.split import Split
@@ -25,6 +26,7 @@ from clipmerge.finetuning.batches import (
     Sampler,
     Tokenizer,
     fit_batch,
+    set_shares,
     tokenizer_of,
     training_prompts,
 )
@@ -47,11 +49,11 @@ __all__ = ["apply_method", "base_contexts", "finetune", "starting_model", "with_
 
 def finetune(
     base: Weights | str | Path | None,
-    train: Split,
+    train: Split | Mapping[str, Split],
     *,
     out: str | Path,
     model: str | Path | ModelSpec | None = None,
-    val: Split | None = None,
+    val: Split | Mapping[str, Split] | None = None,
     head: Weights | str | Path | None = None,
     settings: Settings | None = None,
     resume: bool = False,
@@ -70,9 +72,11 @@ def finetune(
 
     Args:
         base: where training starts; None trains from scratch, which needs `model`.
-        train: images with labels (or, for flyp, with captions).
+        train: images with labels (or, for flyp, with captions); several sets by name are trained on together, with
+            one softmax over all their prompts, drawn by `shares`.
         model: read from the base's metadata where left out.
-        val: held-out images: scored every `score_every` steps (each epoch by default) and at the end.
+        val: held-out images: scored every `score_every` steps (each epoch by default) and at the end; of several
+            sets the mean decides.
         head: "trained", a method's own start; "frozen", the zero-shot head as it is; or weights whose
             `classification_head.*` is taken (model recycling: the shared head).
         settings: the hyperparameters as a value; None takes the defaults.
@@ -92,7 +96,14 @@ def finetune(
         raise TrainingError(f"{settings.method} trains no head", hint="--head goes with ce, car-ft and lp-ft")
     if isinstance(head, str) and head in ("frozen", "trained"):
         head = None
-    check_images(settings, train, val)
+    sets = {"": train} if isinstance(train, Split) else dict(train)
+    held_out = {} if val is None else {"": val} if isinstance(val, Split) else dict(val)
+    if settings.shots is not None:
+        sets = {name: few_shot(split, settings.shots, settings.seed) for name, split in sets.items()}
+    train = join(sets) if len(sets) > 1 else next(iter(sets.values()))
+    check_images(settings, train, held_out)
+    sizes = {name: len(split) for name, split in sets.items()}
+    shares = set_shares(settings.shares, sizes)
     device = resolve_device(settings.device)
     precision = resolve_precision(settings.precision, device)
     distributed.start(device)
@@ -108,11 +119,10 @@ def finetune(
         torch.manual_seed(settings.seed + distributed.rank())  # dropout follows it
         # The model, its images and prompts.
         base, head = (None if w is None else as_weights(w) for w in (base, head))
-        if settings.shots is not None:
-            train = few_shot(train, settings.shots, settings.seed)
         net, spec = starting_model(base, model, settings.seed, device)
         settings = with_defaults(settings, net, from_scratch=base is None)
-        images = Images(train, val, spec.preprocess, device, settings, on_progress)
+        probed = next(iter(held_out.values())) if len(held_out) == 1 else None
+        images = Images(train, probed, spec.preprocess, device, settings, on_progress)
         loader = images.loader()
         tokenizer = tokenizer_of(spec)
         prompts = training_prompts(net, tokenizer, train, settings.templates, device)
@@ -124,7 +134,7 @@ def finetune(
         objective = apply_method(towers, tokenizer, prompts, images, settings, head)
         batch = fit_batch(settings.batch_size, distributed.world(), settings.accumulate, len(train))
         sampler = Sampler(
-            train.labels, prompts.first, prompts.count, settings.seed, batch, settings.accumulate
+            train.labels, prompts.first, prompts.count, settings.seed, batch, settings.accumulate, shares
         )
         epochs = 10 if settings.epochs is None else settings.epochs
         steps = settings.steps or max(1, round(sampler.steps_per_epoch * epochs))
@@ -140,11 +150,16 @@ def finetune(
             steps=steps if settings.row.steps else 0,
             steps_per_epoch=sampler.steps_per_epoch,
             identity=identity,
-            training={**recorded, "base": _parents(base), "images": len(train)},
+            training={
+                **recorded,
+                "base": _parents(base),
+                "images": len(train),
+                **({"sets": sizes} if len(sets) > 1 else {}),
+            },
             metadata=metadata or {},
             prompts=recorded_prompts(train, settings.templates),
             spec=spec,
-            score=_scorer(towers, tokenizer, images, settings),
+            score=_scorer(towers, tokenizer, images, held_out, settings),
         )
         done = checkpoints.resume() if resume else 0
         log.begin(done)
@@ -215,14 +230,23 @@ def _parents(base: Weights | None) -> list[dict[str, str | None]]:
 
 
 def _scorer(
-    towers: Towers, tokenizer: Tokenizer, images: Images, settings: Settings
+    towers: Towers, tokenizer: Tokenizer, images: Images, held_out: Mapping[str, Split], settings: Settings
 ) -> Callable[[], dict[str, float]] | None:
-    """Return what scores the model as it is; None without held-out images."""
-    if images.val is None:
-        return None
-    prompts = training_prompts(towers.model, tokenizer, images.val, settings.templates, images.device)
-    pixels = resident(images.held_out(), images.device)
-    return partial(held_out_scores, towers, images.val, pixels, prompts, min(settings.batch_size, 256))
+    """Return what scores the model as it is: the means over sets, and each set's; None without held-out images."""
+    scorers = {}
+    for name, split in held_out.items():
+        prompts = training_prompts(towers.model, tokenizer, split, settings.templates, images.device)
+        pixels = resident(replace(images, val=split).held_out(), images.device)
+        size = min(settings.batch_size, 256)
+        scorers[name] = partial(held_out_scores, towers, split, pixels, prompts, size)
+
+    def score() -> dict[str, float]:
+        each = {name: scorer() for name, scorer in scorers.items()}
+        means = {key: sum(scores[key] for scores in each.values()) / len(each) for key in ("top1", "loss")}
+        several = {f"{name} {key}": value for name, scores in each.items() for key, value in scores.items()}
+        return {**means, **(several if len(each) > 1 else {})}
+
+    return score if scorers else None
 
 
 def apply_method(

@@ -93,7 +93,7 @@ def resident(images: Pixels, device: torch.device) -> Pixels | Tensor:
     return images if kept is None else kept
 
 
-def check_images(settings: Settings, train: Split, val: Split | None) -> None:
+def check_images(settings: Settings, train: Split, held_out: Mapping[str, Split]) -> None:
     """Refuse images without what the method needs.
 
     Raises:
@@ -106,23 +106,33 @@ def check_images(settings: Settings, train: Split, val: Split | None) -> None:
 
     headless = settings.row.head is None or settings.frozen_head
     captioned = settings.row.head is None and train.captions is not None and not train.classes
-    if settings.select == "best" and val is None:
+    if settings.select == "best" and not held_out:
         raise TrainingError("nothing says which checkpoint is best", hint="give held-out images with --val")
-    idle = [name for name in ("score_every", "select_by") if val is None and getattr(settings, name)]
+    idle = [name for name in ("score_every", "select_by") if not held_out and getattr(settings, name)]
     if idle:
         option = f"--{idle[0].replace('_', '-')}"
         raise TrainingError(f"{option} does nothing without held-out images", hint="give some with --val")
+    if train.parts and not headless:
+        raise TrainingError(
+            f"{settings.method} trains one head, and several sets have theirs",
+            hint="train on several sets by flyp, or by ce under their zero-shot heads: --head frozen",
+        )
+    if not train.parts and settings.shares != "size":
+        raise TrainingError(
+            "--shares does nothing with one set of images", hint="name several: --train NAME=DATA"
+        )
     if not len(train):
         raise DataError(f"{train.source} has no images", hint="check the part and the limit")
     if not captioned and not labelled(train):
         hint = f"{settings.method} needs a class for each image"
         raise DataError(f"{train.source} has images without a label", hint=hint)
-    if val is not None and not (len(val) and labelled(val)):
-        hint = "name another held-out split"
-        raise DataError(f"{val.source} cannot score: it has no labelled images", hint=hint)
-    if val is not None and not headless and val.classes != train.classes:
-        hint = "a trained head scores the classes that it was trained on, in their order"
-        raise DataError(f"{val.source} has other classes than {train.source}", hint=hint)
+    for val in held_out.values():
+        if not (len(val) and labelled(val)):
+            hint = "name another held-out split"
+            raise DataError(f"{val.source} cannot score: it has no labelled images", hint=hint)
+        if not headless and val.classes != train.classes:
+            hint = "a trained head scores the classes that it was trained on, in their order"
+            raise DataError(f"{val.source} has other classes than {train.source}", hint=hint)
 
 
 Key: TypeAlias = tuple[int, int]

@@ -89,6 +89,9 @@ class Settings:
     frozen_head: bool = _python(False, "Keep the zero-shot head as it is; train the image tower under it.")
     templates: Sequence[str] | str | None = _python(None, "Prompts with {}; the data's own by default.")
     contexts: Sequence[str] | None = _python(None, 'CAR-FT\'s contexts ("photo", "sketch" …).')
+    shares: str | Mapping[str, float] = _method(
+        "size", "Several --train sets: how often each is drawn: size, root (of it), equal, or cars=3,dtd=1."
+    )
     shots: int | None = _method(None, "Images per class to train on; the best held-out loss is kept.", min=1)
     augment: str | Mapping[str, Any] = _method(
         "crop",

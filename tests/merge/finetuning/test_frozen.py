@@ -139,6 +139,56 @@ def test_cross_entropy_under_a_frozen_head_step_by_step(
     assert not torch.equal(free.state_dict()["visual.proj"], ours["visual.proj"])
 
 
+def test_one_softmax_over_the_prompts_of_several_sets(
+    tune: Callable[..., Any], base: Any, train: Any, tiny_spec: Any
+) -> None:
+    """The first step, written out: every image of both sets against the twenty classes of both."""
+    from dataclasses import replace
+
+    other = replace(
+        train.subset(range(20)), source="other", templates=("upside down {}", "{} on its head", "a {}")
+    )
+    options = {
+        "method": "ce",
+        "head": "frozen",
+        "lr": 1e-2,
+        "batch_size": 80,
+        "steps": 1,
+        "warmup": 0,
+        "wd": 0.0,
+    }
+    tuned = tune(train={"plain": train, "turned": other}, val={"a": train, "b": other}, **options)
+    net: Any = build_model(tiny_spec)
+    net.load_state_dict(base.state_dict())
+    heads = []
+    for split in (train, other):
+        tokens = training_prompts(net, tokenizer_of(tiny_spec), split, None, CPU).tokens
+        with torch.no_grad():
+            texts = F.normalize(net.encode_text(tokens), dim=-1).view(10, -1, 16).mean(1)
+            heads.append(net.logit_scale.exp() * F.normalize(texts, dim=-1))
+    mean, std = mean_and_std(tiny_spec.preprocess, "cpu")
+    images = torch.cat([torch.from_numpy(pixels(split, tiny_spec.preprocess)) for split in (train, other)])
+    labels = torch.cat([torch.from_numpy(train.labels), torch.from_numpy(other.labels) + 10])
+    logits = F.normalize(net.encode_image((images.float() / 255 - mean) / std), dim=-1) @ torch.cat(heads).T
+    F.cross_entropy(logits, labels).backward()
+    nn.utils.clip_grad_norm_(list(net.visual.parameters()), 1.0)
+    torch.optim.AdamW(net.visual.parameters(), lr=1e-2, weight_decay=0.0).step()
+    torch.testing.assert_close(
+        tuned.state_dict()["visual.proj"], net.visual.proj.detach(), rtol=1e-3, atol=1e-4
+    )
+    training = tuned.record["training"]
+    assert training["sets"] == {"plain": 60, "turned": 20}
+    scores = training["scores"]
+    assert scores["top1"] == pytest.approx((scores["a top1"] + scores["b top1"]) / 2)
+    assert [entry["templates"] for entry in tuned.prompts] == [list(train.templates), list(other.templates)]
+    flyp = tune("flyp", train={"plain": train, "turned": other}, shares="root")
+    assert flyp.record["training"]["shares"] == "root"
+    with pytest.raises(TrainingError, match="trains one head, and several sets have theirs"):
+        tune("ce", train={"plain": train, "turned": other}, method="ce")
+    with pytest.raises(TrainingError, match="--shares does nothing with one set"):
+        tune("one", shares="root")
+
+
 def test_a_frozen_head_scores_other_classes_as_well(tune: Callable[..., Any], val: Any) -> None:
     from dataclasses import replace
 

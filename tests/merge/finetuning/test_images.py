@@ -11,7 +11,7 @@ from PIL import Image
 
 from clipmerge.errors import DataError, TrainingError
 from clipmerge.finetuning.augment import Crop, device_crops, parse_augmentation
-from clipmerge.finetuning.batches import Batch, Sampler, fit_batch
+from clipmerge.finetuning.batches import Batch, Sampler, fit_batch, set_shares
 from clipmerge.finetuning.images import Images
 from clipmerge.finetuning.settings import Settings
 from clipmerge.finetuning.towers import Towers
@@ -181,3 +181,24 @@ def test_corruptions_are_between_nothing_and_their_value(train: Any) -> None:
         parse_augmentation("noise:7", preprocess)
     with pytest.raises(TrainingError, match="no augmentation"):
         parse_augmentation("invert", preprocess)
+
+
+def test_sets_are_drawn_by_their_shares_and_every_item_comes_before_one_comes_again() -> None:
+    labels = np.zeros(100, np.int64)
+    sets = set_shares({"a": 3, "b": 1}, {"a": 90, "b": 10})
+    sampler = Sampler(labels, labels, 1, seed=0, batch=10, sets=sets)
+    epochs = [np.concatenate([b.items for b in sampler.batches(10 * e, 10 * e + 10)]) for e in range(4)]
+    assert [int((items < 90).sum()) for items in epochs] == [75] * 4
+    seen = np.concatenate(epochs)
+    assert set(np.bincount(seen[seen < 90], minlength=90)) == {3, 4}  # 300 draws of 90 items
+    assert set(np.bincount(seen[seen >= 90] - 90)) == {10}  # 100 draws of 10
+    again = [b.items for b in sampler.batches(17, 19)]
+    np.testing.assert_array_equal(np.concatenate(again), epochs[1][70:90])
+    assert any((np.diff(items[:20]) < 0).any() for items in epochs)
+    sizes = {"a": 400, "b": 100}
+    assert [share for _, share in set_shares("root", sizes)] == [20, 10]
+    assert set_shares("a=1, b=2".replace(" ", ""), sizes) == ((400, 1.0), (100, 2.0))
+    assert set_shares("size", sizes) == ()
+    for wrong in ("a=1", "halves", {"a": 1, "b": 0}, "a=1,c=2"):
+        with pytest.raises(TrainingError, match="no share to each of a, b"):
+            set_shares(wrong, sizes)
