@@ -17,7 +17,7 @@ SAYS = {
     "model_recycling": "mean of all three",
     "part_by_part": "image tower only",
     "patching": "chosen",
-    "provenance": "mean([ft1, ft2, ft3, ft4, ft5, ft6])",
+    "provenance": "mean([ft1, ft2, ft3, ft4, ft5, ft6, ft7, ft8])",
     "task_arithmetic": "1.5*base - 0.5*low",
     "wise_ft": "0.75",
 }

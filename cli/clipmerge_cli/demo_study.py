@@ -2,24 +2,26 @@
 
 import io
 import json
-import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clipmerge.errors import TrainingError
 from clipmerge.report.documents import write_json
 from clipmerge_cli import demo_steps as steps
 from clipmerge_cli.options import Talk
 
+if TYPE_CHECKING:
+    import clipmerge
+    from clipmerge.evaluate.score import Score
+
 RESULTS = "results.json"
 TASK_ROLES = ("task", "added", "negated", "patched")
-
-Scores = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,43 @@ class Row:
     name: str
     role: str
     file: str | None
-    scores: Scores
+    scores: "Mapping[str, Score]"
+
+    def to_json(self, best: "Row") -> dict[str, Any]:
+        """Return the scores, the mean over shifts with its interval, and the differences to the best single."""
+        document: dict[str, Any] = {"name": self.name, "role": self.role, "file": self.file}
+        document["scores"] = {split: score.to_json() for split, score in self.scores.items()}
+        if self.role not in TASK_ROLES:
+            document["shifts"] = mean_of_shifts(self)
+            document["against_best"] = {
+                "test": compare([self.scores["test"]], [best.scores["test"]]),
+                "shifts": compare(*([row.scores[name] for name in steps.SHIFTS] for row in (self, best))),
+            }
+        return document
+
+
+def mean_of_shifts(row: Row) -> dict[str, Any]:
+    """Return the mean score over shifts; its 95 % interval counts images, each of which is in every shift."""
+    import numpy as np
+
+    each = np.mean([row.scores[name].correct_mask for name in steps.SHIFTS], axis=0)
+    reach = 1.96 * each.std(ddof=1) / len(each) ** 0.5
+    return {"value": float(each.mean()), "interval": [float(each.mean() - reach), float(each.mean() + reach)]}
+
+
+def compare(ours: "Sequence[Score]", theirs: "Sequence[Score]") -> dict[str, float]:
+    """Return the difference of two models' mean scores on the same images, and how surprising it is.
+
+    p is a sign test's over images: of those that one model has right under more shifts than the other, would as many
+    speak for one of them, were both equally good? With one split this is McNemar's exact test.
+    """
+    import numpy as np
+
+    from clipmerge.evaluate.metrics import mcnemar
+
+    mine, yours = (np.sum([score.correct_mask for score in scores], axis=0) for scores in (ours, theirs))
+    difference = float((mine - yours).mean() / len(ours))
+    return {"difference": difference, "p": mcnemar(mine > yours, yours > mine)}
 
 
 @dataclass
@@ -84,6 +122,7 @@ class Study:
             self.score("base.safetensors", "base", "base", *steps.COMPARED, *steps.TASKWISE)
             for file, words in steps.commands("finetune").items():
                 lr, augment = (words[words.index(option) + 1] for option in ("--lr", "--augment"))
+                augment = augment.partition(":")[0]
                 name = f"{Path(file).stem}: lr {lr}" + ("" if augment == "none" else f", {augment}")
                 if file.startswith("ft/"):
                     self.score(file, name, "ingredient", *steps.COMPARED)
@@ -109,20 +148,22 @@ class Study:
             splits = steps.TASKWISE if role in TASK_ROLES else steps.COMPARED
             self.score(file, name.format(*numbers), role, *splits)
             if role == "greedy":
-                self.rows.append(Row("logit ensemble (all)", "ensemble", None, self.ensemble()))
+                from clipmerge.search.ensemble import score_ensemble
+
+                files = sorted(self.folder.glob("ft/*.safetensors"))
+                scores = {split: score_ensemble(files, self.evaluator, split) for split in steps.COMPARED}
+                self.rows.append(Row("logit ensemble (all)", "ensemble", None, scores))
 
     def report(self) -> None:
         """Write commands.sh, the comparison as a figure, and at last results.json: the demo is finished."""
-        from clipmerge.report import figures
+        from clipmerge.figures import draw
 
-        best, curve = str(self.best.file), self.documents["curve"]
-        (self.folder / "commands.sh").write_text(steps.script(best, self.pace), encoding="utf-8")
-        rows = [{"role": r.role, "scores": {s: r.scores[s]["value"] for s in r.scores}} for r in self.rows]
-        axes = {"x": "test", "y": "shift", "labels": {"test": "test digits", "shift": "turned by 25°"}}
-        figure = {"kind": "comparison", "rows": rows, "curve": curve, **axes}
-        figures.plot(figure, self.folder / "comparison.png")
-        facts = {"model": steps.MODEL, "splits": steps.SPLITS, "models": [asdict(row) for row in self.rows]}
-        write_json(facts | self.documents, self.folder / RESULTS)
+        best = self.best
+        (self.folder / "commands.sh").write_text(steps.script(str(best.file), self.pace), encoding="utf-8")
+        models = [row.to_json(best) for row in self.rows]
+        facts = {"model": steps.MODEL, "splits": steps.SPLITS, "models": models, **self.documents}
+        draw.plot(comparison(facts), self.folder / "comparison.png")
+        write_json(facts, self.folder / RESULTS)
 
     # -- what they share ---------------------------------------------------------------------------------
 
@@ -130,7 +171,7 @@ class Study:
     def best(self) -> Row:
         """The ingredient with the best held-out score, the first of them on a tie."""
         singles = [row for row in self.rows if row.role == "ingredient"]
-        return max(singles, key=lambda row: row.scores["held-out"]["value"])
+        return max(singles, key=lambda row: row.scores["held-out"].value)
 
     def command(self, *words: str) -> Any:
         """Run a command in this folder and this process; return the JSON document that it prints."""
@@ -147,36 +188,61 @@ class Study:
         document.pop("figures", None)
         return document
 
+    @cached_property
+    def evaluator(self) -> "clipmerge.Evaluator":
+        """What scores every model on every split."""
+        import clipmerge
+
+        with chdir(self.folder):
+            splits = {name: clipmerge.open_split(data) for name, data in steps.SPLITS.items()}
+        model = self.folder / steps.MODEL_FILE
+        return clipmerge.Evaluator(model, splits, templates=steps.TEMPLATE, device="cpu")
+
     def score(self, file: str, name: str, role: str, *splits: str) -> None:
         """Add a row with a model's scores on the named splits."""
-        options = [word for split in dict.fromkeys(splits) for word in ("--data", steps.SPLITS[split])]
-        document = self.command("evaluate", file, *options, *shlex.split(steps.SCORING))
-        scores = document["checkpoints"][0]["scores"]
-        self.rows.append(Row(name, role, file, {split: scores[steps.SPLITS[split]] for split in splits}))
+        scores = self.evaluator.scores(self.folder / file, list(dict.fromkeys(splits)))
+        self.rows.append(Row(name, role, file, scores))
 
     def curve(self, best: str) -> list[dict[str, Any]]:
         """Return test scores along the line from the base to the best single, for the figure alone."""
-        (words,) = steps.commands("interpolate", best=best).values()
-        shown = [word.replace("#val", "#test") for word in words[: words.index("--plot")]]
-        points = self.command(*shown, "--fresh")["points"]
-        splits = {"test": "id", "shift": "shift"}
-        scores = [{name: p["scores"][split]["value"] for name, split in splits.items()} for p in points]
-        return [{"alpha": p["coefficient"], "scores": s} for p, s in zip(points, scores, strict=True)]
+        import clipmerge
 
-    def ensemble(self) -> Scores:
-        """Score the mean of all ingredients' logits, on the splits that the soups are compared on."""
-        from clipmerge.data.open import open_split
-        from clipmerge.evaluate.evaluator import Evaluator
-        from clipmerge.search.ensemble import score_ensemble
+        start, end = clipmerge.load_all([str(self.folder / "base.safetensors"), str(self.folder / best)])
+        points = []
+        for tenths in range(11):
+            weights = clipmerge.interpolate(start, end, tenths / 10)
+            row = Row("", "curve", None, self.evaluator.scores(weights, ("test", *steps.SHIFTS)))
+            means = {"test": row.scores["test"].value, "shifts": mean_of_shifts(row)["value"]}
+            points.append({"alpha": tenths / 10, "scores": means})
+        return points
 
-        splits = {name: open_split(steps.SPLITS[name], role="test") for name in steps.COMPARED}
-        evaluator = Evaluator(self.folder / steps.MODEL_FILE, splits, templates=steps.TEMPLATE, device="cpu")
-        ingredients = sorted(self.folder.glob("ft/*.safetensors"))
-        return {split: score_ensemble(ingredients, evaluator, split).to_json() for split in splits}
+
+def comparison(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the figure of the comparison draws, out of the results."""
+    rows = []
+    for model in results["models"]:
+        if "shifts" in model:
+            both = {"test": model["scores"]["test"], "shifts": model["shifts"]}
+            rows.append({"role": model["role"], "scores": {name: s["value"] for name, s in both.items()},
+                         "intervals": {name: s["interval"] for name, s in both.items()}})  # fmt: skip
+    n = results["models"][0]["scores"]["test"]["n"]
+    labels = {"test": f"{n} test digits", "shifts": f"mean over {len(steps.SHIFTS)} changes of them"}
+    return {
+        "kind": "comparison",
+        "rows": rows,
+        "curve": results["curve"],
+        "x": "test",
+        "y": "shifts",
+        "labels": labels,
+    }
 
 
 def write_images(folder: Path) -> None:
-    """Write broad.npz (each training digit turned by its own angle), low.npz (0 to 4) and high.npz (5 to 9)."""
+    """Write digits.npz (297 training, 400 held-out and 800 test digits), low.npz (its 0 to 4), high.npz (its 5 to 9).
+
+    broad.npz has the base's 597 training digits, each turned by its own angle: those 297, and 300 that no finetuning
+    sees.
+    """
     import numpy as np
     from PIL import Image
 
@@ -185,14 +251,20 @@ def write_images(folder: Path) -> None:
     parts = [open_split(f"digits#{part}") for part in ("train", "val", "test")]
     digits = [part.image(i).convert("L") for part in parts for i in range(len(part))]
     labels = np.concatenate([part.labels for part in parts]).astype(np.int16)
-    split = np.repeat(np.arange(3, dtype=np.uint8), [len(part) for part in parts])
-    angles = np.random.default_rng(0).uniform(-45, 45, len(parts[0]))
-    turned = [digits[i].rotate(angle, Image.Resampling.BICUBIC) for i, angle in enumerate(angles)]
-    for name, rows in {"broad": split == 0, "low": labels < 5, "high": labels >= 5}.items():
+    order = np.random.default_rng(1).permutation(len(digits))
+    split = np.full(len(digits), 2, np.uint8)
+    split[order[:597]], split[order[597:997]] = 0, 1
+    angles = np.random.default_rng(0).uniform(-45, 45, len(digits))
+    turned = [
+        image.rotate(angle, Image.Resampling.BICUBIC) for image, angle in zip(digits, angles, strict=True)
+    ]
+    used = np.concatenate([order[:297], order[597:]])
+    low, high = used[labels[used] < 5], used[labels[used] >= 5]
+    for name, rows in {"broad": order[:597], "digits": used, "low": low, "high": high}.items():
         images, first = turned if name == "broad" else digits, labels[rows].min()
         np.savez(
             folder / f"{name}.npz",
-            images=np.stack([np.asarray(images[i]) for i in np.flatnonzero(rows)]),
+            images=np.stack([np.asarray(images[i]) for i in rows]),
             labels=labels[rows] - first,
             split=split[rows],
             classes=np.array(parts[0].classes)[first : labels[rows].max() + 1],

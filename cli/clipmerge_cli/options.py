@@ -38,7 +38,7 @@ def output_path(text: str) -> Path:
 def figure_path(text: str) -> Path:
     """Return where to draw, once it is certain that both files can be written there."""
     from clipmerge.checkpoint.output import check_target
-    from clipmerge.report.style import targets
+    from clipmerge.figures.style import targets
 
     for file in targets(Path(text).expanduser()):
         check_target(file, force=True)

@@ -108,10 +108,10 @@ def finetune(
         )
     if show.is_first():
         if plot is not None:
+            from clipmerge.figures import draw
             from clipmerge.finetuning.log import read
-            from clipmerge.report import figures
 
-            figures.training(read(output.with_name(f"{output.stem}.log.jsonl")), plot)
+            draw.training(read(output.with_name(f"{output.stem}.log.jsonl")), plot)
         done = weights.record.get("training", {})
         seconds = perf_counter() - began
         if talk.json:

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from clipmerge.evaluate.score import Score as Score
     from clipmerge.evaluate.verify import verify as verify
     from clipmerge.evaluate.zero_shot import with_zero_shot_head as with_zero_shot_head
+    from clipmerge.figures.draw import plot as plot
     from clipmerge.finetuning.finetune import finetune as finetune
     from clipmerge.model import build_model as build_model
     from clipmerge.model import resolve_model as resolve_model
-    from clipmerge.report.figures import plot as plot
     from clipmerge.search.ensemble import greedy_ensemble as greedy_ensemble
     from clipmerge.search.learned import learned_soup as learned_soup
     from clipmerge.search.patch import patch as patch
@@ -48,9 +48,9 @@ _NAMES = {
     "evaluate.score": "Score",
     "evaluate.verify": "verify",
     "evaluate.zero_shot": "with_zero_shot_head",
+    "figures.draw": "plot",
     "finetuning.finetune": "finetune",
     "model": "build_model resolve_model",
-    "report.figures": "plot",
     "search.ensemble": "greedy_ensemble",
     "search.learned": "learned_soup",
     "search.patch": "patch",

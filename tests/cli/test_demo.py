@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from clipmerge.data.open import open_split
 from clipmerge.errors import TrainingError
+from clipmerge.evaluate.metrics import Predictions
+from clipmerge.evaluate.score import Score, score_of
 from clipmerge_cli import demo
 from clipmerge_cli.app import main
-from clipmerge_cli.demo_steps import MODEL, MODEL_FILE, commands
-from clipmerge_cli.demo_study import Row, Study
+from clipmerge_cli.demo_steps import MODEL, MODEL_FILE, SHIFTS, commands
+from clipmerge_cli.demo_study import TASK_ROLES, Study, compare
 from clipmerge_cli.options import Talk
 
 TRAININGS = commands("finetune")
@@ -51,13 +54,13 @@ def test_everything_is_kept(folder: Path) -> None:
         *(f"{name}.{suffix}" for name in figures for suffix in ("png", "svg")),
         *(f"{name}.safetensors" for name in merged),
         *TRAININGS,
-        *(f"data/{name}.npz" for name in ("broad", "low", "high")),
+        *(f"data/{name}.npz" for name in ("broad", "digits", "low", "high")),
     }
 
 
 def test_the_table_compares_what_was_asked(results: Any) -> None:
     roles = [model["role"] for model in results["models"]]
-    assert roles.count("ingredient") == 6
+    assert roles.count("ingredient") == 8
     assert {"base", "best", "uniform", "greedy", "ensemble", "wise-ft", "added", "negated", "patched"} <= set(
         roles
     )
@@ -69,22 +72,77 @@ def test_the_table_compares_what_was_asked(results: Any) -> None:
     for model in results["models"]:
         for score in model["scores"].values():
             assert score["value"] == score["correct"] / score["n"]
+        if model["role"] not in TASK_ROLES:
+            shifts = [model["scores"][name]["value"] for name in SHIFTS]
+            assert model["shifts"]["value"] == pytest.approx(sum(shifts) / len(shifts))
+            best = by_role["best"]["shifts"]["value"]
+            assert model["against_best"]["shifts"]["difference"] == pytest.approx(
+                model["shifts"]["value"] - best
+            )
+    assert by_role["best"]["against_best"]["test"] == {"difference": 0.0, "p": 1.0}
+
+
+def test_the_images_are_split_once_and_tests_are_seen_by_no_training(folder: Path) -> None:
+    sizes = {part: open_split(f"{folder}/data/digits.npz#{part}") for part in ("train", "val", "test")}
+    assert [len(split) for split in sizes.values()] == [297, 400, 800]
+    broad = np.load(folder / "data" / "broad.npz")
+    assert (len(broad["labels"]), set(broad["split"])) == (597, {0})
+    images = [{split.image(i).tobytes() for i in range(len(split))} for split in sizes.values()]
+    assert not images[0] & images[2]
+    assert not images[1] & images[2]
+
+
+def test_a_paired_comparison_counts_images_and_with_one_split_is_mcnemars() -> None:
+    """By hand: of six images one model alone has two right under more shifts, the other one: p of 2 against 1 is 1."""
+
+    def score(*right: int) -> Score:
+        labels = np.zeros(len(right), np.int64)
+        return score_of(
+            Predictions(labels, 1 - np.array(right), np.ones(len(right), bool), np.ones(len(right)), None),
+            "top1",
+        )
+
+    ours = [score(1, 1, 0, 1, 0, 1), score(1, 0, 0, 1, 1, 1)]
+    theirs = [score(1, 0, 0, 1, 1, 1), score(1, 0, 1, 1, 1, 0)]
+    assert compare(ours, theirs) == {
+        "difference": pytest.approx((2 + 1 + 0 + 2 + 1 + 2 - (2 + 0 + 1 + 2 + 2 + 1)) / 12),
+        "p": 1.0,
+    }
+    one = compare(ours[:1], theirs[:1])
+    assert one["p"] == ours[0].p_value(theirs[0])
 
 
 def test_the_tables_say_every_model_and_where_the_rest_is(
     folder: Path, results: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study = Study(folder, Talk(quiet=True))
-    study.rows = [Row(m["name"], m["role"], m["file"], m["scores"]) for m in results["models"]]
-    monkeypatch.setattr(demo, "run", lambda *_, **__: study)
+    monkeypatch.setattr(demo, "run", lambda *_, **__: None)
     assert main(["demo", "--out", str(folder)]) == 0
     shown = capsys.readouterr().out
     for model in results["models"]:
         assert model["name"] in shown
         assert f"{100 * model['scores']['test']['value']:.1f}" in shown
     assert f"{folder}/commands.sh" in shown
+    flowing = " ".join(shown.split())
+    for sentence in demo.verdicts(results):
+        assert sentence in flowing
     assert main(["demo", "--out", str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == results
+
+
+def test_a_verdict_says_what_the_test_found_and_nothing_more() -> None:
+    def model(test: tuple[float, float], shifts: tuple[float, float]) -> Any:
+        against = {k: {"difference": d, "p": p} for k, (d, p) in {"test": test, "shifts": shifts}.items()}
+        return {"name": "greedy soup (2 of 8)", "role": "greedy", "against_best": against}
+
+    (good,) = demo.verdicts({"models": [model((0.0175, 0.004), (-0.032, 0.0001))]})
+    assert good == (
+        "greedy soup (2 of 8): on test digits 1.8 points better (p = 0.004), under shift 3.2 points worse (p < 0.001)"
+    )
+    (noise,) = demo.verdicts({"models": [model((0.01, 0.2), (0.0, 1.0))]})
+    assert noise == (
+        "greedy soup (2 of 8): on test digits no difference that stands (+1.0, p = 0.200), "
+        "under shift no difference that stands (+0.0, p = 1.000)"
+    )
 
 
 def test_its_files_open_in_open_clip(folder: Path) -> None:

@@ -80,7 +80,7 @@ class Step:
         shown = _percent(self.value) if self.at_most is None else f"≤ {_percent(self.at_most)}"
         verdict = "accepted" if self.accepted else "refused"
         alone, best = _percent(self.alone), _percent(self.best)
-        p = _p_text(self.p)
+        p = p_text(self.p)
         return (str(self.number), self.name, alone, shown, _interval_text(self.interval), p, verdict, best)
 
 
@@ -252,7 +252,7 @@ class SweepResult:
             best = point.value
             cells = [str(number)] * searched + [f"{float(point.coefficients[name]):g}" for name in names]
             for split, score in point.scores.items():
-                p = _p_text(self._p(point, split))
+                p = p_text(self._p(point, split))
                 cells += [_percent(score.value), _interval_text(score.interval), p]
             cells += [_percent(float(point.value))] * len(figure)
             notes = {
@@ -326,7 +326,7 @@ def _interval_text(interval: Sequence[float] | None) -> Cell:
     return "–" if interval is None else f"{100 * interval[0]:.1f}–{100 * interval[1]:.1f}"
 
 
-def _p_text(p: float | None) -> Cell:
+def p_text(p: float | None) -> Cell:
     """Write a p value, a small one as a bound."""
     if p is None:
         return "–"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tests.merge.search.table import point, random_bits, table_evaluator
 
-from clipmerge.report.figures import plot
+from clipmerge.figures.draw import plot
 from clipmerge.search.coefficients import search_coefficients, task_family
 from clipmerge.search.ensemble import greedy_ensemble
 from clipmerge.search.learned import learned_soup

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from clipmerge.errors import SelectionError
 from clipmerge.evaluate.metrics import METRICS
-from clipmerge.report.style import (
+from clipmerge.figures.style import (
     BLACK,
     BLUE,
     GREEN,
@@ -24,8 +24,9 @@ from clipmerge.report.style import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-__all__ = ["Result", "plot", "training"]
+__all__ = ["Result", "draw", "plot", "training"]
 
 Document = Mapping[str, Any]
 
@@ -73,14 +74,22 @@ def plot(result: Result | Document, path: str | Path) -> list[Path]:
     Raises:
         SelectionError: there is no figure of this kind of result.
     """
-    document = result if isinstance(result, Mapping) else result.to_json()
+    draw(result if isinstance(result, Mapping) else result.to_json(), path)
+    return targets(path)
+
+
+def draw(document: Document, path: str | Path | None = None) -> "Figure":
+    """Draw the document of a result's `to_json()`; with a path, write it as PNG and SVG too.
+
+    Raises:
+        SelectionError: there is no figure of this kind of result.
+    """
     kind = str(document.get("kind"))
     if kind not in _DRAW:
         raise SelectionError(
             f"results of kind {kind!r} cannot be plotted", hint=f"these can: {', '.join(_DRAW)}"
         )
-    _DRAW[kind](document, path)
-    return targets(path)
+    return _DRAW[kind](document, path)
 
 
 def training(events: Sequence[Document], path: str | Path) -> list[Path]:
@@ -106,11 +115,10 @@ def training(events: Sequence[Document], path: str | Path) -> list[Path]:
     return targets(path)
 
 
-def _sweep(document: Document, path: str | Path) -> None:
+def _sweep(document: Document, path: str | Path | None) -> "Figure":
     """Draw a sweep in one panel, patching in one for each of its sweeps; parallel patching as its search."""
     if document.get("search"):
-        _search(document["search"], path)
-        return
+        return _search(document["search"], path)
     steps = document.get("steps", [document])
     with figure(path, width=0.4 + 6.0 * len(steps)) as page:
         for i, step in enumerate(steps, 1):
@@ -118,6 +126,7 @@ def _sweep(document: Document, path: str | Path) -> None:
             _points(axes, step)
             if len(steps) > 1:
                 axes.set_title(f"Patching, step {i} of {len(steps)}")
+    return page
 
 
 def _points(axes: "Axes", document: Document) -> None:
@@ -152,6 +161,11 @@ def _tradeoff(axes: "Axes", document: Document, sides: Mapping[str, Sequence[str
     axes.plot(x, y, color=BLUE, marker="o", markersize=4, linewidth=1.4, label=f"one point per {symbol}")
 
     def mark(which: Sequence[int], marker: str, colour: str, size: float, label: str, **style: Any) -> None:
+        if all(len(side) == 1 for side in sides.values()):
+            splits = [side[0] for side in sides.values()]
+            for scores in [points[i]["scores"] for i in which if colour != GREY]:
+                ends = {name: _ends(scores[name]) for name in splits}
+                _cross(axes, {name: scores[name]["value"] for name in splits}, ends, splits, colour)
         _mark(axes, [x[i] for i in which], [y[i] for i in which], marker, colour, size, label, **style)
 
     ends = ("base", "finetuned") if symbol == "α" else [f"{symbol} {values[i]:g}" for i in (0, -1)]
@@ -179,12 +193,14 @@ def _lines(axes: "Axes", document: Document) -> None:
         colour, marker, dash = LINES[i % len(LINES)]
         x, y = [p["coefficient"] for p in points], [float(p["scores"][split]["value"]) for p in points]
         axes.plot(x, y, dash, color=colour, marker=marker, markersize=5, label=split)
+        low, high = zip(*(_ends(p["scores"][split]) for p in points), strict=True)
+        axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
     chosen = float(document["coefficient"])
     axes.axvline(chosen, color=BLACK, linewidth=1.0, linestyle=":", label=f"chosen, {chosen:g}")
-    percent(axes, y=_metric(document))
+    percent(axes, y=f"{_metric(document)} (shaded: 95 %)")
 
 
-def _soup(document: Document, path: str | Path) -> None:
+def _soup(document: Document, path: str | Path | None) -> "Figure":
     """Draw held-out score against number of checkpoints tried: accepted, refused, and each one alone."""
     from matplotlib.ticker import MaxNLocator
 
@@ -206,13 +222,17 @@ def _soup(document: Document, path: str | Path) -> None:
         ):
             x, y = [row["number"] for row in rows], [row[key] for row in rows]
             _mark(axes, x, y, marker, colour, size, label, markerfacecolor=inside)
+            if key == "value":
+                for row in rows:
+                    axes.plot([row["number"]] * 2, _ends(row), color=colour, linewidth=1.0, alpha=0.6)
         axes.set_title(f"Greedy {kind}: each checkpoint stays in if the held-out score does not fall")
         axes.set_xlabel("checkpoints tried")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        percent(axes, y=f"held-out score on {document['split']}, {_metric(document)}")
+        percent(axes, y=f"held-out score on {document['split']} (bars: 95 %), {_metric(document)}")
+    return page
 
 
-def _coefficients(document: Document, path: str | Path) -> None:
+def _coefficients(document: Document, path: str | Path | None) -> "Figure":
     """Draw the learned share of every ingredient; a box of shares where each has one per tensor or group."""
     columns: dict[str, list[float]] = {}
     for key, value in document["coefficients"].items():
@@ -228,9 +248,10 @@ def _coefficients(document: Document, path: str | Path) -> None:
         axes.axvline(1 / len(columns), color=BLACK, linestyle=":", linewidth=1.0, label="uniform soup")
         axes.invert_yaxis()
         axes.set(title="Learned soup: the share of each checkpoint", xlabel="coefficient (they sum to 1)")
+    return page
 
 
-def _search(document: Document, path: str | Path) -> None:
+def _search(document: Document, path: str | Path | None) -> "Figure":
     """Draw every evaluation of a search over several coefficients, and the best so far."""
     values = [float(point["value"]) for point in document["points"]]
     with figure(path) as page:
@@ -242,12 +263,14 @@ def _search(document: Document, path: str | Path) -> None:
             title="Search over several coefficients at once", xlabel="evaluations of the held-out splits"
         )
         percent(axes, y=f"{document['rule']['says']},")
+    return page
 
 
-def _comparison(document: Document, path: str | Path) -> None:
+def _comparison(document: Document, path: str | Path | None) -> "Figure":
     """Draw many models: in-distribution score on x, score under shift on y.
 
-    The document is `{"x", "y": split names, "rows": [{"role", "scores"}], "curve": [{"alpha", "scores"}]}`.
+    The document is `{"x", "y": split names, "rows": [{"role", "scores"}], "curve": [{"alpha", "scores"}]}`; a row may
+    have "intervals", which are drawn as crosses.
     """
     x, y = document["x"], document["y"]
     labels = {x: x, y: y} | document.get("labels", {})
@@ -257,12 +280,37 @@ def _comparison(document: Document, path: str | Path) -> None:
             axes.plot([s[x] for s in curve], [s[y] for s in curve], "-", color=SKY, marker=".",
                       label="WiSE-FT, one point per α", zorder=1)  # fmt: skip
         for role, (marker, colour, size, label) in _MARKS.items():
-            rows = [row["scores"] for row in document["rows"] if row["role"] == role]
+            given = [row for row in document["rows"] if row["role"] == role]
+            rows = [row["scores"] for row in given]
+            for row in given if role != "ingredient" else ():
+                if ends := row.get("intervals"):
+                    _cross(axes, row["scores"], ends, (x, y), colour)
             edge = "white" if role == "ingredient" else BLACK
             _mark(axes, [s[x] for s in rows], [s[y] for s in rows], marker, colour, size, label,
                   markeredgecolor=edge, markeredgewidth=0.7)  # fmt: skip
-        axes.set_title("Every model by its score in distribution and under shift")
+        crosses = any("intervals" in row for row in document["rows"])
+        title = "Every model by its score in distribution and under shift"
+        axes.set_title(title + "\ncrosses: 95 % intervals" * crosses)
         percent(axes, x=f"in-distribution: {labels[x]}, top-1", y=f"shift: {labels[y]}, top-1")
+    return page
+
+
+def _ends(score: Document) -> Sequence[float]:
+    """Return a score's 95 % interval; the score itself where a document has none."""
+    return score.get("interval") or (score["value"], score["value"])
+
+
+def _cross(
+    axes: "Axes",
+    value: Mapping[str, float],
+    ends: Mapping[str, Sequence[float]],
+    splits: Sequence[str],
+    colour: str,
+) -> None:
+    """Draw the 95 % intervals of a point's two scores."""
+    x, y = splits
+    for a, b in (((ends[x]), (value[y],) * 2), ((value[x],) * 2, ends[y])):
+        axes.plot(a, b, "-", color=colour, linewidth=0.9, alpha=0.6, zorder=1.5)
 
 
 def _mark(
@@ -286,7 +334,7 @@ def _metric(document: Document) -> str:
     return METRICS[name].title if name in METRICS else name
 
 
-_DRAW: Mapping[str, Callable[[Document, str | Path], None]] = {
+_DRAW: Mapping[str, "Callable[[Document, str | Path | None], Figure]"] = {
     "sweep": _sweep,
     "patch": _sweep,
     "greedy_soup": _soup,

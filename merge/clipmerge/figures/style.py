@@ -37,8 +37,8 @@ _RC: dict[Any, Any] = {
 
 
 @contextmanager
-def figure(path: str | Path, *, width: float = 6.4, height: float = 4.4) -> Iterator["Figure"]:
-    """Yield a figure to draw on; write it as PNG and SVG beside each other when the block ends well."""
+def figure(path: str | Path | None, *, width: float = 6.4, height: float = 4.4) -> Iterator["Figure"]:
+    """Yield a figure to draw on; with a path, write it as PNG and SVG beside each other when the block ends well."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -50,7 +50,7 @@ def figure(path: str | Path, *, width: float = 6.4, height: float = 4.4) -> Iter
         for axes in drawn.axes:
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(loc="best")
-        for target in targets(path):
+        for target in () if path is None else targets(path):
             kind = target.suffix[1:]
             metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
             with whole_file(target) as sibling:

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from clipmerge.errors import OutputError, SelectionError
-from clipmerge.report import figures
-from clipmerge.report.style import targets
+from clipmerge.figures import draw
+from clipmerge.figures.style import targets
 
 
 def points(x: str, y: str) -> list[dict[str, Any]]:
@@ -90,7 +90,7 @@ DOCUMENTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_every_kind_of_result_is_drawn_twice_over(name: str, tmp_path: Path) -> None:
-    written = figures.plot(DOCUMENTS[name], tmp_path / "f.png")
+    written = draw.plot(DOCUMENTS[name], tmp_path / "f.png")
     assert written == [tmp_path / "f.png", tmp_path / "f.svg"]
     with Image.open(written[0]) as image:
         assert image.width > 600
@@ -98,8 +98,8 @@ def test_every_kind_of_result_is_drawn_twice_over(name: str, tmp_path: Path) -> 
 
 
 def test_the_same_numbers_give_the_same_bytes(tmp_path: Path) -> None:
-    first = [path.read_bytes() for path in figures.plot(WISE, tmp_path / "a")]
-    second = [path.read_bytes() for path in figures.plot(WISE, tmp_path / "b")]
+    first = [path.read_bytes() for path in draw.plot(WISE, tmp_path / "a")]
+    second = [path.read_bytes() for path in draw.plot(WISE, tmp_path / "b")]
     assert first == second
 
 
@@ -148,7 +148,7 @@ def test_a_result_is_drawn_as_its_document_is(tmp_path: Path) -> None:
         def to_json(self) -> dict[str, Any]:
             return WISE
 
-    drawn, expected = figures.plot(Result(), tmp_path / "a"), figures.plot(WISE, tmp_path / "b")
+    drawn, expected = draw.plot(Result(), tmp_path / "a"), draw.plot(WISE, tmp_path / "b")
     assert drawn[0].read_bytes() == expected[0].read_bytes()
 
 
@@ -158,18 +158,18 @@ def test_a_training_log_is_drawn(tmp_path: Path) -> None:
         for i in range(50)
     ]
     events.append({"event": "score", "step": 50, "top1": 0.9})
-    assert all(path.stat().st_size > 1000 for path in figures.training(events, tmp_path / "log"))
+    assert all(path.stat().st_size > 1000 for path in draw.training(events, tmp_path / "log"))
 
 
 def test_a_kind_without_a_picture_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SelectionError, match="results of kind 'uniform_soup' cannot be plotted"):
-        figures.plot({"kind": "uniform_soup"}, tmp_path / "f.png")
+        draw.plot({"kind": "uniform_soup"}, tmp_path / "f.png")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_folder_is_an_error_of_ours(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"the folder .*nowhere does not exist") as caught:
-        figures.plot(SOUP, tmp_path / "nowhere" / "f.png")
+        draw.plot(SOUP, tmp_path / "nowhere" / "f.png")
     assert caught.value.hint == f"mkdir -p {tmp_path / 'nowhere'}"
 
 
@@ -179,10 +179,10 @@ def test_a_suffix_that_is_none_of_ours_is_kept_in_the_name() -> None:
 
 def words_of(document: Mapping[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The texts of the SVG, written as text for this once."""
-    from clipmerge.report import style
+    from clipmerge.figures import style
 
     monkeypatch.setitem(style._RC, "svg.fonttype", "none")
-    svg = figures.plot(document, tmp_path / "words")[1]
+    svg = draw.plot(document, tmp_path / "words")[1]
     return {"".join(node.itertext()) for node in ElementTree.parse(svg).iter() if node.tag.endswith("text")}
 
 
@@ -207,4 +207,4 @@ def test_real_searches_are_drawn(
     )
     soup = greedy_soup([tuned, other], evaluator, split="blur")
     for name, result in (("sweep", chosen), ("soup", soup)):
-        assert all(path.stat().st_size > 1000 for path in figures.plot(result, tmp_path / name))
+        assert all(path.stat().st_size > 1000 for path in draw.plot(result, tmp_path / name))
