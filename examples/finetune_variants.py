@@ -4,7 +4,7 @@ import clipmerge as cm
 
 base = cm.load("clipmerge-demo/base.safetensors")
 train, test = cm.open_split("digits#train"), cm.open_split("digits#test")
-evaluator = cm.Evaluator(None, test)
+evaluator = cm.Evaluator(test)
 
 variants = [
     cm.finetune(

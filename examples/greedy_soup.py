@@ -5,7 +5,7 @@ from pathlib import Path
 import clipmerge as cm
 
 checkpoints = sorted(Path("clipmerge-demo/ft").glob("*.safetensors"))
-evaluator = cm.Evaluator(None, {"val": cm.open_split("digits#val"), "test": cm.open_split("digits#test")})
+evaluator = cm.Evaluator({"val": cm.open_split("digits#val"), "test": cm.open_split("digits#test")})
 
 soup = cm.greedy_soup(checkpoints, evaluator)
 for step in soup.history:

@@ -19,7 +19,7 @@ recycled = [
     for i, start in enumerate(auxiliary)
 ]  # fmt: skip
 
-evaluator = cm.Evaluator(None, test)
+evaluator = cm.Evaluator(test)
 print(f"probe of the base   {100 * evaluator.score(probe).value:.1f}")
 for i, weights in enumerate(recycled):
     print(f"recycled {i}          {100 * evaluator.score(weights).value:.1f}")

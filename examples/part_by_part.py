@@ -9,6 +9,6 @@ choices = {
     "text tower only": {"text": 1.0},
     "later blocks more": {"visual.block[0:2]": 0.2, "visual.block[2:3]": 0.8, "*": 0.5},
 }
-evaluator = cm.Evaluator(None, cm.open_split("digits#test"))
+evaluator = cm.Evaluator(cm.open_split("digits#test"))
 for name, alpha in choices.items():
     print(f"{name:18} {100 * evaluator.score(cm.interpolate(base, finetuned, alpha)).value:.1f}")

@@ -5,7 +5,7 @@ import clipmerge as cm
 base = cm.load("clipmerge-demo/base.safetensors")
 blurred = cm.load("clipmerge-demo/tasks/blurred.safetensors")
 evaluator = cm.Evaluator(
-    None, {"patch": cm.open_split("digits#val@blur:1.5"), "supported": cm.open_split("digits#val")}
+    {"patch": cm.open_split("digits#val@blur:1.5"), "supported": cm.open_split("digits#val")}
 )
 
 patched = cm.patch(base, blurred, evaluator, grid=(0, 0.25, 0.5, 0.75, 1))

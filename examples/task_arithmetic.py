@@ -11,7 +11,6 @@ models = {
     "low forgotten": base - 0.5 * (low - base),
 }
 evaluator = cm.Evaluator(
-    None,
     {name: cm.open_split(f"clipmerge-demo/data/{name}.npz#test") for name in ("low", "high")},
     templates='a photo of the number: "{}".',
 )

@@ -6,7 +6,6 @@ base = cm.load("clipmerge-demo/base.safetensors")
 finetuned = cm.load("clipmerge-demo/ft/ft2.safetensors")
 
 evaluator = cm.Evaluator(
-    None,  # the files know their model
     {"id": cm.open_split("digits#test"), "shift": cm.open_split("digits#test@rotate:25")},
 )
 print("alpha   test  turned by 25 degrees")

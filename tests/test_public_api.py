@@ -1,5 +1,6 @@
 """The public names: what is exported, that it exists, that the README shows it, and what importing costs."""
 
+import pydoc
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,7 @@ PUBLIC = [
     "paint",
     "patch",
     "plot",
+    "progress_bar",
     "resolve_model",
     "score",
     "sweep",
@@ -54,6 +56,11 @@ def test_exactly_these_names_are_public() -> None:
 @pytest.mark.parametrize("name", [*PUBLIC, *METHODS])
 def test_every_public_name_resolves_and_is_documented(name: str) -> None:
     assert (getattr(clipmerge, name).__doc__ or "").strip()
+
+
+def test_help_shows_every_public_name() -> None:
+    shown = pydoc.plain(pydoc.render_doc(clipmerge))
+    assert [name for name in PUBLIC if f"{name}(" not in shown and f"class {name}" not in shown] == []
 
 
 @pytest.mark.parametrize("name", PUBLIC)

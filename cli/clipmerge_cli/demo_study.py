@@ -196,7 +196,7 @@ class Study:
         with chdir(self.folder):
             splits = {name: clipmerge.open_split(data) for name, data in steps.SPLITS.items()}
         model = self.folder / steps.MODEL_FILE
-        return clipmerge.Evaluator(model, splits, templates=steps.TEMPLATE, device="cpu")
+        return clipmerge.Evaluator(splits, model, templates=steps.TEMPLATE, device="cpu")
 
     def score(self, file: str, name: str, role: str, *splits: str) -> None:
         """Add a row with a model's scores on the named splits."""

@@ -95,11 +95,11 @@ class Scoring(Images):
             with distributed.explain_lost_peer(), talk.progress() as on_progress, ExitStack() as stack:
                 changes: Any = {"holdout": self.holdout, "on_progress": on_progress, "among": list(data)}
                 evaluator = clipmerge.Evaluator(
-                    self.model,
                     {
                         name: self.open(name, source, parts[name], talk, **changes)
                         for name, source in data.items()
                     },
+                    self.model,
                     device=device,
                     precision=precision,
                     batch_size=self.batch_size,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from clipmerge.finetuning.finetune import finetune as finetune
     from clipmerge.model import build_model as build_model
     from clipmerge.model import resolve_model as resolve_model
+    from clipmerge.progress import progress_bar as progress_bar
     from clipmerge.search.ensemble import greedy_ensemble as greedy_ensemble
     from clipmerge.search.learned import learned_soup as learned_soup
     from clipmerge.search.patch import patch as patch
@@ -51,6 +52,7 @@ _NAMES = {
     "figures.draw": "plot",
     "finetuning.finetune": "finetune",
     "model": "build_model resolve_model",
+    "progress": "progress_bar",
     "search.ensemble": "greedy_ensemble",
     "search.learned": "learned_soup",
     "search.patch": "patch",

@@ -76,7 +76,7 @@ def study(
         None, train, model=out / "tiny.json", out=out / f"{name}-base.safetensors", lr=1e-3, batch_size=100,
         epochs=base_epochs, augment="crop:0.4+randaugment:2,9", force=True, save_every=0,
     )  # fmt: skip
-    judge = cm.Evaluator(None, splits)
+    judge = cm.Evaluator(splits)
     print(
         f"\n{name}, shift {Path(shift).name}: {len(train)} images, base {accuracies(judge, base)}", flush=True
     )

@@ -102,7 +102,7 @@ def evaluator(options: argparse.Namespace, images: Any = None) -> Any:
 
     images = split(options) if images is None else images
     texts = [template("{}") for template in OPENAI_IMAGENET_TEMPLATES[: options.templates]]
-    return cm.Evaluator(spec_of(options), {"val": images}, device=options.device, templates=texts)
+    return cm.Evaluator({"val": images}, spec_of(options), device=options.device, templates=texts)
 
 
 def paths_of(options: argparse.Namespace) -> list[Path]:

@@ -43,7 +43,7 @@ def test_json_holds_what_the_library_says(files, tiny_model_file, tiny_spec, cap
     arguments = ["--model", str(tiny_model_file), "--data", "digits#val", "--metric", "macro_f1", "--json"]
     assert main(["evaluate", *files, *arguments]) == 0
     document = json.loads(capsys.readouterr().out)
-    evaluator = Evaluator(tiny_spec, open_split("digits#val"), metric="macro_f1")
+    evaluator = Evaluator(open_split("digits#val"), tiny_spec, metric="macro_f1")
     for row, path in zip(document["checkpoints"], files, strict=True):
         score = evaluator.score(load(path))
         assert row["scores"]["digits#val"] == {

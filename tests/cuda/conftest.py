@@ -77,7 +77,7 @@ def judge(tiny_spec: Any, val: Any) -> Callable[..., Any]:
     from clipmerge import Evaluator
 
     def make(device: str, precision: str | None = "fp32", **changed: Any) -> Any:
-        return Evaluator(tiny_spec, {"val": val}, device=device, precision=precision, **changed)
+        return Evaluator({"val": val}, tiny_spec, device=device, precision=precision, **changed)
 
     return make
 

@@ -224,7 +224,7 @@ SCORE = """
 import json, os, sys
 import clipmerge as cm
 model, device, *paths = sys.argv[1:]
-evaluator = cm.Evaluator(model, {"val": cm.open_split("digits#val")}, device=device, precision="fp32", batch_size=16)
+evaluator = cm.Evaluator({"val": cm.open_split("digits#val")}, model, device=device, precision="fp32", batch_size=16)
 result = cm.greedy_soup(paths, evaluator)
 if os.environ.get("RANK", "0") == "0":
     print(json.dumps([list(result.ingredients), result.score.value]))

@@ -21,7 +21,7 @@ def test_scoring_on_a_gpu_that_is_not_there(tiny_spec: Any, val: Any) -> None:
     from clipmerge.errors import DeviceError
 
     with pytest.raises(DeviceError, match="no CUDA device can be used here") as raised:
-        cm.Evaluator(tiny_spec, {"val": val}, device="cuda")
+        cm.Evaluator({"val": val}, tiny_spec, device="cuda")
     assert "leave --device out" in str(raised.value.hint)
 
 

@@ -39,7 +39,7 @@ def test_convolutions_are_ieee_in_fp32(tiny_model_config: Any, val: Any, tmp_pat
     spec = resolve_model(tmp_path / "resnet.json")
     weights = cm.from_state_dict(build_model(spec, seed=0).state_dict())
     ours, theirs = (
-        cm.Evaluator(spec, {"val": val}, device=place, precision="fp32").logits(weights)
+        cm.Evaluator({"val": val}, spec, device=place, precision="fp32").logits(weights)
         for place in (device, "cpu")
     )
     assert float((ours - theirs).abs().max()) < 1e-3

@@ -47,8 +47,8 @@ class Evaluator:
     the images, and every process has the whole answer.
 
     Args:
-        model: an open_clip name, a JSON configuration, a ModelSpec; None: what each of the weights records.
         splits: name → split; a split alone is called "val".
+        model: an open_clip name, a JSON configuration, a ModelSpec; None: what each of the weights records.
         device: "cpu", "cuda", "cuda:1" …; None: the GPU, where there is one (each process's own).
         precision: what the image tower computes in: "fp32", "tf32", or "bf16" or "fp16" by autocast; None: "bf16" on
             a GPU, "fp32" on a CPU. Weights, heads, logits and probabilities are fp32 or wider.
@@ -71,8 +71,8 @@ class Evaluator:
 
     def __init__(
         self,
-        model: ModelSpec | str | Path | None,
         splits: Mapping[str, Split] | Split,
+        model: ModelSpec | str | Path | None = None,
         *,
         device: str | torch.device | None = None,
         precision: str | None = None,
@@ -86,6 +86,8 @@ class Evaluator:
         on_progress: Progress | None = None,
         predictor: Predictor | None = None,
     ) -> None:
+        if not isinstance(splits, Mapping | Split):
+            raise SelectionError(f"{splits!r} is no split", hint="Evaluator(cm.open_split(DATA), model=…)")
         self.splits: Mapping[str, Split] = dict(splits) if isinstance(splits, Mapping) else {"val": splits}
         self.metrics = {name: _metric_for(split, metric) for name, split in self.splits.items()}
         self.images_scored = 0
@@ -385,7 +387,7 @@ def score(
         name: split if isinstance(split, Split) else open_split(split, role="test", on_progress=on_progress)
         for name, split in (data if isinstance(data, Mapping) else {"val": data}).items()
     }
-    evaluator = Evaluator(model, splits, on_progress=on_progress, **options)
+    evaluator = Evaluator(splits, model, on_progress=on_progress, **options)
     sources = [checkpoints] if isinstance(checkpoints, Weights | str | os.PathLike) else checkpoints
     opened = open_all(sources)
     evaluator.expect(opened)

@@ -19,7 +19,7 @@ from clipmerge.types import Bools, Ints
 __all__ = ["Score", "Stopped", "check_metric", "is_better", "read_result", "score_of"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Score:
     """A full pass over a split.
 
@@ -39,6 +39,11 @@ class Score:
     correct_mask: Bools = field(repr=False)
     predictions: Ints | None = field(default=None, repr=False)
     images_scored: int = 0
+
+    def __repr__(self) -> str:
+        low, high = (100 * end for end in self.interval)
+        value = f"{self.metric} {100 * self.value:.2f} %"
+        return f"Score({value}, 95 %: {low:.1f}–{high:.1f}, {self.n} images)"
 
     @property
     def value(self) -> float:

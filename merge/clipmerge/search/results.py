@@ -1,16 +1,21 @@
 """What a search hands back: checkpoints chosen (soups, ensembles) or coefficients chosen, as tables and JSON."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
+from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from clipmerge.errors import SelectionError
 from clipmerge.evaluate.score import Score, Stopped
+from clipmerge.figures.draw import draw
 from clipmerge.search.rules import Rule
 from clipmerge.weights.weights import Weights
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from clipmerge.evaluate.evaluator import Evaluator
 
 Cell = str
@@ -26,6 +31,48 @@ class Table:
     headers: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     title: str = ""
+
+    def __str__(self) -> str:
+        widths = [max(map(len, column)) for column in zip(self.headers, *self.rows, strict=True)]
+        lines = [
+            "  ".join(
+                [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+            )
+            for row in (self.headers, *self.rows)
+        ]
+        return "\n".join([self.title, *(line.rstrip() for line in lines)]).lstrip("\n")
+
+    def _repr_html_(self) -> str:
+        def row(cells: Sequence[str], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+        body = "".join(row(cells, "td") for cells in self.rows)
+        caption = f"<caption>{escape(self.title)}</caption>" * bool(self.title)
+        return f"<table>{caption}<thead>{row(self.headers, 'th')}</thead><tbody>{body}</tbody></table>"
+
+
+class _Shown:
+    """How a result looks at a prompt (a table) and in a notebook (the same, as HTML), and its figure."""
+
+    def table(self) -> Table:
+        raise NotImplementedError
+
+    def to_json(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """Draw it; with a path, write it as PNG, and as SVG beside it.
+
+        Raises:
+            SelectionError: there is no figure of this kind of result.
+        """
+        return draw(self.to_json(), path)
 
 
 # -- checkpoints chosen ------------------------------------------------------------------------------------
@@ -84,8 +131,8 @@ class Step:
         return (str(self.number), self.name, alone, shown, _interval_text(self.interval), p, verdict, best)
 
 
-@dataclass(frozen=True)
-class SoupResult:
+@dataclass(frozen=True, repr=False)
+class SoupResult(_Shown):
     """A soup or an ensemble, and how it came about.
 
     Attributes:
@@ -102,7 +149,7 @@ class SoupResult:
     soup: Weights | None
     ingredients: tuple[str, ...]
     names: tuple[str, ...]
-    members: tuple[Weights, ...] = field(default=(), repr=False)
+    members: tuple[Weights, ...] = ()
     history: tuple[Step, ...] = ()
     score: Score | None = None
     split: str | None = None
@@ -195,8 +242,8 @@ class Point:
         return float(only)
 
 
-@dataclass(frozen=True, kw_only=True)
-class SweepResult:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SweepResult(_Shown):
     """Coefficients tried, and the choice: a sweep of one, a search over several, or patching made of either.
 
     Attributes:

@@ -26,7 +26,7 @@ def weights(tiny_checkpoints: Any) -> Any:
 def evaluator(tiny_spec: Any, digits: Split) -> Any:
     from clipmerge.evaluate.evaluator import Evaluator
 
-    return Evaluator(tiny_spec, {"val": digits})
+    return Evaluator({"val": digits}, tiny_spec)
 
 
 @pytest.fixture(scope="session")

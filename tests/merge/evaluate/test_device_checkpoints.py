@@ -169,7 +169,7 @@ def test_the_soup_is_the_cpus(
     soups = []
     for places in (("cpu",), ()):
         monkeypatch.setattr(device_checkpoints, "_COMPUTES", places)
-        soups.append(greedy_soup(spread, Evaluator(tiny_spec, digits)).to_json())
+        soups.append(greedy_soup(spread, Evaluator(digits, tiny_spec)).to_json())
     assert soups[0] == soups[1]
 
 
@@ -191,10 +191,10 @@ def test_the_last_text_tower_is_compared_not_digested(
 def test_an_image_tower_in_bf16_follows_its_weights(
     tiny_spec: Any, digits: Any, weights: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exact = Evaluator(tiny_spec, digits, precision="fp32").features(weights["ft0"])
-    automatic = Evaluator(tiny_spec, digits, precision="bf16").features(weights["ft0"])
+    exact = Evaluator(digits, tiny_spec, precision="fp32").features(weights["ft0"])
+    automatic = Evaluator(digits, tiny_spec, precision="bf16").features(weights["ft0"])
     monkeypatch.setattr(resident, "_LOWERS", ("cpu",))
-    ours = Evaluator(tiny_spec, digits, precision="bf16")
+    ours = Evaluator(digits, tiny_spec, precision="bf16")
     for each in ("base", "ft1", "ft0"):
         features = ours.features(weights[each])
     lowered: Any = ours.predictor.resident._lowered
@@ -203,7 +203,7 @@ def test_an_image_tower_in_bf16_follows_its_weights(
     assert float((features - exact).abs().max()) < 2 * float((automatic - exact).abs().max())
     ours.predictor.resident.hold()
     ours.predictor.resident.lerp(weights["ft1"], 1.0)
-    there = Evaluator(tiny_spec, digits, precision="bf16").features(weights["ft1"])
+    there = Evaluator(digits, tiny_spec, precision="bf16").features(weights["ft1"])
     assert torch.equal(ours.predictor.collect("val", "features"), there)
     assert ours.predictor.resident.lowered(None) is None
 

@@ -25,7 +25,7 @@ def test_reading_rows_one_batch_late_changes_no_choice(
     soups = []
     for late in ((), ("cpu",)):
         monkeypatch.setattr(predictor, "_LATE", late)
-        evaluator = Evaluator(tiny_spec, digits, batch_size=8)
+        evaluator = Evaluator(digits, tiny_spec, batch_size=8)
         soups.append(greedy_soup(spread, evaluator, strict=True).to_json())
     for soup in soups:
         assert soup.pop("images")["saved"] > 0
@@ -67,7 +67,7 @@ def test_the_key_of_a_score_knows_precision_and_kind_of_device(
     assert [key(*kind) for kind in kinds] == [
         "fp32", "bf16", "fp32 on cuda", "tf32 on cuda", "bf16 on cuda", "bf16 on cuda",
     ]  # fmt: skip
-    evaluator = Evaluator(tiny_spec, digits, device="cpu", templates="a {}")
+    evaluator = Evaluator(digits, tiny_spec, device="cpu", templates="a {}")
     parts = [
         digits.digest,
         tiny_spec.to_metadata(),
@@ -89,7 +89,7 @@ def test_out_of_memory_says_which_option_helps(
     monkeypatch.setattr(Predictor, "_features", full)
     for ask in (Evaluator.score, Evaluator.logits, Evaluator.features):
         with pytest.raises(DeviceError, match="ran out of memory") as caught:
-            ask(Evaluator(tiny_spec, digits), weights["base"])
+            ask(Evaluator(digits, tiny_spec), weights["base"])
         assert caught.value.hint == "use a smaller --batch-size"
 
 

@@ -35,7 +35,7 @@ def test_a_candidate_is_scored_as_the_mean_with_one_more(evaluator, weights, tin
     expected = exact.state_dict()
     for name, tensor in resident_state(evaluator).items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6)
-    assert result.correct == Evaluator(tiny_spec, digits).score(exact).correct
+    assert result.correct == Evaluator(digits, tiny_spec).score(exact).correct
 
 
 def test_a_refused_candidate_leaves_the_mean(evaluator, weights):
@@ -64,7 +64,7 @@ def test_candidates_in_other_dtypes_and_as_expressions(evaluator, weights):
 def test_stopping_early_decides_as_the_full_pass(tiny_spec, digits, weights, metric, strict):
     outcomes = []
     for early in (False, True):
-        evaluator = Evaluator(tiny_spec, digits, metric=metric)
+        evaluator = Evaluator(digits, tiny_spec, metric=metric)
         incumbent = evaluator.score(weights["ft0"])
         results = [
             evaluator.score_with(
@@ -82,8 +82,8 @@ def test_stopping_early_decides_as_the_full_pass(tiny_spec, digits, weights, met
 
 def test_a_hopeless_candidate_is_known_by_its_first_images(tiny_spec, digits, weights):
     """Labels are what the incumbent says, so that one mistake is one too many."""
-    own = replace(digits, labels=Evaluator(tiny_spec, digits).score(weights["ft0"]).predictions)
-    evaluator = Evaluator(tiny_spec, own)
+    own = replace(digits, labels=Evaluator(digits, tiny_spec).score(weights["ft0"]).predictions)
+    evaluator = Evaluator(own, tiny_spec)
     incumbent = evaluator.score(weights["ft0"])
     assert incumbent.correct == 120
     first = evaluator.score_with([weights["ft0"]], weights["ft1"], incumbent=incumbent)
@@ -165,7 +165,7 @@ def test_a_trained_head_is_part_of_the_mean(evaluator, weights):
     name = "classification_head.weight"
     expected = (heads[0][name] + heads[1][name]) / 2
     torch.testing.assert_close(resident_state(evaluator)[name], expected)
-    assert result.correct == Evaluator(evaluator.model, evaluator.splits).score(mean(both)).correct
+    assert result.correct == Evaluator(evaluator.splits, evaluator.model).score(mean(both)).correct
 
 
 def test_counters_of_a_resnet_are_not_averaged(tiny_model_config, digits):
@@ -179,7 +179,7 @@ def test_counters_of_a_resnet_are_not_averaged(tiny_model_config, digits):
         state["visual.bn1.num_batches_tracked"] = torch.tensor(10 + i)
         state["visual.bn1.running_mean"] = torch.full((4,), float(i))
     weights = [from_state_dict(state, f"m{i}") for i, state in enumerate(states)]
-    evaluator = Evaluator(spec, digits)
+    evaluator = Evaluator(digits, spec)
     hold(evaluator, weights[0]).lerp(weights[1], 0.5)
     after = resident_state(evaluator)
     assert after["visual.bn1.num_batches_tracked"] == 10
@@ -208,7 +208,7 @@ def test_a_shared_text_tower_is_digested_once(tiny_spec, digits, tiny_checkpoint
     for i in range(3):
         tensors = {k: base[k].lerp(other[k], i / 2) if k.startswith("visual.") else base[k] for k in base}
         from_state_dict(tensors).save(tmp_path / f"m{i}.safetensors")
-    evaluator = Evaluator(tiny_spec, digits)
+    evaluator = Evaluator(digits, tiny_spec)
     models = [load(tmp_path / f"m{i}.safetensors") for i in range(3)]
     scores = [evaluator.score(model) for model in models]
     digests, real = [], resident_module.text_digest

@@ -28,7 +28,7 @@ def plain_logits(spec, path, split, templates):
 
 
 def test_logits_are_those_of_the_plain_code(tiny_spec, tiny_checkpoints, digits):
-    evaluator = Evaluator(tiny_spec, digits, templates=TEMPLATES)
+    evaluator = Evaluator(digits, tiny_spec, templates=TEMPLATES)
     for name in ("base", "ft1"):
         expected = plain_logits(tiny_spec, tiny_checkpoints[name], digits, TEMPLATES)
         got = evaluator.logits(load(tiny_checkpoints[name]))
@@ -51,7 +51,7 @@ def test_siglips_bias_is_part_of_the_logits(tiny_model_config, digits):
     tokens = get_tokenizer(spec)([f"the digit {name}" for name in digits.classes])
     with torch.no_grad():
         expected, _ = model.get_logits(images, tokens)
-    evaluator = Evaluator(None, digits.subset(range(20)), templates="the digit {}")
+    evaluator = Evaluator(digits.subset(range(20)), templates="the digit {}")
     torch.testing.assert_close(evaluator.logits(weights_of(model, spec)), expected, rtol=0, atol=1e-4)
 
 
@@ -75,7 +75,7 @@ def test_coca_is_scored_like_any_other(tiny_model_config, digits):
     }
     spec = ModelSpec("coca-like", config, {"size": 16, "mean": [0.5] * 3, "std": [0.5] * 3})
     model = build_model(spec, seed=3)
-    evaluator = Evaluator(None, digits.subset(range(20)), templates="the digit {}")
+    evaluator = Evaluator(digits.subset(range(20)), templates="the digit {}")
     images = torch.stack([eval_transform(spec)(digits.image(i)) for i in range(20)])
     tokens = get_tokenizer(spec)([f"the digit {name}" for name in digits.classes])
     with torch.no_grad():
@@ -90,8 +90,8 @@ def test_the_fixtures_disagree(evaluator, weights):
 
 
 def test_a_batch_size_changes_nothing(tiny_spec, digits, weights):
-    small = Evaluator(tiny_spec, digits, batch_size=7).logits(weights["ft0"])
-    large = Evaluator(tiny_spec, digits, batch_size=500).logits(weights["ft0"])
+    small = Evaluator(digits, tiny_spec, batch_size=7).logits(weights["ft0"])
+    large = Evaluator(digits, tiny_spec, batch_size=500).logits(weights["ft0"])
     torch.testing.assert_close(small, large, rtol=0, atol=1e-5)
 
 
@@ -101,8 +101,8 @@ def test_weights_that_record_their_model_need_no_name(tiny_spec, digits, weights
     model = build_model(tiny_spec)
     weights["ft0"].load_into(model)
     path = save_model(model, tiny_spec, tmp_path / "own.safetensors")
-    named = Evaluator(tiny_spec, digits).score(weights["ft0"])
-    assert Evaluator(None, digits).score(load(path)).to_json() == named.to_json()
+    named = Evaluator(digits, tiny_spec).score(weights["ft0"])
+    assert Evaluator(digits).score(load(path)).to_json() == named.to_json()
 
 
 def test_one_head_for_checkpoints_that_share_a_text_tower(tiny_spec, digits, tiny_checkpoints, tmp_path):
@@ -121,11 +121,11 @@ def test_one_head_for_checkpoints_that_share_a_text_tower(tiny_spec, digits, tin
         )
         for s in (0.0, 0.5, 1.0)
     ]
-    evaluator = Evaluator(tiny_spec, digits, cache=tmp_path, on_progress=on_progress)
+    evaluator = Evaluator(digits, tiny_spec, cache=tmp_path, on_progress=on_progress)
     for weights in (*family, mean(family)):
         evaluator.score(weights)
     assert len(built) == 1
-    Evaluator(tiny_spec, digits, cache=tmp_path, on_progress=on_progress).score(family[0])
+    Evaluator(digits, tiny_spec, cache=tmp_path, on_progress=on_progress).score(family[0])
     assert len(built) == 1, "the head was kept on disk"
     evaluator.score(load(tiny_checkpoints["ft0"]))
     assert len(built) == 2, "another text tower is another head"
@@ -140,7 +140,7 @@ def test_a_trained_head_takes_the_place_of_prompts(tiny_spec, digits, tiny_check
         "classification_head.weight": torch.randn(10, 16, generator=draw),
         "classification_head.bias": torch.randn(10, generator=draw),
     }
-    evaluator = Evaluator(tiny_spec, digits)
+    evaluator = Evaluator(digits, tiny_spec)
     trained = from_state_dict({**tensors, **head})
     features = evaluator.features(trained)
     expected = features @ head["classification_head.weight"].T + head["classification_head.bias"]
@@ -154,7 +154,7 @@ def test_a_trained_head_takes_the_place_of_prompts(tiny_spec, digits, tiny_check
     torch.testing.assert_close(half, (expected + evaluator.logits(from_state_dict(other))) / 2)
     # and a checkpoint without a head afterwards is scored by its prompts again
     zero_shot = evaluator.score(from_state_dict(tensors))
-    assert zero_shot.to_json() == Evaluator(tiny_spec, digits).score(load(tiny_checkpoints["base"])).to_json()
+    assert zero_shot.to_json() == Evaluator(digits, tiny_spec).score(load(tiny_checkpoints["base"])).to_json()
 
 
 def test_a_head_for_other_classes_is_refused(tiny_spec, digits, tiny_checkpoints):
@@ -162,7 +162,7 @@ def test_a_head_for_other_classes_is_refused(tiny_spec, digits, tiny_checkpoints
 
     tensors = {**load_file(tiny_checkpoints["base"]), "classification_head.weight": torch.zeros(7, 16)}
     with pytest.raises(ModelError, match="the head has 7 classes, digits#val has 10"):
-        Evaluator(tiny_spec, digits).score(from_state_dict(tensors))
+        Evaluator(digits, tiny_spec).score(from_state_dict(tensors))
 
 
 def test_a_subset_of_the_classes_restricts_predictions(tiny_spec, digits, weights):
@@ -171,8 +171,8 @@ def test_a_subset_of_the_classes_restricts_predictions(tiny_spec, digits, weight
     chosen = np.array([2, 5, 7])
     some = digits.subset(np.flatnonzero(np.isin(digits.labels, chosen)))
     part = replace(some, class_subset=chosen)
-    full = Evaluator(tiny_spec, some).logits(weights["ft1"])
-    evaluator = Evaluator(tiny_spec, part)
+    full = Evaluator(some, tiny_spec).logits(weights["ft1"])
+    evaluator = Evaluator(part, tiny_spec)
     result = evaluator.score(weights["ft1"])
     np.testing.assert_array_equal(result.predictions, chosen[full[:, chosen].argmax(1).numpy()])
     assert result.metrics["top5"] == 1.0
@@ -180,7 +180,7 @@ def test_a_subset_of_the_classes_restricts_predictions(tiny_spec, digits, weight
 
 
 def test_several_splits_load_the_weights_once(tiny_spec, digits, weights, monkeypatch):
-    evaluator = Evaluator(tiny_spec, {"id": digits, "shift": open_split("digits#val@invert", limit=120)})
+    evaluator = Evaluator({"id": digits, "shift": open_split("digits#val@invert", limit=120)}, tiny_spec)
     loads = []
     from clipmerge.evaluate.resident import Resident
 
@@ -196,29 +196,29 @@ def test_groups_and_the_deciding_metric(tiny_spec, digits, weights):
     from dataclasses import replace
 
     grouped = replace(digits, groups=np.arange(len(digits)) % 3)
-    result = Evaluator(tiny_spec, grouped, metric="worst_group").score(weights["base"])
+    result = Evaluator(grouped, tiny_spec, metric="worst_group").score(weights["base"])
     assert result.value == min(result.correct_mask[grouped.groups == g].mean() for g in range(3))
     with pytest.raises(SelectionError, match="worst_group needs images in groups"):
-        Evaluator(tiny_spec, digits, metric="worst_group")
+        Evaluator(digits, tiny_spec, metric="worst_group")
     with pytest.raises(SelectionError, match="did you mean top5"):
-        Evaluator(tiny_spec, digits, metric="top_5")
+        Evaluator(digits, tiny_spec, metric="top_5")
 
 
 def test_bfloat16_is_close_to_fp32(tiny_spec, digits, weights):
-    full = Evaluator(tiny_spec, digits).logits(weights["base"])
-    half = Evaluator(tiny_spec, digits, precision="bf16").logits(weights["base"])
+    full = Evaluator(digits, tiny_spec).logits(weights["base"])
+    half = Evaluator(digits, tiny_spec, precision="bf16").logits(weights["base"])
     assert 0 < (full - half).abs().max() < 1.0
     with pytest.raises(DeviceError, match="there is no precision 'int8'"):
-        Evaluator(tiny_spec, digits, precision="int8")
+        Evaluator(digits, tiny_spec, precision="int8")
 
 
 def test_the_data_key_covers_all_but_the_weights(tiny_spec, digits, weights):
-    key = Evaluator(tiny_spec, digits).data_key(None, weights["base"])
-    assert key == Evaluator(tiny_spec, {"any": digits}, batch_size=3).data_key(None, weights["base"])
+    key = Evaluator(digits, tiny_spec).data_key(None, weights["base"])
+    assert key == Evaluator({"any": digits}, tiny_spec, batch_size=3).data_key(None, weights["base"])
     others = [
-        Evaluator(tiny_spec, digits, templates="a {}").data_key(None, weights["base"]),
-        Evaluator(tiny_spec, digits, precision="bf16").data_key(None, weights["base"]),
-        Evaluator(tiny_spec, digits.subset(range(100))).data_key(None, weights["base"]),
+        Evaluator(digits, tiny_spec, templates="a {}").data_key(None, weights["base"]),
+        Evaluator(digits, tiny_spec, precision="bf16").data_key(None, weights["base"]),
+        Evaluator(digits.subset(range(100)), tiny_spec).data_key(None, weights["base"]),
     ]
     assert len({key, *others}) == 4
 
@@ -226,24 +226,24 @@ def test_the_data_key_covers_all_but_the_weights(tiny_spec, digits, weights):
 def test_mistakes_are_told(tiny_spec, digits, weights):
     from dataclasses import replace
 
-    two = Evaluator(tiny_spec, {"a": digits, "b": digits})
+    two = Evaluator({"a": digits, "b": digits}, tiny_spec)
     with pytest.raises(SelectionError, match="say which split: a, b"):
         two.score(weights["base"])
     with pytest.raises(SelectionError, match="there is no split 'c'; there are a, b"):
         two.score(weights["base"], "c")
     unlabelled = replace(digits, labels=np.full(len(digits), -1))
     with pytest.raises(DataError, match="has images without a class"):
-        Evaluator(tiny_spec, unlabelled).score(weights["base"])
+        Evaluator(unlabelled, tiny_spec).score(weights["base"])
     with pytest.raises(ModelError, match="no model is named"):
-        Evaluator(None, digits).score(weights["base"])
+        Evaluator(digits).score(weights["base"])
     nan = from_state_dict({k: v * float("nan") for k, v in weights["base"].state_dict().items()})
     with pytest.raises(NonFiniteError):
-        Evaluator(tiny_spec, digits).score(nan)
+        Evaluator(digits, tiny_spec).score(nan)
 
 
 def test_checkpoints_are_scored_by_one_call(tiny_spec, digits, tiny_checkpoints, weights):
     paths = [tiny_checkpoints["ft0"], str(tiny_checkpoints["ft1"])]
     scores = score(paths, {"id": digits, "more": "digits#val"}, model=tiny_spec, batch_size=50)
     assert {name: list(row) for name, row in scores.items()} == {n: ["id", "more"] for n in ("ft0", "ft1")}
-    assert scores["ft0"]["id"].to_json() == Evaluator(tiny_spec, digits).score(weights["ft0"]).to_json()
+    assert scores["ft0"]["id"].to_json() == Evaluator(digits, tiny_spec).score(weights["ft0"]).to_json()
     assert list(score(weights["ft0"], digits, model=tiny_spec)["ft0"]) == ["val"]

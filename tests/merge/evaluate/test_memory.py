@@ -40,14 +40,14 @@ def test_a_recipe_is_its_contents_and_coefficients_however_it_is_written(spread:
 def test_a_record_is_read_back_as_it_was_scored(tmp_path: Path, evaluator: Evaluator, spread: Any) -> None:
     path, model, splits = tmp_path / "scores.jsonl", evaluator.model, evaluator.splits
     weights = load(spread[0])
-    score = Evaluator(model, splits, journal=path).score(weights)
-    again = Evaluator(model, splits, journal=path)
+    score = Evaluator(splits, model, journal=path).score(weights)
+    again = Evaluator(splits, model, journal=path)
     read = again.score(load(spread[0], "another_name"))
     assert (again.images_scored, again.images_saved) == (0, 120)
     assert read.correct_mask.tolist() == score.correct_mask.tolist()
     assert read.to_json() == score.to_json()
     assert read.p_value(score) == 1.0
-    other = Evaluator(model, splits, metric="macro_f1", journal=path)
+    other = Evaluator(splits, model, metric="macro_f1", journal=path)
     assert other.score(weights).value == score.metrics["macro_f1"]
     assert other.images_scored == 0
 
@@ -67,14 +67,14 @@ def test_other_data_prompts_or_precision_are_other_scores(
     tmp_path: Path, evaluator: Evaluator, spread: Any
 ) -> None:
     weights, val, path = load(spread[0]), evaluator.splits["val"], tmp_path / "j"
-    Evaluator(evaluator.model, val, journal=path).score(weights)
+    Evaluator(val, evaluator.model, journal=path).score(weights)
     options: Sequence[tuple[dict[str, Any], Any]] = (
         ({"templates": "a {}"}, val),
         ({"precision": "bf16"}, val),
         ({}, val.subset(range(100))),
     )
     for changed, split in options:
-        other = Evaluator(evaluator.model, split, journal=path, **changed)
+        other = Evaluator(split, evaluator.model, journal=path, **changed)
         other.score(weights)
         assert other.images_scored == len(split)
 

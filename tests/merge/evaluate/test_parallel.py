@@ -21,7 +21,7 @@ from clipmerge.evaluate.score import is_better
 from clipmerge.weights.weights import load
 
 def said(model, *paths):
-    evaluator = Evaluator(model, open_split("digits#val", limit=101), batch_size=16)
+    evaluator = Evaluator(open_split("digits#val", limit=101), model, batch_size=16)
     weights = [load(path) for path in paths]
     scores = [evaluator.score(w).to_json(mask=True) for w in weights]
     first = evaluator.score(weights[0])
@@ -88,7 +88,7 @@ BROKEN = TASK.replace(
         return real(self, images, batch, head) * (float("nan") if distributed.rank() else 1.0)
     Predictor._logits = logits
     note = lambda what, done, total: decoded.append(done) if what == "decoding images" else None
-    evaluator = Evaluator(model, open_split("digits#val", limit=103), batch_size=16, on_progress=note)
+    evaluator = Evaluator(open_split("digits#val", limit=103), model, batch_size=16, on_progress=note)
     try:
         evaluator.score(load(paths[0]))
     except NonFiniteError as error:

@@ -139,7 +139,7 @@ def test_every_source_of_captions_is_scored_alike(
     split = open_split(captioned / source)
     assert (len(split), split.pictures, split.classes) == (60, 30, ())
     assert split.duplicates == (), "a second caption is no second image"
-    evaluator = Evaluator(tiny_spec, split)
+    evaluator = Evaluator(split, tiny_spec)
     score = evaluator.score(weights["base"])
     assert (score.metric, score.n, evaluator.images_scored) == ("recall@1", 90, 30)
     expected = all_metrics(plain_ranks(evaluator, split))
@@ -173,12 +173,12 @@ def test_a_soup_chosen_by_recall_is_the_same_however_it_is_computed(
 ) -> None:
     split, candidates = open_split(captioned / "t.csv"), [weights[f"ft{i}"] for i in range(4)]
     for metric in ("recall@1", "text_recall@5", "image_recall@10"):
-        evaluator = Evaluator(tiny_spec, split, metric=metric, journal=tmp_path / f"{metric}.jsonl")
+        evaluator = Evaluator(split, tiny_spec, metric=metric, journal=tmp_path / f"{metric}.jsonl")
         result = greedy_soup(candidates, evaluator)
         assert result.score is not None
         assert result.score.value == max(step.best for step in result.history)
         assert all(isinstance(step.outcome, Score) for step in result.history), "each trial is a full pass"
-        again = Evaluator(tiny_spec, split, metric=metric, journal=tmp_path / f"{metric}.jsonl")
+        again = Evaluator(split, tiny_spec, metric=metric, journal=tmp_path / f"{metric}.jsonl")
         resumed = greedy_soup(candidates, again)
         assert resumed.ingredients == result.ingredients
         assert (again.images_scored, again.images_saved) == (0, evaluator.images_scored)
@@ -193,9 +193,9 @@ def test_labels_and_captions_together_are_scored_by_either(
     table.write_text("\n".join(f"{row},{label}" for row, label in zip(rows, ["label", *labels], strict=True)))
     journal = captioned / "both.jsonl"
     split = open_split(table, classnames=[str(i) for i in range(10)])
-    assert Evaluator(tiny_spec, split, journal=journal).score(weights["base"]).metric == "top1"
-    by_recall = Evaluator(tiny_spec, split, metric="recall@1", journal=journal).score(weights["base"])
-    plain = Evaluator(tiny_spec, open_split(captioned / "t.csv")).score(weights["base"])
+    assert Evaluator(split, tiny_spec, journal=journal).score(weights["base"]).metric == "top1"
+    by_recall = Evaluator(split, tiny_spec, metric="recall@1", journal=journal).score(weights["base"])
+    plain = Evaluator(open_split(captioned / "t.csv"), tiny_spec).score(weights["base"])
     assert by_recall.metrics == plain.metrics
 
 
@@ -203,19 +203,19 @@ def test_what_cannot_be_measured_is_refused(
     captioned: Path, tiny_spec: Any, weights: Any, digits: Any
 ) -> None:
     with pytest.raises(SelectionError, match="recall@5 needs images with captions, and these have none"):
-        Evaluator(tiny_spec, digits, metric="recall@5")
+        Evaluator(digits, tiny_spec, metric="recall@5")
     split = open_split(captioned / "t.csv")
     with pytest.raises(DataError) as caught:
-        Evaluator(tiny_spec, split, metric="top1").score(weights["base"])
+        Evaluator(split, tiny_spec, metric="top1").score(weights["base"])
     assert "--metric recall@1" in str(caught.value.hint)
     with pytest.raises((SelectionError, DataError)):
-        greedy_ensemble([weights["ft0"], weights["ft1"]], Evaluator(tiny_spec, split))
+        greedy_ensemble([weights["ft0"], weights["ft1"]], Evaluator(split, tiny_spec))
 
 
 def test_each_split_is_scored_by_what_it_has(
     captioned: Path, tiny_spec: Any, weights: Any, digits: Any
 ) -> None:
-    evaluator = Evaluator(tiny_spec, {"id": digits, "captions": open_split(captioned / "t.csv")})
+    evaluator = Evaluator({"id": digits, "captions": open_split(captioned / "t.csv")}, tiny_spec)
     scores = evaluator.scores(weights["base"])
     assert {name: score.metric for name, score in scores.items()} == {"id": "top1", "captions": "recall@1"}
 

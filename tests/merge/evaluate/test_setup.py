@@ -64,13 +64,13 @@ def test_scored_together_or_alone_a_model_gets_the_same_number(recorded, tiny_sp
     wide = few.subset(range(20))
     splits = {"few": few, "wide": replace(wide, shifts=tuple(open_split("digits#val@rotate:30").shifts))}
     alone = {
-        name: {split: s.metrics for split, s in Evaluator(None, splits).scores(w).items()}
+        name: {split: s.metrics for split, s in Evaluator(splits).scores(w).items()}
         for name, w in made.items()
     }
     numbers = [metrics["few"]["ece"] for name, metrics in alone.items() if name != "resize"]
     assert len(set(numbers)) == len(numbers)  # square images: there is nothing to pad
     for order in (list(made), list(reversed(made))):
-        together = Evaluator(None, splits)
+        together = Evaluator(splits)
         for name in [*order, order[0]]:
             assert {split: s.metrics for split, s in together.scores(made[name]).items()} == alone[name]
     table = score([made["quick"], made["plain"]], splits)
@@ -79,10 +79,10 @@ def test_scored_together_or_alone_a_model_gets_the_same_number(recorded, tiny_sp
 
 def test_an_activation_that_only_the_file_tells_is_its_own_beside_a_named_model(recorded, tiny_spec, few):
     quick, plain = recorded("base", quick_gelu=True), recorded("base")
-    alone = {w: Evaluator(tiny_spec, few).score(w).metrics for w in (quick, plain)}
+    alone = {w: Evaluator(few, tiny_spec).score(w).metrics for w in (quick, plain)}
     assert alone[quick] != alone[plain]
     for order in permutations([quick, plain]):
-        together = Evaluator(tiny_spec, few)
+        together = Evaluator(few, tiny_spec)
         assert [together.score(w).metrics for w in order] == [alone[w] for w in order]
 
 
@@ -91,33 +91,31 @@ def test_a_search_over_models_that_disagree_is_refused_whichever_comes_first(rec
     models = [recorded("ft0"), recorded("ft1", spec=variants(tiny_spec)[other])]
     for a, b in permutations(models):
         with pytest.raises(cm.ClipmergeError, match=r"made (by|for|with different)"):
-            cm.greedy_soup([a, b], Evaluator(None, few))
+            cm.greedy_soup([a, b], Evaluator(few))
         with pytest.raises(cm.ClipmergeError, match=r"made (by|for|with different)"):
-            cm.sweep(
-                lambda x, a=a, b=b: a + x * (b - a), [0, 1], Evaluator(None, few), rule=cm.best_id("val")
-            )
+            cm.sweep(lambda x, a=a, b=b: a + x * (b - a), [0, 1], Evaluator(few), rule=cm.best_id("val"))
     if other not in ("quick",):  # one thing said for both decides, where the tensors mean the same
-        assert cm.greedy_soup(models, Evaluator(tiny_spec, few)).score is not None
+        assert cm.greedy_soup(models, Evaluator(few, tiny_spec)).score is not None
 
 
 def test_a_checkpoints_own_prompts_are_used_unless_others_are_given(recorded, weights, tiny_spec, few):
     own, plain = recorded("base", entry(A)), weights["base"]
     expected = {
-        text: Evaluator(tiny_spec, few, templates=text).score(plain).metrics
+        text: Evaluator(few, tiny_spec, templates=text).score(plain).metrics
         for text in (A, B, *few.templates)
     }
     assert len({metrics["ece"] for metrics in expected.values()}) == 3
-    evaluator = Evaluator(tiny_spec, few)
+    evaluator = Evaluator(few, tiny_spec)
     assert evaluator.score(own).metrics == expected[A]
     assert evaluator.score(plain).metrics == expected[few.templates[0]]
     assert evaluator.score(own).metrics == expected[A]
-    assert Evaluator(tiny_spec, few, templates=B).score(own).metrics == expected[B]
+    assert Evaluator(few, tiny_spec, templates=B).score(own).metrics == expected[B]
     chosen = open_split("digits#val", limit=120, templates=B).subset(range(40))
-    assert Evaluator(tiny_spec, chosen, templates=A).score(own).metrics == expected[B]
+    assert Evaluator(chosen, tiny_spec, templates=A).score(own).metrics == expected[B]
 
 
 def test_prompts_of_other_classes_are_not_these_datas(recorded, tiny_spec, few):
-    evaluator = Evaluator(tiny_spec, few)
+    evaluator = Evaluator(few, tiny_spec)
     cats = recorded("base", entry(A, ["cat", "dog"]))
     assert evaluator.setup(cats).templates == few.templates
     assert evaluator.setup(cats).templates_from == "the data's"
@@ -128,20 +126,20 @@ def test_prompts_of_other_classes_are_not_these_datas(recorded, tiny_spec, few):
 def test_recorded_class_names_stand_for_the_datas_words(recorded, weights, tiny_spec, few):
     plain = weights["base"]
     by_name = recorded("base", entry(A, NAMES, words=DIGITS))
-    named = Evaluator(tiny_spec, replace(few, classes=NAMES), templates=A).score(plain).metrics
-    assert Evaluator(tiny_spec, few).score(by_name).metrics == named
+    named = Evaluator(replace(few, classes=NAMES), tiny_spec, templates=A).score(plain).metrics
+    assert Evaluator(few, tiny_spec).score(by_name).metrics == named
     # in another order, and with classes that these data lack
     turned = recorded("base", entry(A, (*NAMES[::-1], "ten"), words=(*DIGITS[::-1], "10")))
-    setup = Evaluator(tiny_spec, few).setup(turned)
+    setup = Evaluator(few, tiny_spec).setup(turned)
     assert (setup.classes, setup.classes_from) == (NAMES, "recorded")
-    assert Evaluator(tiny_spec, few).score(turned).metrics == named
+    assert Evaluator(few, tiny_spec).score(turned).metrics == named
     # data that number their classes, and say no more
     numbers = replace(few, words=())
-    assert Evaluator(tiny_spec, numbers).setup(recorded("base", entry(A, NAMES))).classes == NAMES
-    assert Evaluator(tiny_spec, numbers).setup(recorded("base", entry(A, NAMES[:9]))).classes == DIGITS
+    assert Evaluator(numbers, tiny_spec).setup(recorded("base", entry(A, NAMES))).classes == NAMES
+    assert Evaluator(numbers, tiny_spec).setup(recorded("base", entry(A, NAMES[:9]))).classes == DIGITS
     # what the user gave stays
     given = replace(few, classes=NAMES[::-1], given=frozenset({"classes"}))
-    assert Evaluator(tiny_spec, given).setup(by_name).classes == NAMES[::-1]
+    assert Evaluator(given, tiny_spec).setup(by_name).classes == NAMES[::-1]
 
 
 def test_a_search_asks_where_prompts_differ_and_takes_the_only_ones_that_are_said(
@@ -150,18 +148,18 @@ def test_a_search_asks_where_prompts_differ_and_takes_the_only_ones_that_are_sai
     a, b, silent = recorded("ft0", entry(A)), recorded("ft1", entry(B)), weights["base"]
     for pair in permutations([a, b]):
         with pytest.raises(SelectionError, match=r"record different prompts for val: '.*' and '.*'") as error:
-            cm.greedy_soup(list(pair), Evaluator(tiny_spec, few))
+            cm.greedy_soup(list(pair), Evaluator(few, tiny_spec))
         assert "--templates" in str(error.value.hint)
     with pytest.raises(SelectionError, match="different prompts"):
-        Evaluator(tiny_spec, few).score(mean([a, b]))
-    evaluator = Evaluator(tiny_spec, few, templates=B)
+        Evaluator(few, tiny_spec).score(mean([a, b]))
+    evaluator = Evaluator(few, tiny_spec, templates=B)
     assert cm.greedy_soup([a, b], evaluator).score is not None
     # the whole curve is scored with what one end says, that end or not
-    evaluator = Evaluator(tiny_spec, few)
+    evaluator = Evaluator(few, tiny_spec)
     curve = cm.sweep(
         lambda x: silent + x * (a - silent), [0, 0.5, 1], evaluator, rule=cm.best_id("val"), splits=["val"]
     )
-    expected = Evaluator(tiny_spec, few, templates=A)
+    expected = Evaluator(few, tiny_spec, templates=A)
     for point, w in zip(curve.history, (silent, cm.interpolate(silent, a, 0.5), a), strict=True):
         assert point.scores["val"].metrics == expected.score(w).metrics
     # and afterwards each again speaks for itself
@@ -178,7 +176,7 @@ def test_a_trained_head_is_read_by_its_classes(recorded, weights, tiny_spec, few
         tensors["classification_head.weight"] = rows
         return from_state_dict(dict(tensors), "headed", write_record(record))
 
-    evaluator = Evaluator(tiny_spec, few)
+    evaluator = Evaluator(few, tiny_spec)
     straight = evaluator.logits(with_head(head, DIGITS))
     turned = evaluator.logits(with_head(torch.cat([head[:1], head.flip(0)]), ("10", *DIGITS[::-1])))
     assert torch.allclose(straight, turned, atol=1e-5)
@@ -193,5 +191,5 @@ def test_a_trained_head_is_read_by_its_classes(recorded, weights, tiny_spec, few
         np.flatnonzero(few.labels < 9)
     )
     whole, part = with_head(head, DIGITS), with_head(head[:9], DIGITS[:9])
-    evaluator = Evaluator(tiny_spec, nine)
+    evaluator = Evaluator(nine, tiny_spec)
     assert torch.allclose(evaluator.logits(whole), evaluator.logits(part), atol=1e-5)

@@ -197,7 +197,7 @@ def test_real_searches_are_drawn(
     from clipmerge.weights.weights import interpolate, load
 
     splits = {name: open_split(f"digits#val@{name}", limit=40) for name in ("invert", "blur")}
-    evaluator = Evaluator(tiny_spec, splits, device="cpu")
+    evaluator = Evaluator(splits, tiny_spec, device="cpu")
     base, tuned, other = (load(tiny_checkpoints[name]) for name in ("base", "ft0", "ft1"))
     chosen = run_sweep(
         lambda alpha: interpolate(base, tuned, alpha),

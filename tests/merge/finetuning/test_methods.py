@@ -195,9 +195,7 @@ def test_held_out_scores_are_the_evaluators(tune: Callable[..., Any], val: Any) 
 
     for method in ("flyp", "ce"):
         tuned = tune(method, method=method, val=val)
-        assert tuned.record["training"]["scores"]["top1"] == pytest.approx(
-            Evaluator(None, val).score(tuned).value
-        )
+        assert tuned.record["training"]["scores"]["top1"] == pytest.approx(Evaluator(val).score(tuned).value)
 
 
 def test_from_scratch_and_from_captions(tune: Callable[..., Any], train: Any) -> None:

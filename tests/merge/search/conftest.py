@@ -38,4 +38,4 @@ def spread(tiny_spec: Any, tmp_path_factory: pytest.TempPathFactory) -> Sequence
 
 @pytest.fixture
 def evaluator(tiny_spec: Any, val: Split) -> Evaluator:
-    return Evaluator(tiny_spec, {"val": val})
+    return Evaluator({"val": val}, tiny_spec)

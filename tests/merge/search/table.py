@@ -91,7 +91,7 @@ def table_evaluator(
         )
         for name, n in sizes.items()
     }
-    return Evaluator(None, splits, predictor=cast("Any", table), **options), table
+    return Evaluator(splits, predictor=cast("Any", table), **options), table
 
 
 def random_bits(seed: int, size: int, right: float = 0.5) -> Callable[[Recipe, str], Any]:

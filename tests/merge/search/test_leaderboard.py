@@ -24,7 +24,7 @@ def evaluator(tiny_spec: Any) -> cm.Evaluator:
         "a": cm.open_split("digits#val", limit=30),
         "b": cm.open_split("digits#val@rotate:20", limit=30),
     }
-    return cm.Evaluator(tiny_spec, {**splits, "a_test": cm.open_split("digits#test", limit=30)}, device="cpu")
+    return cm.Evaluator({**splits, "a_test": cm.open_split("digits#test", limit=30)}, tiny_spec, device="cpu")
 
 
 OWN = [0.78187, 0.97979, 0.98926, 0.99145, 0.9969, 0.95794, 0.75345, 0.97568]

@@ -32,7 +32,7 @@ def two(spread: Sequence[Path]) -> list[Weights]:
 
 @pytest.fixture
 def evaluator(tiny_spec: Any, val: Split) -> Evaluator:
-    return Evaluator(tiny_spec, {"val": val}, templates=PROMPT)
+    return Evaluator({"val": val}, tiny_spec, templates=PROMPT)
 
 
 def plain_loss(states: Sequence[Any], shares: torch.Tensor, beta: torch.Tensor, spec: Any, val: Split) -> Any:
@@ -139,7 +139,7 @@ def test_images_that_cover_some_of_the_classes_are_learned_from(
         val.subset([i for i in range(len(val)) if val.labels[i] in (2, 5, 7)]),
         class_subset=np.array([2, 5, 7]),
     )
-    judge = Evaluator(tiny_spec, {"val": some}, templates=PROMPT)
+    judge = Evaluator({"val": some}, tiny_spec, templates=PROMPT)
     judge.load(two[0])
     mixture = Mixture(judge, "val", two, groups_of(two[0].names, "model"))
     shares = torch.tensor([[1.0, 0.0]])

@@ -66,7 +66,7 @@ def test_greedy_picks_what_the_published_procedure_picks(
     written_out: StraightLine, tiny_spec: Any, val: Split, spread: Sequence[Path], strict: bool
 ) -> None:
     order, chosen, counts = written_out.greedy(strict)
-    evaluator = Evaluator(tiny_spec, {"val": val}, templates="a photo of a {}.")
+    evaluator = Evaluator({"val": val}, tiny_spec, templates="a photo of a {}.")
     soup = greedy_soup(list(spread), evaluator, strict=strict)
     assert [step.name for step in soup.history] == [f"m{i}" for i in order]
     assert list(soup.ingredients) == [f"m{i}" for i in chosen]
@@ -85,7 +85,7 @@ def test_early_stopping_and_a_journal_change_nothing(
 ) -> None:
     soups = []
     for early_stop, journal in ((True, None), (False, None), (True, tmp_path / "j"), (True, tmp_path / "j")):
-        evaluator = Evaluator(tiny_spec, {"val": val}, journal=journal)
+        evaluator = Evaluator({"val": val}, tiny_spec, journal=journal)
         soups.append(greedy_soup(list(spread), evaluator, early_stop=early_stop))
     assert len({(soup.ingredients, soup.score.correct) for soup in soups}) == 1
     assert evaluator.images_scored == 0
@@ -96,7 +96,7 @@ def test_early_stopping_and_a_journal_change_nothing(
 
 def test_a_metric_other_than_top_1_decides(spread: Sequence[Path], tiny_spec: Any, val: Split) -> None:
     for metric in ("macro_f1", "ece"):
-        evaluator = Evaluator(tiny_spec, {"val": val}, metric=metric)
+        evaluator = Evaluator({"val": val}, tiny_spec, metric=metric)
         soup = greedy_soup(list(spread), evaluator)
         figures = [step.alone for step in soup.history]
         assert figures == sorted(figures, reverse=metric == "macro_f1")
@@ -122,7 +122,7 @@ def test_memory_of_a_search_does_not_grow_with_checkpoints(
 def test_the_ensemble_is_greedy_over_mean_logits(
     written_out: StraightLine, tiny_spec: Any, val: Split, spread: Sequence[Path]
 ) -> None:
-    evaluator = Evaluator(tiny_spec, {"val": val}, templates="a photo of a {}.")
+    evaluator = Evaluator({"val": val}, tiny_spec, templates="a photo of a {}.")
     found = greedy_ensemble(list(spread), evaluator)
     logits = [written_out.logits([i]).double() for i in range(len(spread))]
 
