@@ -73,6 +73,7 @@ def merge(
     *,
     expression: str = arg("EXPRESSION|RECIPE.toml", "What to compute, or a recipe that says it."),
     files: list[str] | None = arg("[NAME=FILE]...", "The checkpoint behind each name.", None),
+    base: str | None = opt(None, "What adapters were trained from: a NAME or a file.", metavar="CKPT"),
     out: Output,
     choosing: Choosing,
     scale: str | None = opt(
@@ -108,7 +109,8 @@ def merge(
     """
     named_files = shared.named(files or [], "NAME=FILE")
     recipe = read_recipe(expression) if expression.endswith(".toml") else Recipe(expression, {})
-    recipe = replace(recipe, checkpoints={**recipe.checkpoints, **named_files})
+    checkpoints = {**recipe.checkpoints, **named_files}
+    recipe = replace(recipe, checkpoints=checkpoints, base=base or recipe.base)
     options = {key: True for key, wanted in (("fused", fused), ("equalise", equalise)) if wanted}
     if scale is None and val:
         raise typer.BadParameter("--val is for --scale auto", param_hint="--val")
@@ -120,7 +122,7 @@ def merge(
         remark = f"no part of the result, as its coefficients sum to 0: {', '.join(idle)}" if idle else None
         out.merge(weights, model=choosing.model, remark=remark)
         return
-    names, value = load_named(recipe.checkpoints), shared.scale(scale)
+    names, value = load_named(recipe.checkpoints, recipe.base), shared.scale(scale)
     family = scaled(recipe.expression, names, options)
     if value is not None:
         out.merge(family(value), model=choosing.model)

@@ -210,17 +210,17 @@ def load_models(*files: str, origin: str | None = None, vectors: bool = False) -
             finetuning changed.
         vectors: the others are task vectors, though their files do not say so.
     """
-    from clipmerge.weights.expression import as_vector
     from clipmerge.weights.mistaken import refuse_bare_vectors, refuse_swapped
+    from clipmerge.weights.weights import load_leaves, placed
 
-    base, *others = clipmerge.load_all([*files, *([origin] if origin else [])])
-    start = others.pop() if origin else None
-    others = [as_vector(w) if vectors else w for w in others]
-    for other in others:
-        refuse_swapped(start or base, other)
+    first, *leaves = load_leaves([*files, *([origin] if origin else [])])
+    base, start = placed(first, None), placed(leaves.pop(), None) if origin else None
+    for leaf in leaves:
+        refuse_swapped(start or base, leaf)
+    under = (start or base) if base.kind() == 1 else None
+    others = [placed(leaf, under, vector=vectors) for leaf in leaves]
     if base.kind() == 1:
         others = [base + w if w.kind() == 0 else base - start + w if start else w for w in others]
-        others = [w.completed_from(base) if w.kind() == 1 else w for w in others]
     refuse_mixture([base, *others])
     refuse_bare_vectors(clipmerge.mean([base, *others]))
     return [base, *others]

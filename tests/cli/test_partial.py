@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from clipmerge_cli.app import main
 
@@ -107,3 +107,64 @@ def test_task_vectors_that_do_not_say_so(
     assert main(soup) == 0
     middle = (files["va"]["visual.proj"] + files["vb"]["visual.proj"]) / 2
     torch.testing.assert_close(load_file("soup.safetensors")["visual.proj"], middle, rtol=0, atol=1e-6)
+
+
+@pytest.fixture
+def loras(files: dict[str, dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Two adapters, one/ and two/, of one weight of full.safetensors: name → that weight's update."""
+    weight = "visual.transformer.resblocks.0.mlp.c_fc"
+    updates = {}
+    for number, name in enumerate(("one", "two")):
+        draw = torch.Generator().manual_seed(number)
+        a, b = (torch.randn(shape, generator=draw) for shape in ((2, 16), (32, 2)))
+        Path(name).mkdir()
+        factors = {f"base_model.model.{weight}.lora_{letter}.weight": f for letter, f in (("A", a), ("B", b))}
+        save_file(factors, f"{name}/adapter_model.safetensors")
+        Path(f"{name}/adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 1}')
+        updates[name] = b @ a / 2
+    return updates
+
+
+@pytest.mark.parametrize(
+    ("words", "shares"),
+    [
+        (["soup", "one", "two", "--base", "full.safetensors"], (0.5, 0.5)),
+        (["interpolate", "full.safetensors", "one", "--alpha", "0.3"], (0.3, 0)),
+        (["add", "full.safetensors", "one", "two/adapter_model.safetensors", "--scale", "0.4"], (0.4, 0.4)),
+        (["add", "full.safetensors", "one", "--base", "v0.pt", "--scale", "0.4"], (0.4, 0)),
+        (["negate", "full.safetensors", "one", "--scale", "0.5"], (-0.5, 0)),
+        (
+            ["merge", "full + 0.5*(one - full)", "full=full.safetensors", "one=one", "--base", "full"],
+            (0.5, 0),
+        ),
+        (["merge", "mean([one, two])", "one=one", "two=two", "--base", "full.safetensors"], (0.5, 0.5)),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_adapters_are_ingredients(
+    files: dict[str, dict[str, Any]],
+    loras: dict[str, torch.Tensor],
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    shares: tuple[float, float],
+) -> None:
+    assert main([*words, "-o", "out.safetensors"]) == 0
+    assert "LoRA adapter" in capsys.readouterr().err
+    merged = load_file("out.safetensors")
+    for name, tensor in files["v0"].items():
+        update = sum(share * loras[n] for share, n in zip(shares, loras, strict=True))
+        moved = tensor + (update if name == "visual.transformer.resblocks.0.mlp.c_fc.weight" else 0)
+        torch.testing.assert_close(merged[name], moved, rtol=0, atol=1e-6)
+    assert main(["verify", "out.safetensors", "--parents", "."]) == 0
+
+
+def test_adapters_need_their_base_and_are_shown(
+    loras: dict[str, torch.Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["soup", "one", "two", "-o", "out.safetensors"]) == 1
+    assert "one is a LoRA adapter: say which model it was trained from" in capsys.readouterr().err
+    assert main(["inspect", "one"]) == 0
+    assert "a LoRA adapter" in capsys.readouterr().out
+    recipe = 'expression = "0.5*one + 0.5*two"\nbase = "full.safetensors"\n[checkpoints]\none = "one"\ntwo = "two"\n'
+    Path("r.toml").write_text(recipe)
+    assert main(["merge", "r.toml", "-o", "out.safetensors"]) == 0

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from clipmerge.checkpoint import safetensors
+from clipmerge.checkpoint.adapters import is_adapter, read_adapter
 from clipmerge.checkpoint.configs import model_beside
 from clipmerge.checkpoint.index import SUFFIX, read_index
 from clipmerge.checkpoint.layouts import to_open_clip
@@ -29,6 +30,8 @@ PREFERRED = (
     "model.safetensors",
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
 )
 """open_clip's own names first: its folders on the Hub often carry a Hugging Face copy too."""
 
@@ -79,6 +82,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if file.is_dir():
         file, stem = checkpoint_in(file), file.resolve().name
     metadata, groups, saved = _read(file)
+    first: Mapping[str, Tensor] = next(iter(groups.values()), {})
+    if is_adapter(first):
+        return read_adapter(file, place, stem, first)
     chosen = choose_set(str(file), groups, choice)
     refuse_other_kinds(file, chosen.tensors, saved.get("saved", {}))
     named = to_open_clip(chosen)

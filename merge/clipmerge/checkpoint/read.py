@@ -16,10 +16,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clipmerge.checkpoint.tensors import Checkpoint, Stamp, Tensor, stamp
-from clipmerge.dtypes import storage_dtype
+from clipmerge.checkpoint.tensors import Checkpoint, LowRank, Stamp, Tensor, stamp
+from clipmerge.dtypes import storage_dtype, to_float64
 from clipmerge.errors import CheckpointError
-from clipmerge.types import Bytes
+from clipmerge.types import Bytes, Floats
+
+HELD = 64 << 20
+"""Bytes of factors that are kept while tensors are computed from them, block by block."""
 
 
 class Reader:
@@ -36,6 +39,7 @@ class Reader:
                 self._expected.setdefault(path, set()).add(expected)
         self._open: dict[Path, tuple[int, Stamp]] = {}
         self._lock = Lock()
+        self._held: dict[LowRank, tuple[Floats, Floats]] = {}
 
     def __enter__(self) -> "Reader":
         return self
@@ -60,6 +64,8 @@ class Reader:
             piece = out[done : done + count]
             if isinstance(extent.source, Path):
                 self._read(extent.source, extent.offset + start, piece)
+            elif isinstance(extent.source, LowRank):
+                self._multiply(extent.source, extent.offset + start, piece)
             else:
                 piece[:] = extent.source[extent.offset + start : extent.offset + start + count]
             done += count
@@ -88,6 +94,31 @@ class Reader:
             block = buffer[: tensor.numel - low]
             self.into(tensor, low * buffer.itemsize, block.view(np.uint8))
             yield low, block
+
+    def factors(self, product: LowRank) -> tuple[Floats, Floats]:
+        """Read scale·B and A in float64."""
+        held = self._held.get(product)
+        if held is None:
+            b, a = (
+                to_float64(self.dense(t).reshape(-1), t.dtype).reshape(t.shape)
+                for t in (product.b, product.a)
+            )
+            held = b * product.scale, a
+            with self._lock:
+                if sum(x.nbytes + y.nbytes for x, y in (*self._held.values(), held)) > HELD:
+                    self._held.clear()
+                self._held[product] = held
+        return held
+
+    def _multiply(self, product: LowRank, start: int, out: Bytes) -> None:
+        """Fill `out` with bytes of the product, from byte `start` on."""
+        b, a = self.factors(product)
+        width, low, high = a.shape[1], start // 4, (start + out.size) // 4
+        top = low // width
+        rows = b[top : -(-high // width)]
+        # In float64, so that neither the order of the sum nor where a block ends shows in the float32.
+        block = np.matmul(rows, a).astype(np.float32).reshape(-1)
+        out[:] = block[low - top * width : high - top * width].view(np.uint8)
 
     def unchanged(self) -> None:
         """Refuse files that were written to while they were read.
@@ -143,6 +174,9 @@ def mapped(tensor: Tensor, maps: dict[Path, Bytes]) -> npt.NDArray[Any]:
     Args:
         maps: the files that are mapped already; they stay so for as long as this lives.
     """
+    if any(isinstance(extent.source, LowRank) for extent in tensor.extents):
+        with Reader() as reader:
+            return reader.dense(tensor)
     parts = [np.empty(0, np.uint8)]
     for extent in tensor.extents:
         path = extent.source
@@ -152,7 +186,7 @@ def mapped(tensor: Tensor, maps: dict[Path, Bytes]) -> npt.NDArray[Any]:
                 maps[path] = np.empty(0, np.uint8) if is_empty else np.asarray(np.memmap(path, np.uint8, "r"))
             except OSError as error:
                 raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-        whole = maps[path] if isinstance(path, Path) else path
+        whole = maps[path] if isinstance(path, Path) else np.asarray(path)
         if extent.offset + extent.nbytes > whole.size:
             raise CheckpointError(
                 f"{path} ends at byte {whole.size}, its header promises {extent.offset + extent.nbytes}",

@@ -1,7 +1,7 @@
 """What a checkpoint is before anything is read: names, shapes, dtypes, and where the bytes lie."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from keyword import iskeyword
 from math import prod
@@ -25,9 +25,11 @@ def stamp(stat: os.stat_result) -> Stamp:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Extent:
-    """Where a run of bytes lies: in a file, or in memory (a flat uint8 array). Making one reads nothing."""
+    """Where a run of bytes lies: in a file, in memory (a flat uint8 array), or in a product of factors, as float32 in
+    row-major order. Making one reads nothing.
+    """
 
-    source: Path | Bytes
+    source: "Path | Bytes | LowRank"
     offset: int
     nbytes: int
 
@@ -57,6 +59,16 @@ class Tensor:
     def is_float(self) -> bool:
         return self.dtype in FLOATS
 
+    @property
+    def stored(self) -> Iterator[Extent]:
+        """The extents that are stored: its own, or those of the factors that it is computed from."""
+        for extent in self.extents:
+            if isinstance(extent.source, LowRank):
+                yield from extent.source.b.stored
+                yield from extent.source.a.stored
+            else:
+                yield extent
+
     def view(self, raw: Bytes) -> npt.NDArray[Any]:
         """Return the bytes of all extents as an array of the tensor's shape (BF16 and F8 as raw bits); not a copy."""
         flat = raw.view(storage_dtype(self.dtype))
@@ -64,6 +76,23 @@ class Tensor:
             return flat.reshape(self.shape)
         bytes_apart = tuple(step * flat.itemsize for step in self.strides)
         return np.lib.stride_tricks.as_strided(flat, self.shape, bytes_apart)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowRank:
+    """scale · B·A, the update of one weight by an adapter.
+
+    Attributes:
+        b, a: (rows, rank) and (rank, columns).
+    """
+
+    b: Tensor
+    a: Tensor
+    scale: float
+
+    def tensor(self, shape: tuple[int, ...]) -> Tensor:
+        """The product as a tensor of this shape, computed when it is read."""
+        return Tensor("F32", shape, (Extent(self, 0, 4 * self.b.shape[0] * self.a.shape[1]),))
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -78,6 +107,8 @@ class Checkpoint:
         path: the file or folder, None for tensors in memory.
         extra: what else the file carried and a reader understood (epoch, dropped names …).
         stamps: each file's `stamp` when it was opened; reading it later in another state is refused.
+        factors: of an adapter, what its file holds, under the file's names, and its configuration's path; `tensors` are
+            then the updates of weights.
     """
 
     name: str
@@ -87,12 +118,20 @@ class Checkpoint:
     path: Path | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     stamps: Mapping[Path, Stamp] = field(default_factory=dict)
+    factors: "Checkpoint | None" = None
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether it is a task vector that is zero in all tensors that it lacks, as adapters are."""
+        return self.factors is not None or "sparse" in self.extra
 
     def files(self) -> tuple[Path, ...]:
         """List every file that it was read from, sorted: those that hold its bytes, and the index that names them."""
-        files = {e.source for t in self.tensors.values() for e in t.extents if isinstance(e.source, Path)}
+        files = {e.source for t in self.tensors.values() for e in t.stored if isinstance(e.source, Path)}
         if self.path is not None:
             files.update(self.path.glob("*.index.json") if self.path.is_dir() else [self.path])
+        if self.factors is not None:
+            files.update(self.factors.files())  # and the configuration that scales them
         return tuple(sorted(files))
 
     def stamps_now(self) -> dict[Path, Stamp]:

@@ -6,7 +6,7 @@ from math import prod
 import numpy as np
 
 from clipmerge.checkpoint.read import Reader
-from clipmerge.checkpoint.tensors import Extent, Tensor
+from clipmerge.checkpoint.tensors import Extent, LowRank, Tensor
 from clipmerge.dtypes import ITEMSIZE
 from clipmerge.types import Bytes
 
@@ -26,6 +26,9 @@ def row_major(shape: Sequence[int], strides: Sequence[int]) -> bool:
 def transpose(tensor: Tensor) -> Tensor:
     """Exchange the axes of a matrix."""
     rows, columns = tensor.shape
+    product = tensor.extents[0].source if len(tensor.extents) == 1 else None
+    if isinstance(product, LowRank) and tensor.strides is None:
+        return LowRank(transpose(product.a), transpose(product.b), product.scale).tensor((columns, rows))
     tensor = tensor if len(tensor.extents) == 1 else _read(tensor)
     down, across = tensor.strides or (columns, 1)
     strides = None if row_major((columns, rows), (across, down)) else (across, down)

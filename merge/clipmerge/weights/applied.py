@@ -6,6 +6,7 @@ What a method needs to know of the whole model (`Measured`) is found before, by 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from operator import itemgetter
 from typing import Any, TypeAlias
 
@@ -50,10 +51,19 @@ def evaluate(weights: Expression, name: str, shape: tuple[int, ...], read: Read,
     Args:
         shape: of what `read` gives: the tensor's, or a stretch's.
     """
-    used = [(leaf, value) for leaf, c in weights.terms.items() if (value := c.at(name))]
+    used = _used(weights, name)
     factors, divisor = integer_factors([value for _, value in used])
     terms = zip(factors, (leaf for leaf, _ in used), strict=True)
     return weighted(terms, divisor, name, shape, read, facts)
+
+
+def _used(weights: Expression, name: str) -> list[tuple[Leaf, Fraction]]:
+    """Return leaves and coefficients of what is not zero in a tensor; an adapter is, where it has no such tensor."""
+    return [
+        (leaf, value)
+        for leaf, c in weights.terms.items()
+        if (value := c.at(name)) and (isinstance(leaf, Applied) or name in leaf.tensors)
+    ]
 
 
 def weighted(
@@ -142,9 +152,7 @@ def _operand(
     stored = (c.tensors[name].dtype for c in operand.checkpoints if name in c.tensors)
     if not by_entry or "F64" in stored:
         return evaluate(operand, name, shape, read, facts)
-    values = ((value, leaf) for leaf, c in operand.terms.items() if (value := c.at(name)))
-    used = sorted(values, key=itemgetter(0))
-    match used:
+    match sorted(((value, leaf) for leaf, value in _used(operand, name)), key=itemgetter(0)):
         case [(-1, Checkpoint() as b), (1, Checkpoint() as a)]:  # one rounding in float32, and no detour
             return np.asarray(read(a) - read(b))
     return evaluate(operand, name, shape, read, facts).astype(np.float32)

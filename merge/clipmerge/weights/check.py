@@ -42,8 +42,12 @@ def check(weights: Expression, *, dtype: str | None = None) -> None:
 def left_alone(weights: Expression) -> list[str]:
     """Say which towers and heads some checkpoints lack, and where these are taken from; a sentence for each lack."""
     names, lacking = set(weights.names), dict[tuple[str, ...], list[str]]()
+    adapters = sorted(c.name for c in weights.checkpoints if c.factors is not None)
+    over = and_more(sorted(c.name for c in weights.checkpoints if not c.is_sparse)) or "nothing"
     sources: dict[tuple[str, ...], str] = {}
     for checkpoint in weights.checkpoints:
+        if checkpoint.is_sparse:
+            continue
         if parts := absent_parts(missing := names - checkpoint.tensors.keys(), names):
             lacking.setdefault(parts, []).append(checkpoint.name)
             first = min(missing)
@@ -51,7 +55,9 @@ def left_alone(weights: Expression) -> list[str]:
                 c for leaf, value in weights.terms.items() if value.at(first) for c in checkpoints_of(leaf)
             )
             sources[parts] = and_more(sorted({c.name for c in used if first in c.tensors})) or "nothing"
-    return [
+    kind = "is a LoRA adapter" if len(adapters) == 1 else "are LoRA adapters"
+    told = [f"{and_more(adapters)} {kind} over {over}"] if adapters else []
+    return told + [
         f"{and_more(sorted(those))} {'has' if len(those) == 1 else 'have'} {_no(parts)}: kept as in {sources[parts]}"
         for parts, those in lacking.items()
     ]
@@ -85,6 +91,10 @@ def _misfits(reference: Checkpoint, other: Checkpoint) -> list[str]:
     mine, theirs = reference.tensors, other.tensors
     here, there = str(reference.path or reference.name), str(other.path or other.name)
     missing, extra = list(mine.keys() - theirs.keys()), sorted(theirs.keys() - mine.keys())
+    if other.is_sparse:  # zero where it has no tensor
+        missing = []
+    if reference.is_sparse:
+        extra = []
     whole_parts = all(absent_parts(set(n), mine.keys() | theirs.keys()) for n in (missing, extra) if n)
     if whole_parts:  # towers and heads that only one has: see `_towers_lacking`
         missing, extra = [], []
@@ -116,7 +126,8 @@ def _used_but_missing(weights: Expression, names: Iterable[str]) -> Iterator[tup
     for leaf, coefficient in weights.terms.items():
         needed = [name for name in names if coefficient.at(name)]
         if isinstance(leaf, Checkpoint):
-            yield from ((leaf, name) for name in needed if name not in leaf.tensors)
+            missing = [name for name in needed if name not in leaf.tensors]
+            yield from ((leaf, name) for name in missing if not leaf.is_sparse)
         for operand in leaf.operands if isinstance(leaf, Applied) else ():
             yield from _used_but_missing(operand, needed)
 
@@ -128,7 +139,7 @@ def _no(parts: Sequence[str]) -> str:
 
 
 def _different_dtypes(checkpoints: Sequence[Checkpoint]) -> list[str]:
-    first, *others = checkpoints
+    first, *others = [checkpoint for checkpoint in checkpoints if not checkpoint.is_sparse] or checkpoints
     problems = []
     for name, tensor in first.tensors.items():
         for other in [c for c in others if name in c.tensors and c.tensors[name].dtype != tensor.dtype][:1]:

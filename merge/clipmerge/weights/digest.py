@@ -1,5 +1,6 @@
 """Content digests: what a checkpoint holds, whatever file, container or order it is stored in."""
 
+import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -40,6 +41,7 @@ class Digests:
     def __init__(self, checkpoints: Iterable[Checkpoint]) -> None:
         self._caches = {checkpoint: _cache_path(checkpoint) for checkpoint in checkpoints}
         self._known = {c: digest for c, path in self._caches.items() if (digest := _remembered(path))}
+        self._known |= {c: _adapter_digest(c, c.factors) for c in self._caches if c.factors is not None}
         self._tensors: dict[Checkpoint, dict[str, str]] = {
             c: {} for c in self._caches if c not in self._known
         }
@@ -93,6 +95,12 @@ class Digests:
                     sibling.write_text(self._known[checkpoint])
         self._tensors = {}
         return {checkpoint: self._known[checkpoint] for checkpoint in self._caches}
+
+
+def _adapter_digest(adapter: Checkpoint, factors: Checkpoint) -> str:
+    """Digest an adapter's factors as they lie in the file, and what scales them; not the products, which round."""
+    how = json.dumps(adapter.extra["lora"], sort_keys=True)
+    return blake3(f"{content_digest(factors)}\n{how}".encode()).hexdigest()
 
 
 def content_digest(checkpoint: Checkpoint, on_progress: Progress | None = None) -> str:

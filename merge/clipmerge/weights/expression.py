@@ -150,6 +150,13 @@ def names_of(leaf: Leaf) -> Set[str]:
     return set().union(*(operand.names for operand in leaf.inputs))
 
 
+def is_sparse(leaf: Leaf) -> bool:
+    """Whether a leaf is zero wherever it has no tensor: an adapter, or what a method makes of adapters alone."""
+    if isinstance(leaf, Checkpoint):
+        return leaf.is_sparse
+    return all(is_sparse(inner) for operand in leaf.inputs for inner in operand.terms)
+
+
 def applied_in(leaves: Iterable[Leaf]) -> Iterator[Applied]:
     """List the methods among leaves and inside them, each after those that it is computed from."""
     for leaf in leaves:
@@ -229,7 +236,7 @@ class Expression:
             return self.base
         if self.base is not None:
             return self.base.operands[0].reference
-        return min(self.checkpoints, key=lambda checkpoint: (checkpoint.name, str(checkpoint.path)))
+        return min(self.checkpoints, key=lambda c: (c.is_sparse, c.name, str(c.path)))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -237,16 +244,21 @@ class Expression:
 
         A difference of an encoder and a whole model is as the encoder: what only one side has is left out.
         """
-        leaves = {leaf: names_of(leaf) for leaf in self.terms}
+        leaves = {leaf: names_of(leaf) for leaf in self.terms if not is_sparse(leaf)}
+        if not leaves:
+            return tuple(sorted(set().union(*map(names_of, self.terms))))
         every: set[str] = set().union(*leaves.values())
         partial = {name for name in every if any(name not in names for names in leaves.values())}
         if not partial or self.total:
             return tuple(sorted(every))
 
         def is_left_out(name: str) -> bool:
-            held = [c.at(name) * total_of(leaf) for leaf, c in self.terms.items() if name in leaves[leaf]]
-            counted = [leaf for leaf, c in self.terms.items() if name in leaves[leaf] and c.at(name)]
-            return not counted or (len(counted) == 1 and sum(held) != 0)
+            held = [
+                (value, leaf)
+                for leaf in leaves
+                if name in leaves[leaf] and (value := self.terms[leaf].at(name))
+            ]
+            return not held or (len(held) == 1 and sum(value * total_of(leaf) for value, leaf in held) != 0)
 
         return tuple(sorted(name for name in every if name not in partial or not is_left_out(name)))
 
@@ -254,9 +266,8 @@ class Expression:
         """Return the stored tensor that decides shape and dtype: the base's, or of another that has the name."""
         if name in self.reference.tensors:
             return self.reference.tensors[name]
-        return min(
-            (c for c in self.checkpoints if name in c.tensors), key=lambda c: (c.name, str(c.path))
-        ).tensors[name]
+        having = (c for c in self.checkpoints if name in c.tensors)
+        return min(having, key=lambda c: (c.is_sparse, c.name, str(c.path))).tensors[name]
 
     @property
     def total(self) -> Fraction:
@@ -343,21 +354,21 @@ def _completed(terms: Mapping[Leaf, Coefficient], base: Leaf | None) -> Mapping[
     `base + 1*(encoder - base)` still has the base's text tower. Where the base has no such tower, and the leaves
     without it do not cancel, the terms stay as they are, for `check` to refuse.
     """
-    leaves = {leaf: names_of(leaf) for leaf in terms}
+    leaves = {leaf: names_of(leaf) for leaf in terms if not is_sparse(leaf)}
     first: Set[str] = next(iter(leaves.values()), set())
     if all(names == first for names in leaves.values()):
         return terms
     every: set[str] = set().union(*leaves.values())
     completed, moved, needed = dict(terms), Coefficient({}), set[str]()
-    for leaf, coefficient in terms.items():
-        missing = every - leaves[leaf]
+    for leaf, names in leaves.items():
+        missing, coefficient = every - names, terms[leaf]
         parts = absent_parts(missing, every) if missing else None
         masked = coefficient.masked({**dict.fromkeys(parts, 0), "*": 1}) if parts else coefficient
         if masked != coefficient:
             completed[leaf] = masked
             moved = moved + (coefficient - masked) * Coefficient.of(total_of(leaf))
             needed |= missing
-    if base is not None and base in terms and needed <= leaves[base]:
+    if base is not None and needed <= leaves.get(base, set()):
         completed[base] = completed[base] + moved
         return completed
     return terms if moved else completed
@@ -376,9 +387,14 @@ _vectors: "WeakKeyDictionary[Checkpoint, Checkpoint]" = WeakKeyDictionary()
 def as_vector(weights: E) -> E:
     """Take a checkpoint for a task vector, a difference, though its file does not say that it is one.
 
+    An adapter over its base is the adapter alone.
+
     Raises:
         RecipeError: the weights are not one checkpoint.
     """
+    adapters = [leaf for leaf in weights.terms if isinstance(leaf, Checkpoint) and leaf.factors is not None]
+    if len(adapters) == 1 and weights.terms[adapters[0]].constant == 1 and weights.kind() == 1:
+        return type(weights).of(adapters[0])
     leaf, *others = weights.terms
     if others or not isinstance(leaf, Checkpoint) or weights.terms[leaf].constant != 1:
         hint = "a difference of checkpoints is a vector already: a - base"

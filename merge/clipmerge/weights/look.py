@@ -100,7 +100,7 @@ def inspect(
         **count(held.tensors.values()),
         nonfinite=nonfinite,
         digest=None if headers else digests.finish(on_progress)[held],
-        kind="a model" if record.get("total", 1) else "a task vector",
+        kind="a LoRA adapter" if held.factors else "a model" if record.get("total", 1) else "a task vector",
         record=record,
     )
 

@@ -30,7 +30,7 @@ def refuse_bare_vectors(weights: Expression) -> None:
     Raises:
         RecipeError: a checkpoint is a difference by its norm and its cosine with the base (or the first by name).
     """
-    points = [c for c in weights.checkpoints if total_of(c) == 1]
+    points = [c for c in weights.checkpoints if total_of(c)]
     reference = weights.reference if weights.reference in points else points[0] if points else None
     if reference is None:
         return

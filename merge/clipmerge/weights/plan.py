@@ -19,7 +19,7 @@ from clipmerge.text import did_you_mean
 from clipmerge.weights.check import check
 from clipmerge.weights.coefficient import Coefficient
 from clipmerge.weights.digest import content_digest
-from clipmerge.weights.expression import Applied, Expression, Leaf, checkpoints_of
+from clipmerge.weights.expression import Applied, Expression, Leaf, checkpoints_of, names_of
 from clipmerge.weights.mistaken import refuse_bare_vectors
 
 Kind = Literal["sum", "agree", "largest"]
@@ -83,7 +83,8 @@ class Plan:
 
     @property
     def read_bytes(self) -> int:
-        return sum(c.tensors[name].nbytes for name, step in self.steps.items() for c in step.checkpoints)
+        read = (c.tensors[name] for name, step in self.steps.items() for c in step.checkpoints)
+        return sum(extent.nbytes for tensor in read for extent in tensor.stored)
 
     @property
     def written_bytes(self) -> int:
@@ -133,12 +134,26 @@ def make_plan(weights: Expression, *, dtype: str | None = None) -> Plan:
     check(weights, dtype=dtype)
     refuse_bare_vectors(weights)
     reference, ordered = weights.reference, _canonical(weights)
-    steps = {name: _step(name, weights, ordered, reference, dtype) for name in weights.names}
+    held = {leaf: names_of(leaf) for leaf in ordered.terms}
+    steps = {
+        name: _step(
+            name,
+            weights,
+            {leaf: c for leaf, c in ordered.terms.items() if name in held[leaf]},
+            reference,
+            dtype,
+        )
+        for name in weights.names
+    }
     return Plan(steps, weights.checkpoints)
 
 
 def _step(
-    name: str, weights: Expression, ordered: Expression, reference: Checkpoint, dtype: str | None
+    name: str,
+    weights: Expression,
+    terms: Mapping[Leaf, Coefficient],
+    reference: Checkpoint,
+    dtype: str | None,
 ) -> Step:
     tensor = weights.tensor(name)
     if not tensor.is_float:  # integers are never averaged: they agree, or they are step counters
@@ -148,12 +163,12 @@ def _step(
         first = [reference] if reference in others else others[:1]
         sources = first if is_counter and weights.base else [*first, *others]
         return Step(name, tensor.dtype, tensor.shape, kind, tuple((1.0, c) for c in dict.fromkeys(sources)))
-    used = [(leaf, value) for leaf, c in ordered.terms.items() if (value := c.at(name))]
+    used = [(leaf, value) for leaf, c in terms.items() if (value := c.at(name))]
     factors, divisor = [_float(c) for _, c in used], 1.0
     if all(isinstance(leaf, Checkpoint) for leaf, _ in used):
         factors, divisor = integer_factors([c for _, c in used])
-    terms = tuple((factor, leaf) for factor, (leaf, _) in zip(factors, used, strict=True))
-    return Step(name, dtype or tensor.dtype, tensor.shape, "sum", terms, divisor)
+    summands = tuple((factor, leaf) for factor, (leaf, _) in zip(factors, used, strict=True))
+    return Step(name, dtype or tensor.dtype, tensor.shape, "sum", summands, divisor)
 
 
 def integer_factors(coefficients: list[Fraction]) -> tuple[list[float], float]:

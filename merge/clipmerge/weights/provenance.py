@@ -7,7 +7,7 @@ from typing import Any
 
 from clipmerge.checkpoint.tensors import Checkpoint
 from clipmerge.version import __version__
-from clipmerge.weights.expression import Expression
+from clipmerge.weights.expression import Expression, is_sparse
 from clipmerge.weights.notation import identifiers_of, notation
 from clipmerge.weights.record import FORMAT, needs_quick_gelu, read_record, write_record
 
@@ -81,6 +81,8 @@ def file_metadata(
         "dtype": dtype or "base",
         "parents": parents,
     }
+    if all(map(is_sparse, weights.terms)):
+        record["sparse"] = True  # zero in every tensor that is not there
     if "model" not in (extra or {}) and (model := weights.model) is not None:
         record["model"] = model
     if prompts := weights.prompts:

@@ -2,6 +2,7 @@
 
 expression = "base + 0.4*(cars - base)"
 output = "merged.safetensors"       # all but expression and checkpoints may be left out
+base = "base"                       # what adapters among the checkpoints were trained from
 dtype = "fp16"
 shard_size = "5GB"
 
@@ -22,9 +23,11 @@ from clipmerge.errors import RecipeError
 from clipmerge.text import did_you_mean
 from clipmerge.weights.expression import OptionValue
 from clipmerge.weights.parse import parse
-from clipmerge.weights.weights import Weights, load_leaves
+from clipmerge.weights.weights import Weights, load, load_each, placed
 
-_KEYS = {"expression": str, "checkpoints": dict, "dtype": str, "shard_size": str, "output": str}
+_KEYS = {
+    "expression": str, "checkpoints": dict, "base": str, "dtype": str, "shard_size": str, "output": str,
+}  # fmt: skip
 _REMOTE = re.compile(r"hf-hub:.+|[\w.-]{2,}:[\w.-]+")
 _UNITS = {
     "": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
@@ -41,14 +44,18 @@ class Recipe:
     dtype: str | None = None
     shard_size: int | None = None
     output: Path | None = None
+    base: str | None = None
 
     def weights(self, **options: OptionValue) -> Weights:
         """The expression over its checkpoints (headers are read); options go to every method that has them."""
-        return parse(self.expression, load_named(self.checkpoints), options=options)
+        return parse(self.expression, load_named(self.checkpoints, self.base), options=options)
 
 
-def load_named(files: Mapping[str, str | Path]) -> dict[str, Weights]:
+def load_named(files: Mapping[str, str | Path], base: str | None = None) -> dict[str, Weights]:
     """`load` for each file, under its name in the expression.
+
+    Args:
+        base: what adapters were trained from: one of the names, or another file.
 
     Raises:
         RecipeError: a name that no expression can contain.
@@ -56,8 +63,9 @@ def load_named(files: Mapping[str, str | Path]) -> dict[str, Weights]:
     for name in files:
         if not name.isidentifier() or iskeyword(name):
             raise RecipeError(f"{name!r} is not a name", hint="letters, digits and _, such as base or ft_2")
-    opened = load_leaves([(file, name) for name, file in files.items()])
-    return dict(zip(files, opened, strict=True))
+    leaves = dict(zip(files, load_each([(file, name) for name, file in files.items()]), strict=True))
+    start = leaves[base] if base in leaves else base and load(base)
+    return {name: placed(leaf, None if leaf is start else start or None) for name, leaf in leaves.items()}
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -81,9 +89,8 @@ def read_recipe(path: str | Path) -> Recipe:
     for name, file in document.get("checkpoints", {}).items():
         if not isinstance(file, str):
             raise RecipeError(f"checkpoints.{name} in {path} must be a path in quotes, not {file!r}")
-        local = path.parent / Path(file).expanduser()
-        is_published = _REMOTE.fullmatch(file) and not local.exists()
-        checkpoints[name] = file if is_published else str(local)
+        checkpoints[name] = _located(path, file)
+    base = document.get("base")
     output, size = document.get("output"), document.get("shard_size")
     return Recipe(
         expression=document["expression"],
@@ -91,7 +98,14 @@ def read_recipe(path: str | Path) -> Recipe:
         dtype=document.get("dtype"),
         shard_size=None if size is None else parse_size(size),
         output=None if output is None else path.parent / Path(output).expanduser(),
+        base=base if base is None or base in checkpoints else _located(path, base),
     )
+
+
+def _located(recipe: Path, file: str) -> str:
+    """A file that a recipe names, relative to the recipe; a published checkpoint as it is named."""
+    local = recipe.parent / Path(file).expanduser()
+    return file if _REMOTE.fullmatch(file) and not local.exists() else str(local)
 
 
 def parse_size(text: str) -> int:

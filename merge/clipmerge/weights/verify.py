@@ -23,7 +23,7 @@ from clipmerge.weights.plan import Plan, float_dtype, make_plan
 from clipmerge.weights.provenance import HEAD_OF, Parent, is_original, parents_of
 from clipmerge.weights.record import read_record
 from clipmerge.weights.run import execute
-from clipmerge.weights.weights import Weights, as_checkpoint, load
+from clipmerge.weights.weights import Weights, as_checkpoint, load, load_leaf
 
 Rebuild: TypeAlias = Callable[[Mapping[str, Any], Weights], Weights]
 ROUNDING = 1e-4
@@ -175,7 +175,7 @@ def _plan(
 ) -> Plan:
     dtype = record.get("dtype", "base")
     try:
-        weights = parse(notation, {**{name: load(file, name) for name, file in files.items()}, **built})
+        weights = parse(notation, {**{name: load_leaf(file, name) for name, file in files.items()}, **built})
         return make_plan(weights, dtype=None if dtype == "base" else float_dtype(str(dtype)))
     except ClipmergeError as error:
         raise CheckpointError(

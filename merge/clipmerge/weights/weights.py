@@ -235,14 +235,16 @@ def load(
     Args:
         path: `.safetensors` (or an index, or a folder), `.pt`, `.bin`, `.pth`, `hf-hub:org/name`, `model:tag`.
         name: how notation calls it; by default the file's stem as an identifier.
-        base: the model that completes it: whole towers that it lacks are taken from there.
+        base: the model that completes it: an adapter changes that one, and whole towers that a file lacks are taken
+            from it. Of an adapter by default what its configuration names, where that is a local path.
         vector: it is a task vector, a difference, though the file does not say so.
 
     Raises:
         CheckpointError: missing, truncated, or not a checkpoint.
         UnsafeFileError: reading the file would need code to run.
+        RecipeError: an adapter, and nothing says what its base is.
     """
-    return _placed(load_leaf(path, name), base, vector)
+    return placed(load_leaf(path, name), base, vector=vector)
 
 
 def load_all(
@@ -252,14 +254,19 @@ def load_all(
 
     Names do not depend on that order: `a/model.safetensors` and `b/model.safetensors` are `model` and `model_2`.
     """
-    checkpoints = [leaf.checkpoints[0] for leaf in load_leaves([(path, None) for path in paths])]
+    base = None if base is None else as_weights(base)
+    return [placed(leaf, base, vector=vectors) for leaf in load_leaves(paths)]
+
+
+def load_leaves(paths: Sequence[str | Path]) -> list[Weights]:
+    """`load_leaf` each path, with distinct names."""
+    checkpoints = [leaf.checkpoints[0] for leaf in load_each([(path, None) for path in paths])]
     order = sorted(range(len(paths)), key=lambda i: os.fspath(paths[i]))
     names = dict(zip(order, identifiers([checkpoints[i].name for i in order]), strict=True))
-    base = None if base is None else as_weights(base)
-    return [_placed(_named(c, names[i]), base, vectors) for i, c in enumerate(checkpoints)]
+    return [_named(c, names[i]) for i, c in enumerate(checkpoints)]
 
 
-def load_leaves(files: "Sequence[tuple[str | Path, str | None]]") -> list[Weights]:
+def load_each(files: "Sequence[tuple[str | Path, str | None]]") -> list[Weights]:
     """`load_leaf` each (path, name).
 
     Raises:
@@ -284,13 +291,33 @@ def load_leaves(files: "Sequence[tuple[str | Path, str | None]]") -> list[Weight
 def load_leaf(path: str | Path, name: str | None = None) -> Weights:
     """Open what the file itself holds, completed by nothing."""
     checkpoint = open_checkpoint(path)
-    return _named(replace(checkpoint, stamps=checkpoint.stamps_now()), name or checkpoint.name)
+    extra = {
+        **checkpoint.extra,
+        **({"sparse": True} if read_record(checkpoint.metadata).get("sparse") else {}),
+    }
+    checkpoint = replace(checkpoint, stamps=checkpoint.stamps_now(), extra=extra)
+    return _named(checkpoint, name or checkpoint.name)
 
 
-def _placed(leaf: Weights, base: "str | Path | Weights | None", vector: bool) -> Weights:
-    """What the file's name stands for: a whole model where a base is given, or the task vector that it is."""
+def placed(leaf: Weights, base: "str | Path | Weights | None", *, vector: bool = False) -> Weights:
+    """Return what the name of a file stands for: a whole model where a base is given, or the task vector that it is.
+
+    Raises:
+        RecipeError: it is an adapter, and neither its base is given nor does its configuration name a local one.
+    """
     if vector:
         return as_vector(leaf)
+    (adapter,) = leaf.checkpoints
+    if adapter.factors is not None:
+        named = adapter.extra["base"]
+        base = named if base is None and named and Path(named).exists() else base
+        if base is None:
+            called = f"hf-hub:{named}" if named else "MODEL"
+            raise RecipeError(
+                f"{adapter.path} is a LoRA adapter: say which model it was trained from",
+                hint=f"--base {called}, or in Python load(path, base={called!r})",
+            )
+        return as_weights(base) + leaf
     return leaf.completed_from(as_weights(base)) if base is not None and leaf.kind() == 1 else leaf
 
 
@@ -363,7 +390,7 @@ def as_checkpoint(checkpoint: "str | Path | Checkpoint | Weights") -> Checkpoint
     Raises:
         RecipeError: an expression that is more than one checkpoint.
     """
-    weights = as_weights(checkpoint)
+    weights = load_leaf(checkpoint) if isinstance(checkpoint, str | Path) else as_weights(checkpoint)
     leaf, coefficient = next(iter(weights.terms.items()), (None, None))
     if len(weights.terms) != 1 or not isinstance(leaf, Checkpoint) or coefficient != Coefficient.of(1):
         raise RecipeError(f"{weights!r} is not one checkpoint", hint="save it, and give the file")
