@@ -19,7 +19,7 @@ from clipmerge.weights.look import compare as compare_weights
 from clipmerge.weights.look import inspect as summarise
 from clipmerge.weights.provenance import Parent, bases_of, is_original, parents_of
 from clipmerge.weights.verify import Verdict
-from clipmerge.weights.weights import load, load_all
+from clipmerge.weights.weights import load, load_all, load_leaf
 from clipmerge_cli import show
 from clipmerge_cli.groups import arg, opt
 from clipmerge_cli.options import CHECKPOINTS, INPUT, Talk, named
@@ -90,7 +90,7 @@ def inspect(
 
     Example: [bold]clipmerge inspect soup.safetensors[/bold]
     """
-    weights = load(file)
+    weights = load_leaf(file)
     (checkpoint,) = weights.checkpoints
     with talk.progress() as on_progress:
         summary = summarise(checkpoint, headers=headers, on_progress=on_progress)

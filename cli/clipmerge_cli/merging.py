@@ -14,7 +14,7 @@ from clipmerge.weights.methods import METHODS, describe
 from clipmerge.weights.parse import names_in, parse
 from clipmerge.weights.recipe import Recipe, load_named, read_recipe
 from clipmerge.weights.record import with_model
-from clipmerge.weights.weights import Weights, one_tower
+from clipmerge.weights.weights import Weights, as_checkpoint, one_tower
 from clipmerge_cli import options as shared
 from clipmerge_cli import show
 from clipmerge_cli.groups import arg, opt
@@ -269,7 +269,7 @@ def convert(
         clipmerge convert soup.safetensors --only image -o encoder.safetensors
     """
     weights = clipmerge.load(checkpoint)
-    (source,) = weights.checkpoints
+    source = as_checkpoint(weights)
     if only:
         if output.name == HUB_FILE:
             raise typer.BadParameter(

@@ -149,7 +149,7 @@ def test_a_model_must_be_whole(
 @pytest.mark.parametrize("gone", [FULL[0], FULL[1], *TEXT[1:], "logit_scale"])
 def test_a_tensor_missing_inside_a_tower_is_an_error(point: Point, gone: str) -> None:
     full = point("full", **dict.fromkeys(FULL, 1.0))
-    a, b = (point(n, **{name: [1.0] for name in FULL if name != gone}) for n in "ab")
+    a, b = (point(n, **{name: 1.0 for name in FULL if name != gone}) for n in "ab")
     for weights in (full + 0.5 * (a - b), interpolate(full, a, 0.5)):
         with pytest.raises(MismatchError, match=f"a lacks '{gone}'"):
             check(weights)
