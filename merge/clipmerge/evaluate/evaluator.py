@@ -25,12 +25,11 @@ from clipmerge.evaluate.metrics import METRICS, Predictions
 from clipmerge.evaluate.predictor import Predictor
 from clipmerge.evaluate.score import Score, Stopped, check_metric, is_better, read_result, score_of
 from clipmerge.evaluate.setup import Given, Setup, read_head
-from clipmerge.evaluate.sources import Source, open_all
 from clipmerge.model import ModelSpec
 from clipmerge.text import did_you_mean
 from clipmerge.types import Bools, Ints, Progress
 from clipmerge.weights.digest import content_digest
-from clipmerge.weights.weights import Weights, as_weights, mean
+from clipmerge.weights.weights import Source, Weights, as_weights, mean, open_all
 
 __all__ = ["Evaluator", "score"]
 

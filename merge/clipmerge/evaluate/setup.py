@@ -16,13 +16,12 @@ from clipmerge.data.prompts import DEFAULT, NAMED
 from clipmerge.data.prompts import templates as resolve_templates
 from clipmerge.data.split import Split
 from clipmerge.errors import DataError, ModelError, SelectionError
-from clipmerge.evaluate.sources import Source
 from clipmerge.model import ModelSpec, resolve_model
 from clipmerge.text import and_more
 from clipmerge.types import Ints
 from clipmerge.weights.names import lacks_text
 from clipmerge.weights.record import model_record
-from clipmerge.weights.weights import Weights, as_checkpoint
+from clipmerge.weights.weights import Source, Weights, as_checkpoint
 
 __all__ = ["Given", "Origin", "Setup", "read_head"]
 

@@ -6,14 +6,13 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
 from clipmerge.errors import MissingExtraError, SelectionError
-from clipmerge.evaluate.sources import Source
 from clipmerge.search.results import SweepResult
 from clipmerge.search.rules import Rule
 from clipmerge.search.sweep import Search, choose_point
 from clipmerge.types import Progress
 from clipmerge.weights.coefficient import Coefficient, exact
 from clipmerge.weights.names import block_of, tower_of
-from clipmerge.weights.weights import Weights, as_weights
+from clipmerge.weights.weights import Source, Weights, as_weights
 
 if TYPE_CHECKING:
     from clipmerge.evaluate.evaluator import Evaluator

@@ -14,11 +14,10 @@ import numpy.typing as npt
 from clipmerge.errors import SelectionError
 from clipmerge.evaluate.metrics import METRICS, Predictions
 from clipmerge.evaluate.score import Score, score_of
-from clipmerge.evaluate.sources import Source
 from clipmerge.search.results import SoupResult
 from clipmerge.search.soup import Order, choose, open_candidates, rank
 from clipmerge.types import Floats, Progress
-from clipmerge.weights.weights import Weights
+from clipmerge.weights.weights import Source, Weights
 
 if TYPE_CHECKING:
     from clipmerge.evaluate.evaluator import Evaluator

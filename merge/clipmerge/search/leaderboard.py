@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from clipmerge.checkpoint.tensors import Checkpoint
 from clipmerge.errors import SelectionError
 from clipmerge.evaluate.score import Score
-from clipmerge.evaluate.sources import Source, open_all
 from clipmerge.search.results import SweepResult, Table
 from clipmerge.search.rules import Scores
 from clipmerge.search.sweep import MakeWeights, steps, sweep_scale
@@ -19,7 +18,7 @@ from clipmerge.weights.expression import Applied
 from clipmerge.weights.methods import METHODS
 from clipmerge.weights.parse import parse
 from clipmerge.weights.record import write_record
-from clipmerge.weights.weights import Weights, from_state_dict, mean
+from clipmerge.weights.weights import Source, Weights, from_state_dict, mean, open_all
 
 if TYPE_CHECKING:
     from clipmerge.evaluate.evaluator import Evaluator

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from clipmerge.errors import NonFiniteError
-from clipmerge.evaluate.sources import Source
 from clipmerge.search.coefficients import Group, groups_of
 from clipmerge.search.mixture import Mixture
 from clipmerge.search.results import SoupResult
 from clipmerge.search.soup import open_candidates
 from clipmerge.types import Progress
 from clipmerge.weights.coefficient import Coefficient
-from clipmerge.weights.weights import Weights
+from clipmerge.weights.weights import Source, Weights
 
 if TYPE_CHECKING:
     from jaxtyping import Float

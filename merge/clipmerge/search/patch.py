@@ -8,14 +8,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from clipmerge.errors import SelectionError
-from clipmerge.evaluate.sources import Source
 from clipmerge.search.coefficients import Method, search_coefficients, task_family
 from clipmerge.search.results import SweepResult, count_images
 from clipmerge.search.rules import paint
 from clipmerge.search.sweep import steps, sweep
 from clipmerge.types import Progress
 from clipmerge.weights.coefficient import Scalar
-from clipmerge.weights.weights import Weights, as_weights, interpolate
+from clipmerge.weights.weights import Source, Weights, as_weights, interpolate
 
 if TYPE_CHECKING:
     from clipmerge.evaluate.evaluator import Evaluator

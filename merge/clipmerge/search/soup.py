@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Literal
 
 from clipmerge.errors import SelectionError
 from clipmerge.evaluate.score import Score, Stopped, is_better
-from clipmerge.evaluate.sources import Source, open_all
 from clipmerge.search.results import SoupResult, Step, count_images
 from clipmerge.types import Progress
 from clipmerge.weights.check import check
-from clipmerge.weights.weights import Weights, mean
+from clipmerge.weights.weights import Source, Weights, mean, open_all
 
 if TYPE_CHECKING:
     from clipmerge.evaluate.evaluator import Evaluator

@@ -6,13 +6,12 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from clipmerge.errors import SelectionError
-from clipmerge.evaluate.sources import Source
 from clipmerge.search.results import Point, SweepResult, count_images
 from clipmerge.search.rules import Rule, Scores, normalised_mean
 from clipmerge.types import Progress
 from clipmerge.weights.check import check
 from clipmerge.weights.coefficient import Scalar, exact
-from clipmerge.weights.weights import Weights, as_weights
+from clipmerge.weights.weights import Source, Weights, as_weights
 
 if TYPE_CHECKING:
     from clipmerge.evaluate.evaluator import Evaluator

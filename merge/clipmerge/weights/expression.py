@@ -407,21 +407,12 @@ def as_vector(weights: E) -> E:
 
 
 def interpolate(a: E, b: E, alpha: Scalar | Mapping[str, float] | Coefficient) -> E:
-    """Interpolate two models, tensor by tensor: (1 - alpha)·a + alpha·b.
-
-    Args:
-        alpha: 0 is `a`, 1 is `b`; a mapping from name patterns gives each tensor its own, and a name that no
-            pattern matches keeps `a`'s value.
-
-    Source: Wortsman et al. 2022, arXiv 2109.01903 (WiSE-FT).
-    """
+    """Return (1 - alpha)·a + alpha·b; `weights.interpolate` says more."""
     return type(a)((a + (b - a) * alpha).terms, a.base)
 
 
 def mean(weights: Iterable[E]) -> E:
-    """Average models: the uniform soup, every ingredient with the same coefficient, in whatever order.
-
-    Source: Wortsman et al. 2022, arXiv 2203.05482.
+    """Average expressions, in whatever order.
 
     Raises:
         RecipeError: there is nothing to average.

@@ -5,11 +5,11 @@ Nothing is read until it is saved, loaded into a model or asked for its tensors.
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -22,10 +22,11 @@ from clipmerge.dtypes import BY_TORCH_NAME, torch_dtype
 from clipmerge.errors import CheckpointError, MismatchError, ModelError, RecipeError
 from clipmerge.text import and_more
 from clipmerge.types import Bytes, Progress
+from clipmerge.weights import expression
 from clipmerge.weights.check import SHOWN, check, missing_names
-from clipmerge.weights.coefficient import Coefficient
+from clipmerge.weights.coefficient import Coefficient, Scalar
 from clipmerge.weights.digest import Digests
-from clipmerge.weights.expression import Expression, as_vector, interpolate, mean
+from clipmerge.weights.expression import Expression, as_vector
 from clipmerge.weights.methods import METHODS, function_of
 from clipmerge.weights.names import PARTS, absent_parts, tower_of
 from clipmerge.weights.notation import notation
@@ -38,7 +39,7 @@ from clipmerge.weights.run import execute, into_arrays
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Weights", "from_state_dict", "interpolate", "load", "load_all", "mean"]
+__all__ = ["Source", "Weights", "from_state_dict", "interpolate", "load", "load_all", "mean", "open_all"]
 
 
 class Weights(Expression):
@@ -375,6 +376,40 @@ def _bytes(tensor: "torch.Tensor") -> Bytes:
         return np.empty(0, np.uint8)
     flat: Bytes = tensor.detach().reshape(-1).view(torch.uint8).numpy()
     return flat
+
+
+Source: TypeAlias = Weights | str | Path
+"""Weights, or the path of a checkpoint (or another name of one that `load` takes)."""
+
+
+def open_all(sources: Sequence[Source]) -> list[Weights]:
+    """Return weights as they are; open paths, with names that are distinct."""
+    opened = iter(load_all([str(source) for source in sources if not isinstance(source, Weights)]))
+    return [source if isinstance(source, Weights) else next(opened) for source in sources]
+
+
+def mean(checkpoints: Iterable[Source]) -> Weights:
+    """Average models: the uniform soup, every ingredient with the same coefficient, in whatever order.
+
+    Source: Wortsman et al. 2022, arXiv 2203.05482.
+
+    Raises:
+        RecipeError: there is nothing to average.
+    """
+    return expression.mean(open_all(list(checkpoints)))
+
+
+def interpolate(a: Source, b: Source, alpha: Scalar | Mapping[str, float] | Coefficient) -> Weights:
+    """Interpolate two models, tensor by tensor: (1 - alpha)·a + alpha·b.
+
+    Args:
+        alpha: 0 is `a`, 1 is `b`; a mapping from name patterns gives each tensor its own, and a name that no
+            pattern matches keeps `a`'s value.
+
+    Source: Wortsman et al. 2022, arXiv 2109.01903 (WiSE-FT).
+    """
+    start, end = open_all([a, b])
+    return expression.interpolate(start, end, alpha)
 
 
 def as_weights(checkpoint: "str | Path | Checkpoint | Weights") -> Weights:

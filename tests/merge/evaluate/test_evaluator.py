@@ -247,3 +247,10 @@ def test_checkpoints_are_scored_by_one_call(tiny_spec, digits, tiny_checkpoints,
     assert {name: list(row) for name, row in scores.items()} == {n: ["id", "more"] for n in ("ft0", "ft1")}
     assert scores["ft0"]["id"].to_json() == Evaluator(digits, tiny_spec).score(weights["ft0"]).to_json()
     assert list(score(weights["ft0"], digits, model=tiny_spec)["ft0"]) == ["val"]
+
+
+def test_the_splits_come_first(tiny_spec, digits):
+    with pytest.raises(
+        SelectionError, match=r"is no split\nhint: Evaluator\(cm.open_split\(DATA\), model=…\)"
+    ):
+        Evaluator(tiny_spec, digits)
