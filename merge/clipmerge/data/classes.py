@@ -27,6 +27,7 @@ _NUMBER = re.compile(r"(-?[0-9]+)(\.0*)?")
 
 _ORDINAL = re.compile(r"[0-9]+[\s._-]+(?=[^\W\d_])")
 _CAMEL = re.compile(r"[A-Z]?[a-z]{2,}(?:[A-Z][a-z]+)+")
+_MOST_CLASSES = 1_000_000
 _TABLE = 'say which is which in a JSON object: --classnames with {"%s": "a name", …}'
 
 
@@ -223,6 +224,11 @@ def _by_number(
     remarks = list[str]()
     if names is not None and values and min(values) == 1:
         remarks.append(f"no image has label 0 ({names[0]}): do its labels start at 1?")
+    if names is None and highest >= _MOST_CLASSES:
+        raise DataError(
+            f"{source}: label {highest} cannot be an index: no data has so many classes",
+            hint="number the classes from 0, or " + _TABLE % highest,
+        )
     if names is None:
         names = tuple(map(str, range(highest + 1)))
         remarks.append(

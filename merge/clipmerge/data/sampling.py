@@ -41,7 +41,7 @@ def held_out(names: Sequence[str], fraction: float) -> Bools:
 
 
 def limited(split: Split, n: int) -> Split:
-    """Return at most `n` items, in their own order.
+    """Return at most `n` images, in their own order.
 
     Classes take turns, so that each gives as many as the others while it has any; inside a class the hash of
     the name decides.
@@ -51,8 +51,12 @@ def limited(split: Split, n: int) -> Split:
     """
     if n < 1:
         raise DataError(f"a limit of {n} leaves no image", hint="--limit takes 1 or more")
-    if n >= len(split):
+    if n >= split.pictures:
         return split
+    if split.pictures < len(split):  # an image keeps all its captions
+        _, first = np.unique(split.index, return_index=True)
+        chosen = limited(split.subset(np.sort(first)), n).index
+        return split.subset(np.flatnonzero(np.isin(split.index, chosen)))
     turns = sorted((rank, order, i) for i, (rank, order) in enumerate(_ranks(split, "limit")))
     return split.subset(np.sort(np.array([i for _, _, i in turns[:n]], dtype=np.int64)))
 

@@ -78,6 +78,15 @@ def test_a_head_with_a_class_more_may_have_no_image_of_the_first_but_it_is_said(
 
 
 @every_kind
+def test_ids_are_no_indices(kind: str, tmp_path: Path) -> None:
+    source = store(kind, tmp_path / "s", [20240115, 0, 10**15])
+    with pytest.raises(DataError, match="label 1000000000000000 cannot be an index"):
+        open_split(source)
+    names = {"0": "a", "20240115": "b", str(10**15): "c"}
+    assert sorted(named(open_split(source, classnames=names))) == ["a", "b", "c"]
+
+
+@every_kind
 def test_numbers_without_names_are_remarked(kind: str, tmp_path: Path) -> None:
     (remark,) = open_split(store(kind, tmp_path / "s", list(range(MANY)))).remarks
     assert remark.startswith("its classes have no names but numbers, 0 … 11")

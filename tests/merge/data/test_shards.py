@@ -183,6 +183,9 @@ def test_captions_one_per_line_are_kept_together_when_held_out(tmp_path: Path) -
     held = open_split(path, holdout="50%")
     assert 0 < held.pictures < 20
     assert len(held) == 2 * held.pictures
+    few = open_split(path, limit=7)
+    assert (few.pictures, len(few)) == (7, 14)
+    assert open_split(path, limit=20).names == split.names
 
 
 def test_a_worker_process_reads_from_the_copy_of_a_compressed_shard(tmp_path: Path) -> None:
