@@ -38,6 +38,7 @@ PUBLIC = [
     "patch",
     "plot",
     "progress_bar",
+    "recalibrate",
     "resolve_model",
     "score",
     "sweep",

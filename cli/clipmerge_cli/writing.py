@@ -47,6 +47,12 @@ class Output(Talk):
     shard_size: int | None = opt(
         None, "Write shards of at most this, e.g. 5GB.", OUTPUT, metavar="SIZE", parser=_size
     )
+    recalibrate: str | None = opt(
+        None,
+        "Take BatchNorm's running statistics of what is written on these images.",
+        OUTPUT,
+        metavar="DATA",
+    )
     allow_nonfinite: bool = opt(False, "Let NaN and infinity through.", OUTPUT)
     threads: int | None = opt(None, "Threads of the merge.", OUTPUT, min=1)
     digests: bool = opt(
@@ -62,6 +68,8 @@ class Output(Talk):
             if needed:
                 raise typer.BadParameter("say where to write: -o FILE", param_hint="--output")
             refuse_unused("without -o", "force", *WRITING)
+        if self.recalibrate and self.output is None:
+            raise typer.BadParameter("goes with an output: -o FILE", param_hint="--recalibrate")
         if self.push_to_hub and (self.output is None or self.output.name != HUB_FILE):
             raise typer.BadParameter("goes with a folder: -o DIR/", param_hint="--push-to-hub")
 
@@ -91,6 +99,8 @@ class Output(Talk):
             return None
         options: dict[str, Any] = {name: getattr(self, name) for name in ("force", *WRITING)}
         options |= {"metadata": record, "on_progress": on_progress}
+        if self.recalibrate is not None:
+            options |= self._statistics(weights, record, on_progress)
         if self.output.name == HUB_FILE:
             from clipmerge.report.model_folder import save_folder
 
@@ -108,6 +118,22 @@ class Output(Talk):
         for parent in parents_of(clipmerge.load(written).record):
             if parent.digest and names.setdefault(parent.digest, parent.name) != parent.name:
                 self.say(f"{names[parent.digest]} and {parent.name} are the same checkpoint")
+
+    def _statistics(
+        self, weights: "Weights", record: Mapping[str, Any], on_progress: "Progress | None"
+    ) -> dict[str, Any]:
+        """Return what `save` takes for --recalibrate: the statistics, and a record of the images they are of."""
+        from clipmerge.data.open import open_split
+        from clipmerge.evaluate.recalibrate import recalibrate
+        from clipmerge.model import ModelSpec
+
+        assert self.recalibrate is not None
+        split = open_split(self.recalibrate, role="train", on_progress=on_progress)
+        model = ModelSpec.from_metadata(record["model"]) if record.get("model") else None
+        statistics = recalibrate(weights, split, model=model, on_progress=on_progress)
+        self.say(f"took {len(statistics)} running statistics of BatchNorm on {len(split)} images")
+        about = {"data": split.digest, "images": len(split)}
+        return {"statistics": statistics, "metadata": {**record, "recalibrated": about}}
 
     def finish(self, written: Path | None) -> None:
         """Say what was written once the results are shown, and upload it if that was asked for."""

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from clipmerge.errors import ClipmergeError as ClipmergeError
     from clipmerge.evaluate.evaluator import Evaluator as Evaluator
     from clipmerge.evaluate.evaluator import score as score
+    from clipmerge.evaluate.recalibrate import recalibrate as recalibrate
     from clipmerge.evaluate.score import Score as Score
     from clipmerge.evaluate.verify import verify as verify
     from clipmerge.evaluate.zero_shot import with_zero_shot_head as with_zero_shot_head
@@ -46,6 +47,7 @@ _NAMES = {
     "data.open": "open_split",
     "errors": "ClipmergeError",
     "evaluate.evaluator": "Evaluator score",
+    "evaluate.recalibrate": "recalibrate",
     "evaluate.score": "Score",
     "evaluate.verify": "verify",
     "evaluate.zero_shot": "with_zero_shot_head",

@@ -177,7 +177,7 @@ def with_defaults(settings: Settings, net: nn.Module, *, from_scratch: bool) -> 
 
     BatchNorm's statistics stay as they are unless training starts from scratch. Measured with EfficientNet-Lite0 on
     CIFAR-10, 100 steps of 64 under a frozen head, held-out accuracy with frozen and with batch statistics: 59 and 42 %
-    of 200 training images, 73 and 53 of 2,000, 74 and 57 of 10,000.
+    of 200 training images, 73 and 53 of 2,000, 74 and 57 of 10,000; on GTSRB's 3,500, 300 steps, 85 and 72.
 
     Raises:
         TrainingError: BatchNorm is to be frozen in a model that has none.

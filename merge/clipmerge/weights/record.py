@@ -10,10 +10,24 @@ from clipmerge.errors import RecipeError
 
 KEY = "clipmerge"
 FORMAT = 1
+RECALIBRATED = "recalibrated"
+"""Key of which running statistics were taken on images and not from the parents, under "tensors"."""
 COMPUTATION = ("notation", "parents", "dtype")
 """Keys that say how the tensors were computed: true of all of them together only."""
 MAX_DEPTH = 64
 """Lists and objects within each other in a record that is read; ours go two deeper with each generation."""
+
+
+def is_statistic(name: str) -> bool:
+    """Return whether a tensor is a running statistic of BatchNorm, which images can give."""
+    return name.endswith((".running_mean", ".running_var"))
+
+
+def recalibrated(record: Mapping[str, Any]) -> list[str]:
+    """List the running statistics that the record says were taken on images; nothing else can be."""
+    entry = record.get(RECALIBRATED)
+    names = entry.get("tensors") if isinstance(entry, Mapping) else None
+    return [n for n in names if isinstance(n, str) and is_statistic(n)] if isinstance(names, list) else []
 
 
 def read_record(metadata: Mapping[str, str]) -> dict[str, Any]:

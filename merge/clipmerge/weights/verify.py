@@ -21,7 +21,7 @@ from clipmerge.weights.digest import content_digest
 from clipmerge.weights.parse import parse
 from clipmerge.weights.plan import Plan, float_dtype, make_plan
 from clipmerge.weights.provenance import HEAD_OF, Parent, is_original, parents_of
-from clipmerge.weights.record import read_record
+from clipmerge.weights.record import read_record, recalibrated
 from clipmerge.weights.run import execute
 from clipmerge.weights.weights import Weights, as_checkpoint, load, load_leaf
 
@@ -104,11 +104,13 @@ def verify(
         if parent.name in built and content_digest(as_checkpoint(built[parent.name])) != parent.digest
         for name in built[parent.name].names
     }
-    plan = _plan(merged, record, notation, files, built)
-    tensor, reason = _first_difference(merged, plan, inexact, on_progress)
+    plan, taken = _plan(merged, record, notation, files, built), recalibrated(record)
+    tensor, reason = _first_difference(merged, plan, inexact, taken, on_progress)
     if tensor:
         return Verdict("differs", reason, notation, tensor, files)
     reason = "every tensor is what the record says, bit for bit"
+    if taken:
+        reason += f", but for {len(taken)} running statistics of BatchNorm, which were taken on images"
     if inexact:
         reason += f" ({', '.join(sorted(inexact))} to within rounding: the head was built again)"
     return Verdict("verified", reason, notation, None, files)
@@ -184,12 +186,16 @@ def _plan(
 
 
 def _first_difference(
-    checkpoint: Checkpoint, plan: Plan, inexact: Collection[str], on_progress: Progress | None
+    checkpoint: Checkpoint,
+    plan: Plan,
+    inexact: Collection[str],
+    taken: Collection[str],
+    on_progress: Progress | None,
 ) -> tuple[str | None, str]:
     """Return the first tensor that is not what the plan gives, and what is wrong with it; None where all are.
 
     Args:
-        inexact: names that need to agree to within rounding only.
+        inexact: names that need to agree to within rounding only. taken: names that were not computed from parents.
     """
     for name in sorted(plan.steps.keys() ^ checkpoint.tensors.keys()):
         return name, f"{name!r} is {'not in the file' if name in plan.steps else 'in no parent'}"
@@ -205,7 +211,7 @@ def _first_difference(
             for name in plan.steps
         ]
         execute(plan, sinks, reader, allow_nonfinite=True, what="verifying", on_progress=on_progress)
-    for name in filter(wrong.get, wrong):
+    for name in (name for name in wrong if wrong[name] and name not in taken):
         return name, f"{wrong[name]:,} of the {plan.steps[name].numel:,} elements of {name!r} differ"
     return None, ""
 

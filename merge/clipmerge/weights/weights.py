@@ -31,9 +31,9 @@ from clipmerge.weights.methods import METHODS, function_of
 from clipmerge.weights.names import PARTS, absent_parts, tower_of
 from clipmerge.weights.notation import notation
 from clipmerge.weights.output_files import check_save, output_files
-from clipmerge.weights.plan import float_dtype, make_plan
+from clipmerge.weights.plan import Step, float_dtype, make_plan
 from clipmerge.weights.provenance import file_metadata
-from clipmerge.weights.record import COMPUTATION, read_record, write_record
+from clipmerge.weights.record import COMPUTATION, RECALIBRATED, is_statistic, read_record, write_record
 from clipmerge.weights.run import execute, into_arrays
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ class Weights(Expression):
         allow_nonfinite: bool = False,
         shard_size: int | None = None,
         metadata: Mapping[str, Any] | None = None,
+        statistics: "Mapping[str, torch.Tensor] | None" = None,
         digests: bool = True,
         fsync: bool = False,
         threads: int | None = None,
@@ -86,6 +87,8 @@ class Weights(Expression):
             allow_nonfinite: let NaN and infinity through.
             shard_size: the largest number of bytes of one file.
             metadata: further keys of the file's record; "model" says which model it is, whatever the inputs say.
+            statistics: running statistics of BatchNorm that are written in place of the merged ones, as `recalibrate`
+                makes them; recorded by name, so that `verify` knows.
             digests: whether to record the parents' content digests, by which `verify` finds them.
             fsync: return only when the file is on the disk.
             threads: worker threads; None takes the cores this process may use, at most four.
@@ -102,6 +105,10 @@ class Weights(Expression):
         target = check_save(
             self, Path(path), force=force, dtype=dtype, shard_size=shard_size, model_named=named
         )
+        replaced = _as_stored(statistics or {}, target.plan.steps)
+        if replaced:
+            about = (metadata or {}).get(RECALIBRATED, {})
+            metadata = {**(metadata or {}), RECALIBRATED: {**about, "tensors": sorted(replaced)}}
         record = partial(file_metadata, self, dtype=dtype, extra=metadata)
         # Digests that are not known are taken from the bytes as they stream by, so the header that holds them is
         # written last. All digests are equally long: with any text in their place it has its final size.
@@ -122,6 +129,8 @@ class Weights(Expression):
             if not wanted.complete:
                 files = output_files(target, record(digests=wanted.finish(on_progress)))
             for file, (_, descriptor) in zip(files, placed, strict=True):
+                for name in replaced.keys() & file.offsets.keys():
+                    write_at(descriptor, file.path, file.offsets[name], replaced[name])
                 write_at(descriptor, file.path, 0, file.head)
         return files[-1].path
 
@@ -410,6 +419,23 @@ def interpolate(a: Source, b: Source, alpha: Scalar | Mapping[str, float] | Coef
     """
     start, end = open_all([a, b])
     return expression.interpolate(start, end, alpha)
+
+
+def _as_stored(statistics: "Mapping[str, torch.Tensor]", steps: Mapping[str, Step]) -> dict[str, Bytes]:
+    """Return the bytes of running statistics as a file has them.
+
+    Raises:
+        MismatchError: one is no running statistic, or not one of the weights.
+    """
+    stored = {}
+    for name, tensor in statistics.items():
+        if not is_statistic(name) or name not in steps or tuple(tensor.shape) != steps[name].shape:
+            raise MismatchError(
+                f"{name!r} is no running statistic of these weights",
+                hint="take them from clipmerge.recalibrate",
+            )
+        stored[name] = _bytes(tensor.cpu().to(torch_dtype(steps[name].dtype)).contiguous())
+    return stored
 
 
 def as_weights(checkpoint: "str | Path | Checkpoint | Weights") -> Weights:
