@@ -10,6 +10,8 @@ from clipmerge.errors import CheckpointError
 
 MAX_INDEX = 100_000_000
 SUFFIX = ".index.json"
+METADATA = ".metadata"
+"""What `torch.distributed.checkpoint` calls its index."""
 _HINT = "index and shards do not belong together; fetch the folder again"
 _FILE_NAME = re.compile(r"(?!\.{1,2}\Z)[^/\\:\x00-\x1f]+")
 
@@ -58,9 +60,14 @@ def weight_map(path: Path) -> dict[str, str]:
             hint="give the file with the weights, or the folder that holds it",
         )
     for name, shard in places.items():
-        if not isinstance(shard, str) or not _FILE_NAME.fullmatch(shard):
+        if not is_plain_name(shard):
             raise CheckpointError(
                 f"{path} places tensor {name!r} in {shard!r}, which is not a file of its folder",
                 hint="an index may only name files beside it; this one was not written by a tool you want to trust",
             )
     return places
+
+
+def is_plain_name(name: object) -> bool:
+    """Return whether a file's text names a file beside it, and can name no other."""
+    return isinstance(name, str) and bool(_FILE_NAME.fullmatch(name))

@@ -2,14 +2,16 @@
 
 import fnmatch
 import os
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from clipmerge.checkpoint import safetensors
 from clipmerge.checkpoint.adapters import is_adapter, read_adapter
-from clipmerge.checkpoint.configs import model_beside
-from clipmerge.checkpoint.index import SUFFIX, read_index
+from clipmerge.checkpoint.configs import model_beside, repository
+from clipmerge.checkpoint.index import METADATA, SUFFIX, read_index
 from clipmerge.checkpoint.layouts import to_open_clip
 from clipmerge.checkpoint.other_kinds import refuse_other_kinds
 from clipmerge.checkpoint.sets import choose_set
@@ -38,6 +40,13 @@ PREFERRED = (
 _LONG_SUFFIXES = (SUFFIX, ".pth.tar", ".pt.tar")
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", *_LONG_SUFFIXES)
 """What a file that holds weights is called: only in folders is a file known by its name alone."""
+
+
+_BESIDE = re.compile(
+    r"(?:optimizer|optim|scheduler|scaler|rng_state|random_states|training_args|trainer_state|events)",
+    re.IGNORECASE,
+)
+"""How trainers call what they leave beside the weights."""
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -80,21 +89,24 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         extra["reference"] = text
     place = file
     if file.is_dir():
-        file, stem = checkpoint_in(file), file.resolve().name
+        stem = repository(file / "x")
+        file = checkpoint_in(file)
     metadata, groups, saved = _read(file)
     first: Mapping[str, Tensor] = next(iter(groups.values()), {})
     if is_adapter(first):
         return read_adapter(file, place, stem, first)
-    chosen = choose_set(str(file), groups, choice)
-    refuse_other_kinds(file, chosen.tensors, saved.get("saved", {}))
+    where = place if file.name == METADATA else file
+    chosen = choose_set(str(where), groups, choice)
+    refuse_other_kinds(where, chosen.tensors, saved.get("saved", {}))
     named = to_open_clip(chosen)
     extra |= saved
     if choice is not None:
         extra["set"], stem = choice, f"{stem}_{choice}"
     if named.without_place:
         extra["without_place"] = named.without_place
-    if file.name in PREFERRED and (record := model_beside(file)) is not None:
-        extra["model"] = record  # a folder of the Hub's kind says what its model is
+    # A folder of one model says what it is; of a file among others, what lies beside it need not.
+    if (place != file or file.name in PREFERRED) and (record := model_beside(file)) is not None:
+        extra["model"] = record
     if named.dropped:
         extra["dropped"] = named.dropped
     return Checkpoint(identifiers([stem])[0], named.tensors, metadata, named.layout, place, extra)
@@ -102,6 +114,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 def _read(path: Path, *, is_shard: bool = False) -> tuple[Mapping[str, str], Groups, dict[str, Any]]:
     """Metadata, tensors under the file's own names by the key that held them, and what else a torch file holds."""
+    if path.name == METADATA:
+        from clipmerge.checkpoint.distributed_folder import read_distributed
+
+        return {}, read_distributed(path.parent), {}
     head = _head(path)
     if safetensors.looks_like(head):
         metadata, tensors = safetensors.read_header(path)
@@ -134,18 +150,30 @@ def checkpoint_in(folder: Path) -> Path:
     for name in PREFERRED:
         if name in names:
             return folder / name
+    if METADATA in names and any(name.endswith(".distcp") for name in names):
+        return folder / METADATA
     files = [name for name in names if name.endswith(SUFFIXES) and not name.startswith(".")]
+    files = [name for name in files if not _BESIDE.match(name)] or files
     indexes = [name for name in files if name.endswith(SUFFIX)]
     if len(indexes) == 1:
         return folder / indexes[0]
     if not files:
-        raise CheckpointError(f"{folder} holds no checkpoint", hint="give the file, or a folder that has one")
+        hint = "give the file, or a folder that has one"
+        with suppress(OSError):
+            inside = sorted(each.name for each in folder.iterdir() if each.is_dir() and _looks_like_one(each))
+            hint = f"give one of the folders in it: {and_more(inside)}" if inside else hint
+        raise CheckpointError(f"{folder} holds no checkpoint", hint=hint)
     if len(files) > 1:
         raise CheckpointError(
             f"{folder} holds {len(files)} checkpoints: {and_more(files)}",
             hint="give one of the files, or for a soup DIR/*.safetensors",
         )
     return folder / files[0]
+
+
+def _looks_like_one(folder: Path) -> bool:
+    names = [entry.name for entry in folder.iterdir()]
+    return METADATA in names or any(name.endswith(SUFFIXES) for name in names)
 
 
 def _head(path: Path) -> bytes:

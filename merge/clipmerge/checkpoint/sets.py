@@ -128,7 +128,7 @@ def _split(key: str, tensors: Mapping[str, Tensor]) -> Iterator[WeightSet]:
                 home.dropped.append(prefix + name)
             else:
                 home.tensors[name] = home.wrapped[prefix + name] = tensor
-    if len(sets) == 1:
+    if len(sets) == 1 and not sets[0].is_averaged:
         sets[0].key = key
     yield from sets
 

@@ -129,7 +129,8 @@ class Checkpoint:
         """List every file that it was read from, sorted: those that hold its bytes, and the index that names them."""
         files = {e.source for t in self.tensors.values() for e in t.stored if isinstance(e.source, Path)}
         if self.path is not None:
-            files.update(self.path.glob("*.index.json") if self.path.is_dir() else [self.path])
+            beside = (*self.path.glob("*.index.json"), *self.path.glob(".metadata"))
+            files.update(beside if self.path.is_dir() else [self.path])
         if self.factors is not None:
             files.update(self.factors.files())  # and the configuration that scales them
         return tuple(sorted(files))

@@ -8,7 +8,8 @@ pickle is read by `unpickler`, and tensors become extents of the file: nothing o
 import io
 import pickle
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache, partial
 from math import prod
 from pathlib import Path
@@ -53,17 +54,48 @@ def read_torch(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]
         UnsafeFileError: the pickle calls something that is not on the list; names it.
         CheckpointError: the file is damaged, or holds no tensors, or a tensor without plain bytes.
     """
+    with explained(path), path.open("rb") as file:
+        groups, extra, locate = _read(path, file)
+        read: dict[str, dict[str, Tensor]] = {}
+        for key, tensors in groups.items():
+            try:
+                read[key] = {name: _tensor(path, name, raw, locate) for name, raw in tensors.items()}
+            except (CheckpointError, Malformed):
+                if not read:  # of what stands beside the weights, only what can be read is offered
+                    raise
+        return read, extra
+
+
+def read_pickle(path: Path) -> Any:
+    """Read a bare pickle of plain data: dicts, lists, texts, numbers, and inert instances. To be `explained`."""
+    with path.open("rb") as file:
+        end = file.seek(0, 2)
+        if end > MAX_PICKLE:
+            raise Malformed(f"its pickle has {end} bytes; at most {MAX_PICKLE} are read")
+        return _read_pickles(Window(file, path, 0, end, Budget(end)))[0]
+
+
+def read_saved_tensor(path: Path, name: str, start: int, length: int) -> Tensor:
+    """Read the one tensor that `torch.save` wrote into a part of a file. To be `explained`."""
+    with path.open("rb") as file:
+        part = zip_file.Part(file, start, length)
+        if not zip_file.looks_like(part.read(8)):
+            raise Malformed(f"what it keeps of {_shown(name)!r} is not what torch saves")
+        root, locate, _ = _read_archive(zip_file.Archive(path, part, start))
+        if not isinstance(root, RawTensor | Unreadable):
+            raise Malformed(f"what it keeps of {_shown(name)!r} is not a tensor")
+        return _tensor(path, name, root, locate)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while a pickle is read into an error that names the file.
+
+    Raises:
+        UnsafeFileError, CheckpointError: see `read_torch`.
+    """
     try:
-        with path.open("rb") as file:
-            groups, extra, locate = _read(path, file)
-            read: dict[str, dict[str, Tensor]] = {}
-            for key, tensors in groups.items():
-                try:
-                    read[key] = {name: _tensor(path, name, raw, locate) for name, raw in tensors.items()}
-                except (CheckpointError, Malformed):
-                    if not read:  # of what stands beside the weights, only what can be read is offered
-                        raise
-            return read, extra
+        yield
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except Unsafe as error:
@@ -84,7 +116,12 @@ def _read(path: Path, file: BinaryIO) -> tuple[dict[str, dict[str, AnyTensor]], 
         end = file.seek(0, 2)
         root, locate = _read_pickles(Window(file, path, 0, end, Budget(end)))
         return *find_state_dicts(root), locate
-    archive = zip_file.Archive(path, file)
+    root, locate, members = _read_archive(zip_file.Archive(path, file))
+    return *find_state_dicts(root, members), locate
+
+
+def _read_archive(archive: zip_file.Archive) -> tuple[Any, Locate, Mapping[str, frozenset[str]] | None]:
+    """What a zip archive of torch's holds, where its storages lie, and of TorchScript what is state."""
     roots = [name for name in archive.entries if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(roots) != 1:
         raise Malformed("it is a zip archive, but not one that torch wrote")
@@ -96,7 +133,7 @@ def _read(path: Path, file: BinaryIO) -> tuple[dict[str, dict[str, AnyTensor]], 
     root, _ = _read_pickles(_in_memory(data, Budget(len(data))), nesting=1)
     is_script = any(name.startswith(f"{folder}/code/") for name in archive.entries)
     members = script_members(archive, folder) if is_script else None
-    return *find_state_dicts(root, members), cache(lambda key: archive.locate(f"{folder}/data/{key}"))
+    return root, cache(lambda key: archive.locate(f"{folder}/data/{key}")), members
 
 
 def _read_pickles(window: Window, nesting: int = 0) -> tuple[Any, Locate]:

@@ -4,6 +4,7 @@ Python's zipfile reads the directory. Before a byte is taken from an entry, it i
 bytes, that both headers of an entry agree, and that nothing inflates to more than the archive could hold.
 """
 
+import io
 import struct
 import zipfile
 import zlib
@@ -25,11 +26,40 @@ def looks_like(head: bytes) -> bool:
     return head.startswith(b"PK\x03\x04")
 
 
-class Archive:
-    """The directory of an open archive. Names are only keys here: nothing is ever written under them."""
+class Part(io.RawIOBase):
+    """The bytes [start, start + length) of an open file, as a file of its own."""
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
-        self._path, self._file, self._inflated = path, file, 0
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+        self._file, self._start, self._at = file, start, 0
+        self._length = max(0, min(length, file.seek(0, 2) - start))
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = offset + (0, self._at, self._length)[whence]
+        return self._at
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, self._length - self._at)
+        self._file.seek(self._start + self._at)
+        data = self._file.read(left if size is None or size < 0 else min(size, left))
+        self._at += len(data)
+        return data
+
+
+class Archive:
+    """The directory of an open archive. Names are only keys here: nothing is ever written under them.
+
+    Args:
+        start: where in the file at `path` the archive begins, `file` being that part of it.
+    """
+
+    def __init__(self, path: Path, file: "BinaryIO | Part", start: int = 0) -> None:
+        self._path, self._file, self._inflated, self._start = path, file, 0, start
         self._size = file.seek(0, 2)
         try:
             self._zip = zipfile.ZipFile(file)
@@ -61,7 +91,7 @@ class Archive:
         begin = entry.header_offset + 30 + sum(lengths)
         if entry.file_size != entry.compress_size or begin + entry.file_size > self._limits[name]:
             raise Malformed(f"its entry {name!r} runs into the next one")
-        return Extent(self._path, begin, entry.file_size)
+        return Extent(self._path, self._start + begin, entry.file_size)
 
     def read(self, name: str, limit: int) -> bytes:
         """Return an entry's bytes, at most `limit` of them, checked against the entry's CRC."""

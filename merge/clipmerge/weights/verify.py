@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from clipmerge.checkpoint.index import METADATA
 from clipmerge.checkpoint.open import SUFFIXES, open_checkpoint
 from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import Checkpoint, Tensor
@@ -157,7 +158,9 @@ def _find(
     for file in sorted(candidates, key=lambda file: file.name not in names):
         if len(files) == len(recorded):  # every parent is found: nothing more is read
             break
-        for path in (Path(f"{file}{choice}") for choice in sorted(choices) if file.name.endswith(SUFFIXES)):
+        place = file.parent if file.name == METADATA else file
+        is_checkpoint = place != file or file.name.endswith(SUFFIXES)
+        for path in (Path(f"{place}{choice}") for choice in sorted(choices) if is_checkpoint):
             with suppress(ClipmergeError, OSError):
                 other = open_checkpoint(path)
                 # A parent may lack a tower that another has, or have one that a task vector leaves out.

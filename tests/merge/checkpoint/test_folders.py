@@ -210,3 +210,47 @@ def test_pretrained_tags_through_open_clip(
     with pytest.raises(CheckpointError, match="no pretrained weights 'ViT-B-32:opnai'") as caught:
         open_checkpoint("ViT-B-32:opnai")
     assert caught.value.hint == "did you mean ViT-B-32:openai?"
+
+
+def snapshot(root: Path, small: StateDict, repository: str = "models--laion--CLIP-ViT-B-32") -> Path:
+    """A repository in the Hub's cache: files are links to blobs that are called by their digest."""
+    folder, blobs = root / repository / "snapshots" / "0123abc", root / repository / "blobs"
+    folder.mkdir(parents=True)
+    blobs.mkdir()
+    save_file(dict(small), blobs / "9f8e")
+    (blobs / "77aa").write_text(json.dumps({"model_cfg": {"embed_dim": 6}}))
+    (folder / "open_clip_model.safetensors").symlink_to("../../blobs/9f8e")
+    (folder / "open_clip_config.json").symlink_to("../../blobs/77aa")
+    return folder
+
+
+def test_a_model_is_called_after_its_repository(small: StateDict, tmp_path: Path) -> None:
+    folder = snapshot(tmp_path, small)
+    for path in (folder, folder / "open_clip_model.safetensors"):
+        assert open_checkpoint(path).extra["model"]["name"] == "CLIP-ViT-B-32"
+    assert open_checkpoint(folder).name == "CLIP_ViT_B_32"
+
+
+def test_a_link_to_a_model_still_says_what_it_is(small: StateDict, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    save_file(dict(small), tmp_path / "run" / "model.safetensors")
+    (tmp_path / "run" / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"embed_dim": 6}}))
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "model.safetensors"
+    link.symlink_to(tmp_path / "run" / "model.safetensors")
+    assert open_checkpoint(link).extra["model"]["name"] == "run"
+    (tmp_path / "links" / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"embed_dim": 7}}))
+    assert open_checkpoint(link).extra["model"]["config"] == {"embed_dim": 7}  # beside the link comes first
+
+
+@pytest.mark.parametrize(
+    "stray",
+    ["optimizer.pt", "scheduler.pt", "rng_state_0.pth", "random_states_0.pkl.pt", "training_args.bin", "scaler.pt",
+     ".hidden.safetensors", "._weights.safetensors", "notes.txt"],
+)  # fmt: skip
+def test_what_a_trainer_leaves_beside_the_weights_decides_nothing(
+    stray: str, small: StateDict, tmp_path: Path, assert_same: Same
+) -> None:
+    save_file(dict(small), tmp_path / "weights.safetensors")
+    (tmp_path / stray).write_bytes(b"not a checkpoint")
+    assert_same(open_checkpoint(tmp_path), small)
