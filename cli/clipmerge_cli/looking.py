@@ -1,6 +1,8 @@
 """The commands that look and check: evaluate, inspect, compare, verify."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -13,7 +15,9 @@ from clipmerge.errors import CheckpointError
 from clipmerge.evaluate.metrics import METRICS
 from clipmerge.evaluate.score import Score
 from clipmerge.evaluate.verify import verify as verify_file
+from clipmerge.report.scores import check_scores_file, mean_scores, save_scores, scores_by_data
 from clipmerge.text import and_more
+from clipmerge.weights.labels import names_of
 from clipmerge.weights.look import Summary
 from clipmerge.weights.look import compare as compare_weights
 from clipmerge.weights.look import inspect as summarise
@@ -22,42 +26,83 @@ from clipmerge.weights.verify import Verdict
 from clipmerge.weights.weights import load, load_all, load_leaf
 from clipmerge_cli import show
 from clipmerge_cli.groups import arg, opt
-from clipmerge_cli.options import CHECKPOINTS, INPUT, Talk, named
-from clipmerge_cli.scoring import Scoring
+from clipmerge_cli.options import FORCE, INPUT, OUTPUT, SCORING, TEXT_TOWER, Talk, listed, named
+from clipmerge_cli.scoring import Scoring, open_journal
 
 
 def evaluate(
     *,
-    checkpoints: list[str] = CHECKPOINTS,
-    data: list[str] = opt(..., "Labelled images, or NAME=DATA; repeat.", INPUT, metavar="DATA"),
+    checkpoints: list[str] = arg(
+        "CKPT...", "Checkpoints: files, folders, hf-hub:ORG/NAME; @LIST: a file's lines."
+    ),
+    data: list[str] = opt(
+        ..., "Labelled images, or NAME=DATA; repeat; @LIST: a file's lines.", INPUT, metavar="DATA"
+    ),
+    text_tower: str | None = TEXT_TOWER,
     scoring: Scoring,
     talk: Talk,
+    output: Path | None = opt(
+        None, "Also write the scores: .csv, .md or .json.", OUTPUT, "--output", "-o", metavar="FILE"
+    ),
+    force: bool = FORCE,
+    skip_existing: bool = opt(False, "Take the scores that are remembered.", SCORING),
+    journal: Path | None = opt(
+        None, "Where scores are remembered; with --skip-existing the cache.", SCORING, metavar="FILE"
+    ),
 ) -> None:
-    """Score checkpoints on labelled images, with 95 % intervals.
+    """Score checkpoints on labelled images, with 95 % intervals: a leaderboard of checkpoints and data.
 
         clipmerge evaluate ckpts/*.safetensors --model ViT-B-32 --data images/
         clipmerge evaluate soup.safetensors --data id=digits#test \\
           --data shift=digits#test@rotate:30
+        clipmerge evaluate @ckpts.txt --data @data.txt --skip-existing -o scores.csv
 
-    A checkpoint that holds a trained head is scored by it, any other by a zero-shot head built from prompts.
-    p is McNemar's: how surprising the difference to the first checkpoint would be, were both equally good.
+    A checkpoint that holds a trained head is scored by it, any other by a zero-shot head built from prompts: those
+    that it records for such classes, unless --templates says otherwise. p is McNemar's: how surprising the difference
+    to the first checkpoint would be, were both equally good. The CSV has CLIP_benchmark's columns.
     """
+    data, checkpoints = listed(data), listed(checkpoints)
     sources = named(data, "--data", data)
-    weights = load_all(checkpoints)
-    with scoring.evaluator(sources, talk, role="test", models=weights, as_one=False) as (evaluator, _):
+    if output is not None:
+        check_scores_file(output, force=force)
+    weights, scoring = load_all(checkpoints), replace(scoring, text_tower=text_tower)
+    remembered = None
+    if journal or skip_existing:
+        again = "the same without --skip-existing"
+        remembered = open_journal(journal, talk, fresh=not skip_existing, anew=again)
+    names = names_of(weights)
+    how: dict[str, Any] = {"role": "test", "models": weights, "as_one": False, "journal": remembered}
+    with scoring.evaluator(sources, talk, **how) as (evaluator, _):
+        evaluator.expect(weights)
         scores = [evaluator.scores(w) for w in weights]
+        setups = [{name: evaluator.setup(w, name) for name in sources} for w in weights]
     if not show.is_first():
         return
-    names = [repr(w) for w in weights]
-    if not talk.json:
-        _scores_table(names, scores, evaluator.metric)
-        return
     rows = []
-    for name, path, row in zip(names, checkpoints, scores, strict=True):
-        documents = {split: {**s.to_json(), "p": s.p_value(scores[0][split])} for split, s in row.items()}
-        rows.append({"name": name, "path": path, "scores": documents})
-    facts = {"model": evaluator.model.name, "metric": evaluator.metric, "data": sources}
-    show.document({"kind": "evaluation", **facts, "checkpoints": rows})
+    for name, path, row, used in zip(names, checkpoints, scores, setups, strict=True):
+        rows.append({
+            "name": name,
+            "path": path,
+            "model": next(iter(used.values())).spec.name,
+            "prompts": {split: setup.to_json() for split, setup in used.items()},
+            "scores": {split: {**s.to_json(), "p": s.p_value(scores[0][split])} for split, s in row.items()},
+            "mean": mean_scores({split: score.metrics for split, score in row.items()}),
+        })  # fmt: skip
+    document = {"kind": "evaluation", "metric": evaluator.metric, "data": sources, "checkpoints": rows}
+    written = None if output is None else save_scores(document, output, force=force)
+    if talk.json:
+        show.document(document | ({"output": written} if written else {}))
+    else:
+        _scores_table(names, scores, evaluator.metric)
+        if len(sources) > 1:
+            title = f"{METRICS[evaluator.metric].title}, best mean first"
+            columns, cells = scores_by_data(document)
+            show.table(columns, cells, title=title)
+    known = sum(score.images_scored == 0 for row in scores for score in row.values())
+    if known:
+        talk.say(f"{known} of {len(weights) * len(sources)} scores were remembered")
+    if written:
+        talk.say(f"wrote {show.short(written)}")
 
 
 def _scores_table(names: Sequence[str], scores: Sequence[Mapping[str, Score]], metric: str) -> None:

@@ -191,6 +191,24 @@ def named(values: Sequence[str], option: str, unnamed: Sequence[str] | None = No
     return pairs
 
 
+def listed(values: Sequence[str]) -> list[str]:
+    """Return the values with the lines of FILE in place of `@FILE`, but for blank ones and those that begin with #."""
+    every = list[str]()
+    for value in values:
+        if not value.startswith("@"):
+            every.append(value)
+            continue
+        try:
+            lines = Path(value[1:]).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not a text file"
+            raise typer.BadParameter(f"the list {value[1:]} cannot be read: {reason}") from error
+        every += [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not every:
+        raise typer.BadParameter(f"{', '.join(values)} lists nothing")
+    return every
+
+
 def by_data(values: Sequence[str] | None, option: str, names: Sequence[str]) -> dict[str, str]:
     """Return what each data set was given: by `VALUE`, which is for all of them, or by `NAME=VALUE`."""
     every: dict[str, str] = {}

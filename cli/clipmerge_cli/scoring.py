@@ -120,6 +120,8 @@ class Scoring(Images):
 
 def _summary(evaluator: "clipmerge.Evaluator", models: "Sequence[Weights]") -> str:
     """Say which model, images, classes and prompts score: in one line where they are the same for all models."""
+    from clipmerge.weights.labels import names_of
+
     splits, data, how = evaluator.splits, list[str](), dict[str, list[str]]()
     for name, split in splits.items():
         source = split.source + (f", #{split.part}" if split.part and "#" not in split.source else "")
@@ -127,13 +129,13 @@ def _summary(evaluator: "clipmerge.Evaluator", models: "Sequence[Weights]") -> s
         classes_text = f"{classes} classes" if choices == classes else f"{choices} of {classes} classes"
         said = f"{split.pictures} images of {source}, {classes_text if classes else f'{len(split)} captions'}"
         data.append(said if len(splits) == 1 else f"{name}: {said}")
-    for weights in models:
+    for label, weights in zip(names_of(models), models, strict=True):
         setups = {name: evaluator.setup(weights, name) for name in splits}
         prompts = {name: setup.says() for name, setup in setups.items()}
         one = next(iter(setups.values()))
         same = len(set(prompts.values())) == 1
         says = prompts[next(iter(prompts))] if same else "; ".join(f"{n}: {p}" for n, p in prompts.items())
-        how.setdefault(f"{one.spec.name} ({one.spec_from}); {says}", []).append(repr(weights))
+        how.setdefault(f"{one.spec.name} ({one.spec_from}); {says}", []).append(label)
     if len(how) == 1:
         (text,) = how
         return "; ".join([text, *data])
@@ -149,6 +151,20 @@ class Choosing(Scoring):
     )
     fresh: bool = opt(False, "Ignore scores that are remembered.", SEARCH)
     plot: Path | None = PLOT
+
+
+def open_journal(path: Path | None, talk: Talk, *, fresh: bool, anew: str) -> "Journal":
+    """Open the file where scores are remembered, by default the cache's.
+
+    Args:
+        fresh: take none of them. anew: says how, where some are taken.
+    """
+    from clipmerge.checkpoint.cache import cache_dir
+    from clipmerge.evaluate.journal import Journal
+
+    remembered = path or cache_dir() / "scores.jsonl"
+    resumed = f"going on from the scores remembered in {show.short(remembered)}; {anew} scores anew"
+    return Journal(remembered, fresh=fresh, on_resume=lambda: talk.say(resumed))
 
 
 def choose(
@@ -215,8 +231,6 @@ def run_search(
     Args:
         coefficient: what is chosen, "alpha" or "scale"; None: ingredients are, and there is no base.
     """
-    from clipmerge.checkpoint.cache import cache_dir
-    from clipmerge.evaluate.journal import Journal
     from clipmerge.weights.check import check
     from clipmerge.weights.plan import float_dtype
 
@@ -225,9 +239,7 @@ def run_search(
     check(clipmerge.mean(models), dtype=dtype)
     out.check(clipmerge.mean(models), choosing.model, dtype)
     out.say_left_alone(clipmerge.mean(models))
-    remembered = choosing.journal or cache_dir() / "scores.jsonl"
-    resumed = f"going on from the scores remembered in {show.short(remembered)}; --fresh scores anew"
-    journal = Journal(remembered, fresh=choosing.fresh, on_resume=lambda: out.say(resumed))
+    journal = open_journal(choosing.journal, out, fresh=choosing.fresh, anew="--fresh")
     scoring = choosing.evaluator(data, out, role="val", models=models, as_one=True, journal=journal)
     with scoring as (evaluator, on_progress):
         result = search(evaluator, on_progress=on_progress)
@@ -264,7 +276,7 @@ def _record(result: "Result", evaluator: "clipmerge.Evaluator", data: Mapping[st
     if isinstance(result, SoupResult) and result.score:
         score = result.score
         facts |= {"metric": score.metric, "value": score.value, "n": score.n}
-        facts["ingredients"] = list(result.ingredients)
+        facts["ingredients"] = [checkpoint.name for checkpoint in result.weights.checkpoints]
     setups = {name: evaluator.setup(split=name) for name in data}
     facts |= {"digests": {name: evaluator.data_key(name) for name in data}}
     facts |= {"prompts": {name: setup.to_json() for name, setup in setups.items()}}

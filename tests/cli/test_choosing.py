@@ -214,13 +214,13 @@ def test_scales_are_chosen_where_asked(
         "--keep", "0.5",
     )[0])  # fmt: skip
     assert negated["rule"]["name"] == "keep-control"
-    allowed = [p["coefficient"] for p in negated["points"] if p["allowed"]]
+    allowed = [p["coefficient"] for p in negated["history"] if p["allowed"]]
     assert negated["coefficient"] == max(allowed)
     solved = json.loads(run(
         capsys, "analogy", ckpt["base"], "--a", ckpt["ft0"], "--b", ckpt["ft1"], "--c", ckpt["ft2"], *grid,
         "--val", VAL,
     )[0])  # fmt: skip
-    assert [p["coefficient"] for p in solved["points"]] == [0, 0.5, 1]
+    assert [p["coefficient"] for p in solved["history"]] == [0, 0.5, 1]
 
 
 def test_addition_with_one_scale_a_tower(
@@ -232,7 +232,7 @@ def test_addition_with_one_scale_a_tower(
         "--search", "random", "--budget", "4", *scoring, "--json", "-o", str(out),
     )[0])  # fmt: skip
     assert set(document["coefficients"]) == {"ft0:visual", "ft0:text", "ft0:*"}
-    assert len(document["points"]) == 4
+    assert len(document["history"]) == 4
     assert out.exists()
 
 
@@ -251,7 +251,8 @@ def test_patching_in_four_ways(
     )[0])  # fmt: skip
     assert document["mode"] == mode
     assert "points at most" in str(document)
-    assert isinstance(document["alpha"], list) is several
+    assert list(document["coefficients"]) == (["patch1", "patch2"] if several else ["alpha"])
+    assert all(step["history"] for step in document["steps"])
     assert out.exists()
 
 

@@ -60,8 +60,8 @@ def test_an_encoder_is_interpolated_over_a_whole_base(
 def test_an_encoder_is_patched_in_negated_and_searched_over_a_whole_base(
     files: dict[str, dict[str, Any]], tiny_model_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = ["--model", str(tiny_model_file), "--limit", "30"]
-    out = ["-o", "out.safetensors", "--force", *model]
+    written = ["-o", "out.safetensors", "--force", "--model", str(tiny_model_file)]
+    out = [*written, "--limit", "30"]
     roles = ["--patch", VAL, "--supported", "digits#train"]
     assert main(["patch", "full.safetensors", "va.pt", *roles, "--alphas", "0,0.5,1", *out]) == 0
     assert "va has no text transformer: kept as in full" in capsys.readouterr().err
@@ -69,7 +69,7 @@ def test_an_encoder_is_patched_in_negated_and_searched_over_a_whole_base(
     val = ["--val", VAL, "--val", VAL, "--scale", "auto", "--scales", "0,1", "--base", "v0.pt"]
     assert main(["add", "full.safetensors", "va.pt", "vb.pt", *val, *out]) == 0
     assert load_file("out.safetensors").keys() == files["v0"].keys()
-    assert main(["negate", "full.safetensors", "va.pt", "--base", "v0.pt", "--scale", "1", *out[:3]]) == 0
+    assert main(["negate", "full.safetensors", "va.pt", "--base", "v0.pt", "--scale", "1", *written]) == 0
     negated = load_file("out.safetensors")["visual.proj"]
     torch.testing.assert_close(negated, 2 * files["v0"]["visual.proj"] - files["va"]["visual.proj"])
 

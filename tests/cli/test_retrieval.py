@@ -70,7 +70,7 @@ def test_recall_decides_a_soup_and_an_alpha(
     assert cm.load(tmp_path / "soup.safetensors").record["selection"]["metric"] == "image_recall@5"
     wise = ["interpolate", *ckpt[:2], "--alphas", "0:1:0.25", "--eval", table]
     assert main([*wise, *common]) == 0
-    points = json.loads(capsys.readouterr().out)["points"]
+    points = json.loads(capsys.readouterr().out)["history"]
     assert len(points) == 5
     (chosen,) = [point for point in points if point["chosen"]]
     assert chosen["value"] == max(point["value"] for point in points)

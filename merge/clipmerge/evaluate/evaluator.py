@@ -29,6 +29,7 @@ from clipmerge.model import ModelSpec
 from clipmerge.text import did_you_mean
 from clipmerge.types import Bools, Ints, Progress
 from clipmerge.weights.digest import content_digest
+from clipmerge.weights.labels import names_of
 from clipmerge.weights.weights import Source, Weights, as_weights, mean, open_all
 
 __all__ = ["Evaluator", "score"]
@@ -390,4 +391,4 @@ def score(
     sources = [checkpoints] if isinstance(checkpoints, Weights | str | os.PathLike) else checkpoints
     opened = open_all(sources)
     evaluator.expect(opened)
-    return {repr(weights): evaluator.scores(weights) for weights in opened}
+    return {name: evaluator.scores(w) for name, w in zip(names_of(opened), opened, strict=True)}

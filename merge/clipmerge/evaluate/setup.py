@@ -19,6 +19,7 @@ from clipmerge.errors import DataError, ModelError, SelectionError
 from clipmerge.model import ModelSpec, resolve_model
 from clipmerge.text import and_more
 from clipmerge.types import Ints
+from clipmerge.weights.labels import names_of
 from clipmerge.weights.names import lacks_text
 from clipmerge.weights.record import model_record
 from clipmerge.weights.weights import Source, Weights, as_checkpoint
@@ -211,7 +212,7 @@ def read_head(source: Source) -> Weights:
 
 def _recorder(weights: Iterable[Weights]) -> str:
     checkpoints = (c for each in weights for c in each.checkpoints if model_record(c) is not None)
-    return f"recorded in {next(checkpoints).name}"
+    return f"recorded in {names_of([Weights.of(next(checkpoints))])[0]}"
 
 
 _Entry = tuple[Mapping[str, Any], tuple[int, ...]]

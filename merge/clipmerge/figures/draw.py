@@ -117,9 +117,9 @@ def training(events: Sequence[Document], path: str | Path) -> list[Path]:
 
 def _sweep(document: Document, path: str | Path | None) -> "Figure":
     """Draw a sweep in one panel, patching in one for each of its sweeps; parallel patching as its search."""
-    if document.get("search"):
-        return _search(document["search"], path)
     steps = document.get("steps", [document])
+    if steps[0]["kind"] == "coefficients":
+        return _search(steps[0], path)
     with figure(path, width=0.4 + 6.0 * len(steps)) as page:
         for i, step in enumerate(steps, 1):
             axes = page.add_subplot(1, len(steps), i)
@@ -152,7 +152,7 @@ def _splits(document: Document, role: str) -> list[str]:
 
 def _tradeoff(axes: "Axes", document: Document, sides: Mapping[str, Sequence[str]], symbol: str) -> None:
     """Draw what is gained on one axis against what is paid on the other."""
-    points = document["points"]
+    points = document["history"]
     values = [float(point["coefficient"]) for point in points]
     x, y = (
         [sum(point["scores"][name]["value"] for name in side) / len(side) for point in points]
@@ -188,7 +188,7 @@ def _tradeoff(axes: "Axes", document: Document, sides: Mapping[str, Sequence[str
 
 def _lines(axes: "Axes", document: Document) -> None:
     """Draw every split's score against the coefficient, for rules that are not a trade of two."""
-    points = document["points"]
+    points = document["history"]
     for i, split in enumerate(document["splits"]):
         colour, marker, dash = LINES[i % len(LINES)]
         x, y = [p["coefficient"] for p in points], [float(p["scores"][split]["value"]) for p in points]
@@ -253,7 +253,7 @@ def _coefficients(document: Document, path: str | Path | None) -> "Figure":
 
 def _search(document: Document, path: str | Path | None) -> "Figure":
     """Draw every evaluation of a search over several coefficients, and the best so far."""
-    values = [float(point["value"]) for point in document["points"]]
+    values = [float(point["value"]) for point in document["history"]]
     with figure(path) as page:
         axes = page.add_subplot()
         tried = range(1, len(values) + 1)

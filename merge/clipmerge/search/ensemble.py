@@ -17,6 +17,7 @@ from clipmerge.evaluate.score import Score, score_of
 from clipmerge.search.results import SoupResult
 from clipmerge.search.soup import Order, choose, open_candidates, rank
 from clipmerge.types import Floats, Progress
+from clipmerge.weights.labels import names_of
 from clipmerge.weights.weights import Source, Weights
 
 if TYPE_CHECKING:
@@ -64,8 +65,8 @@ def greedy_ensemble(
     return SoupResult(
         "greedy_ensemble",
         None,
-        tuple(map(repr, members)),
-        tuple(map(repr, weights)),
+        tuple(step.name for step in steps if step.accepted),
+        tuple(names_of(weights)),
         tuple(members),
         history=tuple(steps),
         score=best,

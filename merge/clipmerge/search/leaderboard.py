@@ -169,26 +169,27 @@ def leaderboard(
     names = default_methods(len(models)) if methods is None else methods
     families = {name: family_of(name, start, list(models.values())) for name in names}
     splits = {task: (test or {}).get(task, task) for task in models}
-    own = {task: evaluator.score(weights, splits[task]) for task, weights in models.items()}
+    with evaluator.together([start, *models.values()]):
+        own = {task: evaluator.score(weights, splits[task]) for task, weights in models.items()}
 
-    def entry(
-        name: str, weights: Weights | None, scale: float | None = None, held: Weights | None = None
-    ) -> Entry:
-        scores = own
-        if weights is not None:
-            found = evaluator.scores(weights if held is None else held, list(splits.values()))
-            scores = {task: found[split] for task, split in splits.items()}
-        return Entry(name, scale, weights, scores, *means(scores, own))
+        def entry(
+            name: str, weights: Weights | None, scale: float | None = None, held: Weights | None = None
+        ) -> Entry:
+            scores = own
+            if weights is not None:
+                found = evaluator.scores(weights if held is None else held, list(splits.values()))
+                scores = {task: found[split] for task, split in splits.items()}
+            return Entry(name, scale, weights, scores, *means(scores, own))
 
-    entries = [entry("zero-shot", start), entry("finetuned", None)]
-    ranked = []
-    for name, family in families.items():
-        weights, scale, hold = family(Fraction(1)), None, Held()
-        if _free(name):
-            result = search_scale(family, models, evaluator, hold=hold, on_progress=on_progress)
-            weights, scale = result.weights, result.coefficient
-        ranked.append(entry(name, weights, scale, hold(weights)))
-    ranked.sort(key=lambda entry: -entry.normalised)
+        entries = [entry("zero-shot", start), entry("finetuned", None)]
+        ranked = []
+        for name, family in families.items():
+            weights, scale, hold = family(Fraction(1)), None, Held()
+            if _free(name):
+                result = search_scale(family, models, evaluator, hold=hold, on_progress=on_progress)
+                weights, scale = result.weights, result.coefficient
+            ranked.append(entry(name, weights, scale, hold(weights)))
+        ranked.sort(key=lambda entry: -entry.normalised)
     return Leaderboard((*entries, *ranked), tuple(models), "test" if test else "val")
 
 

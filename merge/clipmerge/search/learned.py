@@ -20,6 +20,7 @@ from clipmerge.search.results import SoupResult
 from clipmerge.search.soup import open_candidates
 from clipmerge.types import Progress
 from clipmerge.weights.coefficient import Coefficient
+from clipmerge.weights.labels import names_of
 from clipmerge.weights.weights import Source, Weights
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def learned_soup(
                     on_progress("learning", done, steps)
         numbers = round_shares(raw.detach().softmax(dim=1))
         soup = _soup(weights, groups, numbers)
-        names = tuple(map(repr, weights))
+        names = tuple(names_of(weights))
         by_group = {
             group: {name: float(share) for name, share in zip(names, row, strict=True)}
             for group, row in zip(groups, numbers, strict=True)

@@ -120,7 +120,7 @@ class Step:
         """Return numbers and words, ready for `json.dumps`."""
         names = ("number", "name", "alone", "value", "at_most", "interval", "accepted", "size", "best", "p")
         document = {name: getattr(self, name) for name in names}
-        return document | {"seen": self.images_scored, "stopped": self.value is None}
+        return document | {"images_scored": self.images_scored, "stopped": self.value is None}
 
     def row(self) -> tuple[Cell, ...]:
         """Return the cells of a table's row."""
@@ -313,23 +313,19 @@ class SweepResult(_Shown):
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the weights, ready for `json.dumps`."""
-        if self.kind == "patch":
-            alphas = list(self.coefficients.values())
-            several = self.name in ("sequential", "parallel")
-            document = {"kind": self.kind, "mode": self.name, "alpha": alphas if several else alphas[0]}
-            sweeps = [step.to_json() for step in self.steps if step.kind == "sweep"]
-            searches = [step.to_json() for step in self.steps if step.kind == "coefficients"]
-            return document | {"steps": sweeps} | ({"search": searches[0]} if searches else {})
-        return {
+        kinds = {"sweep": "family", "coefficients": "method", "patch": "mode"}
+        document = {
             "kind": self.kind,
-            "family" if self.kind == "sweep" else "method": self.name,
+            kinds[self.kind]: self.name,
             "rule": self.rule.to_json(),
             **_numbers(self.coefficients),
             "metric": next(iter(self.chosen.scores.values())).metric,
             "splits": list(self.chosen.scores),
-            "points": [self._point_json(point) for point in self.history],
             "images": dict(self.images),
         }
+        if self.kind == "patch":
+            return document | {"steps": [step.to_json() for step in self.steps]}
+        return document | {"history": [self._point_json(point) for point in self.history]}
 
     def _p(self, point: Point, split: str) -> float | None:
         """Compute McNemar's p of a point against the base."""

@@ -12,6 +12,7 @@ from clipmerge.evaluate.score import Score, Stopped, is_better
 from clipmerge.search.results import SoupResult, Step, count_images
 from clipmerge.types import Progress
 from clipmerge.weights.check import check
+from clipmerge.weights.labels import names_of
 from clipmerge.weights.weights import Source, Weights, mean, open_all
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def uniform_soup(
         MismatchError: they do not fit together.
     """
     weights = open_candidates(checkpoints)
-    names, soup, score = tuple(map(repr, weights)), mean(weights), None
+    names, soup, score = tuple(names_of(weights)), mean(weights), None
     if evaluator is not None:
         split = evaluator.split_name(split)
         score = evaluator.score(soup, split)
@@ -78,8 +79,8 @@ def greedy_soup(
     return SoupResult(
         "greedy_soup",
         mean(members),
-        tuple(map(repr, members)),
-        tuple(map(repr, weights)),
+        tuple(step.name for step in steps if step.accepted),
+        tuple(names_of(weights)),
         history=tuple(steps),
         score=best,
         split=name,
@@ -133,8 +134,8 @@ def choose(
     on_progress: Progress | None,
 ) -> tuple[list[Weights], list[Step], Score]:
     """Give every candidate its turn; the first is always in. Returns the members, the steps and their score."""
-    members, best = [weights[turns[0]]], alone[turns[0]]
-    steps = [Step(1, repr(members[0]), best.value, best, True, 0, 1, best.value, None)]
+    names, members, best = names_of(weights), [weights[turns[0]]], alone[turns[0]]
+    steps = [Step(1, names[turns[0]], best.value, best, True, 0, 1, best.value, None)]
     for number, turn in enumerate(turns[1:], 2):
         if on_progress:
             on_progress("trying", number - 1, len(turns))
@@ -146,7 +147,7 @@ def choose(
             if accepted:
                 members, best = [*members, candidate], outcome
         size = len(members)
-        steps.append(Step(number, repr(candidate), by_itself, outcome, accepted, scored, size, best.value, p))
+        steps.append(Step(number, names[turn], by_itself, outcome, accepted, scored, size, best.value, p))
     if on_progress:
         on_progress("trying", len(turns), len(turns))
     return members, steps, best

@@ -31,7 +31,7 @@ def test_reading_rows_one_batch_late_changes_no_choice(
         assert soup.pop("images")["saved"] > 0
         for step in soup["history"]:
             step.pop("at_most")
-            step.pop("seen")
+            step.pop("images_scored")
     assert soups[0] == soups[1]
 
 

@@ -83,7 +83,7 @@ def test_a_curve_is_swept_from_the_zero_shot_head(
     """At 0 it scores as the base under the recorded prompts, at 1 as the finetuned model."""
     data = ["--eval", "digits#val", "--limit", "100", "--alphas", "0,1", "--json"]
     assert main(["interpolate", *map(str, files), *data]) == 0
-    points = json.loads(capsys.readouterr().out)["points"]
+    points = json.loads(capsys.readouterr().out)["history"]
     split = cm.open_split("digits#val", templates=["the digit {}.", "{}"], limit=100)
     for point, file in zip(points, files, strict=True):
         score = cm.score(str(file), split)

@@ -39,7 +39,7 @@ def sweep(family: str, rule: str, roles: Mapping[str, list[str]], x: str, y: str
         "coefficient": 0.6,
         "metric": "top1",
         "splits": [x, y],
-        "points": points(x, y),
+        "history": points(x, y),
     }
 
 
@@ -61,8 +61,8 @@ DOCUMENTS: dict[str, dict[str, Any]] = {
     "best-id": sweep("interpolate", "best-id", {"id": ["id"]}, "id", "shift"),
     "negation": sweep("negate", "keep-control", {"target": ["a"], "control": ["b"]}, "b", "a"),
     "addition": sweep("add", "normalised-mean", {"task": ["a", "b"]}, "a", "b"),
-    "paint": {"kind": "patch", "mode": "single", "alpha": 0.6, "steps": [PAINT]},
-    "paint twice": {"kind": "patch", "mode": "sequential", "alpha": [0.6, 0.6], "steps": [PAINT, PAINT]},
+    "paint": {"kind": "patch", "mode": "single", "coefficient": 0.6, "steps": [PAINT]},
+    "paint twice": {"kind": "patch", "mode": "sequential", "steps": [PAINT, PAINT]},
     "greedy soup": SOUP,
     "ensemble": SOUP | {"kind": "greedy_ensemble"},
     "learned": {"kind": "learned_soup", "coefficients": {"m1": 0.3, "m2": 0.7}},
@@ -73,7 +73,7 @@ DOCUMENTS: dict[str, dict[str, Any]] = {
     "coefficients": {
         "kind": "coefficients",
         "rule": {"says": "best mean of a and b"},
-        "points": [{"value": 0.5}, {"value": 0.4}, {"value": 0.7}],
+        "history": [{"value": 0.5}, {"value": 0.4}, {"value": 0.7}],
     },
     "comparison": {
         "kind": "comparison",

@@ -53,7 +53,7 @@ def test_each_search_climbs_within_its_budget(method: Any, near: float) -> None:
     assert recipe(found.weights) == recipe(family(found.chosen.coefficients))
     again = search_coefficients(family, names, hill()[0], rule=mean_of(["val"]), method=method, budget=60)
     assert [p.coefficients for p in again.history] == [p.coefficients for p in found.history]
-    assert len(json.loads(json.dumps(found.to_json()))["points"]) == len(found.history)
+    assert len(json.loads(json.dumps(found.to_json()))["history"]) == len(found.history)
     assert found.table().headers == ("evaluation", "cars", "dtd", "val", "95 %", "p", "mean", "")
     assert [row[-1] for row in found.table().rows].count("chosen") == 1
     assert len(found.table().headers) == len(found.table().rows[0])

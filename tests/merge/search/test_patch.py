@@ -94,7 +94,10 @@ def test_parallel_patching_searches_all_coefficients_together() -> None:
     assert len(found.history) <= 40
     assert sum(found.coefficients.values()) == pytest.approx(0.25, abs=0.07)
     document = json.loads(json.dumps(found.to_json()))
-    assert document["search"]["coefficients"] == dict(zip(["cars", "dtd"], document["alpha"], strict=True))
+    (search,) = document["steps"]
+    assert search["coefficients"] == document["coefficients"] == dict(found.coefficients)
+    assert list(document["coefficients"]) == ["cars", "dtd"]
+    assert len(search["history"]) == len(found.history)
 
 
 @pytest.mark.parametrize(

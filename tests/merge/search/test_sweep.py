@@ -155,8 +155,8 @@ def test_the_result_is_a_table_and_json() -> None:
     assert [row[0] for row in table.rows if row[-1] == "chosen"] == [f"{found.coefficient:g}"]
     document = json.loads(json.dumps(found.to_json()))
     assert document["rule"]["roles"] == {"id": ["id"], "shift": ["shift"]}
-    assert [p["coefficient"] for p in document["points"] if p["chosen"]] == [found.coefficient]
-    ends = document["points"][0]["scores"]["id"], document["points"][-1]["scores"]["id"]
+    assert [p["coefficient"] for p in document["history"] if p["chosen"]] == [found.coefficient]
+    ends = document["history"][0]["scores"]["id"], document["history"][-1]["scores"]["id"]
     assert ends[0]["p"] is None
     assert ends[1]["p"] < 0.001
 
