@@ -63,8 +63,8 @@ def finetune(
         torchrun --nproc-per-node 8 -m clipmerge finetune \\
           --base … --train … -o ft.safetensors
 
-    Killed? The same command with --resume goes on, on a CPU to the same bytes. DATA is a folder of class folders, a
-    .npz, a CSV, WebDataset shards, Parquet, torchvision:NAME:ROOT, or digits.
+    Killed? The same command with --resume goes on, to the same bytes on a CPU, or on a GPU with --deterministic.
+    DATA is a folder of class folders, a .npz, a CSV, WebDataset shards, Parquet, torchvision:NAME:ROOT, or digits.
 
     Several sets are trained on together, with one softmax over the prompts of all.
 

@@ -1,5 +1,6 @@
 """Resolve `--device` and `--precision` once, for scoring and for training."""
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, TypeAlias, get_args
@@ -17,6 +18,7 @@ __all__ = [
     "autocast",
     "autocast_dtype",
     "describe",
+    "deterministic",
     "fits",
     "float32_matmul",
     "keep_on_device",
@@ -170,6 +172,27 @@ def float32_matmul(precision: Precision) -> Iterator[None]:
     finally:
         for place, name, value in zip(places, names, before, strict=True):
             setattr(place, name, value)
+
+
+@contextmanager
+def deterministic(device: torch.device, *, wanted: bool) -> Iterator[None]:
+    """Let torch use algorithms alone that give the same bits each time, where that is wanted: slower on a GPU.
+
+    Else the backward passes of attention and of some convolutions add in an order that changes from run to run.
+    """
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it by this name
+    try:
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False  # it would choose convolutions by how fast they happen to be
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
 
 
 @contextmanager

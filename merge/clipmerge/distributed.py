@@ -18,10 +18,9 @@ from torch.autograd import Function
 from clipmerge.errors import DeviceError
 
 __all__ = [
-    "all_gather_object", "all_reduce_sum", "any_rank", "average_gradients", "barrier", "broadcast", "broadcast_object",
-    "explain_lost_peer", "finish", "first_on_machine_first", "gather", "gather_object", "independent", "is_first",
-    "local_rank", "local_world",
-    "rank", "share", "start", "world",
+    "AnyRank", "all_gather_object", "all_reduce_sum", "any_rank", "average_gradients", "barrier", "broadcast",
+    "broadcast_object", "explain_lost_peer", "finish", "first_on_machine_first", "gather", "gather_object",
+    "independent", "is_first", "local_rank", "local_world", "overlapping_share", "rank", "share", "start", "world",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -113,6 +112,20 @@ def share(n: int) -> slice:
     return slice(rank() * size, (rank() + 1) * size)
 
 
+def overlapping_share(n: int, of: int | None = None) -> tuple[slice, int]:
+    """Return a process's part of n rows, and how many rows at its beginning the part before it has as well.
+
+    All parts are equally long, because the processes of a sharded model must call it equally often; the last ones
+    begin earlier instead of reaching beyond the end.
+
+    Args:
+        of: the process, this one where None.
+    """
+    size, number = -(-n // world()), rank() if of is None else of
+    start = min(number * size, n - size)
+    return slice(start, start + size), min(number * size, n) - start
+
+
 def barrier() -> None:
     """Wait for the other processes, for hours if need be."""
     if world() > 1:
@@ -176,6 +189,28 @@ def any_rank(flag: bool) -> bool:
     raised = torch.tensor([int(flag)])
     dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=_gloo)
     return bool(raised.item())
+
+
+class AnyRank:
+    """Whether any process has said so, asked again and again by all of them: answered one call late.
+
+    No host then waits for the slowest one at each step. A process that is alone gets its answer at once.
+    """
+
+    def __init__(self) -> None:
+        self._asked: tuple[Tensor, Any] | None = None
+
+    def __call__(self, flag: bool) -> bool:
+        """Say so or not; return whether any process said so the time before."""
+        if world() == 1:
+            return flag
+        raised = torch.tensor([int(flag)])
+        before = self._asked
+        self._asked = raised, dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=_gloo, async_op=True)
+        if before is None:
+            return False
+        before[1].wait()
+        return bool(before[0].item())
 
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:

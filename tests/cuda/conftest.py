@@ -94,10 +94,9 @@ def tune(
                    "model": tiny_spec, "device": device, **changed}  # fmt: skip
         if options.get("method") == "linear-probe":  # takes no steps
             options = {name: value for name, value in options.items() if name not in ("lr", "steps")}
-        images = options.pop("train", train)
-        return finetune(
-            load(tiny_checkpoints["base"]), images, out=tmp_path / f"{name}.safetensors", **options
-        )
+        images, base = options.pop("train", train), options.pop("base", None)
+        base = load(tiny_checkpoints["base"]) if base is None else base
+        return finetune(base, images, out=tmp_path / f"{name}.safetensors", **options)
 
     return run
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from clipmerge import distributed
 from clipmerge.checkpoint.output import whole_file
 from clipmerge.data.prompts import prompts
 from clipmerge.types import Progress
@@ -179,13 +180,15 @@ def zero_shot_head(
         key = _head_key(model, tokenizer, names, texts, digest or text_digest(model.state_dict()))
         path = cache / "heads" / f"{key}.npy"
         cached = _cached_head(path, len(names))
-        if cached is not None:
-            return cached.to(device)
+        if not distributed.any_rank(
+            cached is None
+        ):  # on machines with caches of their own, all take part or none
+            return cast("Tensor", cached).to(device)
     distinct, places = _distinct_tokens(tokenizer, names, texts)
     with evaluating(model):
         features = _encode_distinct(model, distinct, None, None, on_progress)[places.to(device)]
     head = average_templates(features, len(names))
-    if path is not None:
+    if path is not None and (distributed.local_rank() or 0) == 0:
         with whole_file(path, parents=True) as sibling, sibling.open("wb") as file:
             np.save(file, head.cpu().numpy(), allow_pickle=False)
     return head
@@ -248,18 +251,24 @@ def _encode_distinct(
     encode: Encode | None,
     on_progress: Progress | None,
 ) -> Tensor:
-    """Encode prompts to unit features in their order, shortest first, so that a batch holds little padding."""
-    device = next(model.parameters()).device
+    """Encode prompts to unit features in their order, shortest first, so that a batch holds little padding.
+
+    Under torchrun each process encodes a share and gets all; all of them call it.
+    """
+    device, ranks = next(model.parameters()).device, distributed.world()
     lengths = text_lengths(model, tokens).cpu()
     order = torch.argsort(lengths, stable=True)
     batches: list[Tensor] = []
     start = 0
     while start < len(order):
         size = batch_size or _prompts_at_once(lengths[order[start:]], device)
-        rows = order[start : start + size]
-        batch, longest = tokens[rows.to(tokens.device)].to(device), int(lengths[rows[-1]])
+        rows = order[start : start + size * ranks]
+        # Each process takes every so-many-th prompt, all equally many: they call a tower with the same shapes.
+        own = torch.cat([rows, rows[:1].expand(-len(rows) % ranks)])[distributed.rank() :: ranks]
+        batch, longest = tokens[own.to(tokens.device)].to(device), int(lengths[rows[-1]])
         features = encode_text(model, batch, length=longest) if encode is None else encode(batch, longest)
-        batches.append(features)
+        shares = torch.split(distributed.gather(features), len(own))
+        batches.append(torch.stack(shares, dim=1).flatten(0, 1)[: len(rows)])
         start += len(rows)
         if on_progress:
             on_progress("encoding prompts", start, len(order))

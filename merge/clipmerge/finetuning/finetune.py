@@ -18,7 +18,13 @@ from clipmerge.data.join import join
 from clipmerge.data.prompts import CONTEXTS, context_templates, recorded_prompts
 from clipmerge.data.sampling import few_shot
 from clipmerge.data.split import Split
-from clipmerge.device import float32_matmul, out_of_memory_hint, resolve_device, resolve_precision
+from clipmerge.device import (
+    deterministic,
+    float32_matmul,
+    out_of_memory_hint,
+    resolve_device,
+    resolve_precision,
+)
 from clipmerge.errors import DeviceError, TrainingError
 from clipmerge.evaluate.heads import average_templates
 from clipmerge.finetuning.batches import (
@@ -115,7 +121,8 @@ def finetune(
         raise DeviceError("--fsdp needs several processes", hint="start it with torchrun -m clipmerge")
     own_seed = torch.random.fork_rng([device.index] if device.type == "cuda" else [])
     less = out_of_memory_hint("use a smaller --batch-size, --chunk N or --checkpointing")
-    with float32_matmul(precision), own_seed, less, distributed.explain_lost_peer():
+    exact = deterministic(device, wanted=settings.deterministic)
+    with float32_matmul(precision), exact, own_seed, less, distributed.explain_lost_peer():
         torch.manual_seed(settings.seed + distributed.rank())  # dropout follows it
         # The model, its images and prompts.
         base, head = (None if w is None else as_weights(w) for w in (base, head))

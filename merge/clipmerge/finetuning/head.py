@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipmerge.data.split import Split
-from clipmerge.distributed import all_reduce_sum, broadcast_object, is_first, rank, world
+from clipmerge.distributed import all_reduce_sum, broadcast_object, is_first, overlapping_share
 from clipmerge.errors import TrainingError
 from clipmerge.evaluate.heads import average_templates, class_logits, evaluating
 from clipmerge.finetuning.batches import Prompts
@@ -47,11 +47,11 @@ def initial_head(
         return towers.exp_scale.detach() * unit, None
     train = images.plain()
     val = None if images.val is None else (images.held_out(), images.val.labels)
-    if not is_first():
-        return torch.empty(0, 0), None  # `attach_head` hands on the first one's
     what = "features for the probe"
     held_out = None if val is None else (images.features(towers, val[0], what), val[1])
     features = images.features(towers, train, what)
+    if not is_first():
+        return torch.empty(0, 0), None  # `attach_head` hands on the first one's
     return linear_probe(features, images.train.labels, prompts.classes, held_out=held_out)
 
 
@@ -79,20 +79,17 @@ def held_out_scores(
 ) -> dict[str, float]:
     """Return accuracy ("top1") and mean cross-entropy ("loss") of the trained head, or of the zero-shot head as it is.
 
-    Every rank scores a share. All shares are of equal length, because the ranks of a sharded model must call it equally
-    often; the last ones begin earlier instead of reaching beyond the end, and skip what the rank before them counts.
+    Every rank scores a share, and skips what the rank before it counts.
     """
-    size = -(-len(split) // world())
-    start = min(rank() * size, len(split) - size)
-    counted = slice(min(rank() * size, len(split)), start + size)
+    own, twice = overlapping_share(len(split))
     device = towers.mean.device
     with evaluating(towers):
-        images = image_features(towers, pixels[start : start + size], device, batch_size)
+        images = image_features(towers, pixels[own], device, batch_size)
         head = None
         if not hasattr(towers.model, HEAD):
             head = average_templates(towers.prompt_features(prompts.tokens), prompts.classes)
-        logits = split.covered(class_logits(towers.model, images, head))[counted.start - start :]
-    labels = torch.from_numpy(split.labels[counted]).to(device)
+        logits = split.covered(class_logits(towers.model, images, head))[twice:]
+    labels = torch.from_numpy(split.labels[own][twice:]).to(device)
     right = (logits.argmax(dim=1) == labels).sum()
     loss = F.cross_entropy(logits, labels, reduction="sum")
     top1, loss = (all_reduce_sum(torch.stack([right.double(), loss.double()])) / len(split)).tolist()

@@ -18,7 +18,7 @@ from clipmerge.checkpoint.processors import for_open_clip
 from clipmerge.data.pixels import pixels
 from clipmerge.data.split import Split
 from clipmerge.device import keep_on_device, to_device
-from clipmerge.distributed import first_on_machine_first, local_world, share
+from clipmerge.distributed import first_on_machine_first, gather, local_world, overlapping_share, share
 from clipmerge.errors import DataError, TrainingError
 from clipmerge.finetuning.augment import Augmentation, DeviceCrops, device_crops, parse_augmentation
 from clipmerge.finetuning.batches import Batch
@@ -67,9 +67,14 @@ class Images:
         return first_on_machine_first(lambda: pixels(split, preprocess, on_progress=self.on_progress))
 
     def features(self, towers: Towers, images: Pixels, what: str = "features") -> "Float[Tensor, 'images d']":
-        """Return unit features of images, computed once."""
+        """Return unit features of images, computed once, a share by each rank. All ranks call it."""
+        own, _ = overlapping_share(len(images))
         at_once = min(self.settings.batch_size, 256)
-        return image_features(towers, images, self.device, at_once, what=what, on_progress=self.on_progress)
+        features = image_features(
+            towers, images[own], self.device, at_once, what=what, on_progress=self.on_progress
+        )
+        shares = torch.split(gather(features), len(features))
+        return torch.cat([share[overlapping_share(len(images), i)[1] :] for i, share in enumerate(shares)])
 
     def loader(self) -> "Loader":
         """Return what yields batches of training pixels."""

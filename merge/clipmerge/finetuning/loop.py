@@ -11,7 +11,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from clipmerge.distributed import any_rank, average_gradients, world
+from clipmerge.distributed import AnyRank, average_gradients, world
 from clipmerge.errors import TrainingError
 from clipmerge.finetuning.batches import Batch, Sampler
 from clipmerge.finetuning.checkpointing import Checkpoints
@@ -66,6 +66,7 @@ def train_steps(
     every = 10 if state.device.type == "cuda" else 1
     losses = StepLog(checkpoints.log, loader.split.names, every, steps, sampler.batch * sampler.micro)
     source = loader(sampler.batches(first, steps))
+    any_rank = AnyRank()
     with interruptions() as interrupted:
         for step in range(first, steps):
             rate = learning_rate(step, peak=settings.lr, warmup=warmup, steps=steps)

@@ -129,6 +129,9 @@ class Settings:
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] | None = _device(
         None, "What the towers compute in; by default bf16 autocast on a GPU, else fp32."
     )
+    deterministic: bool = _device(
+        False, "On a GPU too, the same bytes each time, also by --resume; slower.", recorded=False
+    )
     compile: bool = _device(False, "Use torch.compile.", recorded=False)
     checkpointing: bool = _device(False, "Less memory, a third more time.", recorded=False)
     channels_last: bool | None = _python(None, "Memory layout of convolutional towers.", recorded=False)

@@ -234,7 +234,7 @@ def finetune_sweep(
                     study.enqueue_trial(draw(space, seed, slot), {"slot": slot}, skip_if_exists=True)
         while _work_left(study, trials, sampler):
             study.optimize(
-                lambda trial: _run(trial, base, train, val, folder, space, fixed),
+                lambda trial: _run(trial, trials, base, train, val, folder, space, fixed),
                 n_trials=1,
                 catch=(_TrialDiedError,),
                 callbacks=[after],
@@ -266,6 +266,7 @@ class _TrialDiedError(Exception):
 
 def _run(
     trial: "optuna.Trial",
+    trials: int,
     base: Weights | None,
     train: Split,
     val: Split,
@@ -276,6 +277,10 @@ def _run(
     """Return held-out accuracy of one trial, which goes on from its state, or is read from its file if it is done."""
     import optuna
 
+    earlier = [other for other in trial.study.get_trials(deepcopy=False) if other.number < trial.number]
+    taken = {other.user_attrs.get("slot", other.number) for other in earlier}
+    if "slot" not in trial.user_attrs and len(taken) >= trials:
+        raise optuna.TrialPruned  # two workers saw the last one, the other took it, and Optuna made one more
     slot = int(trial.user_attrs.get("slot", trial.number))
     trial.set_user_attr("slot", slot)
     alive = [s for s in optuna.trial.TrialState if s.name in ("WAITING", "RUNNING", "COMPLETE")]

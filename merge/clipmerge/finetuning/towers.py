@@ -4,12 +4,11 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from clipmerge.data.pixels import mean_and_std, normalise
-from clipmerge.device import Precision, autocast
+from clipmerge.device import Precision, autocast, to_device
 from clipmerge.distributed import world
 from clipmerge.evaluate.heads import encode_prompts, encode_text, evaluating
 from clipmerge.types import Pixels, Progress
@@ -107,7 +106,7 @@ def image_features(
         for start in range(0, len(pixels), batch_size):
             piece = pixels[start : start + batch_size]
             if not isinstance(piece, Tensor):
-                piece = torch.from_numpy(np.ascontiguousarray(piece)).to(device)
+                piece = to_device(piece, device)
             features.append(towers(piece)[0])
             if on_progress is not None:
                 on_progress(what, min(start + batch_size, len(pixels)), len(pixels))

@@ -111,6 +111,68 @@ def test_what_one_process_sees_all_raise_and_images_are_decoded_once(
     assert second["said"] == {"raised": says, "decoded": False}
 
 
+HEADS = TASK.replace(
+    "def said(model, *paths):",
+    """def said(model, folder):
+    from pathlib import Path
+    from clipmerge.evaluate import heads
+    from clipmerge.model import build_model, get_tokenizer, resolve_model
+    spec = resolve_model(model)
+    net, rows, real = build_model(spec, seed=0), [], heads.encode_text
+    def counted(model, tokens, **options):
+        rows.append(len(tokens))
+        return real(model, tokens, **options)
+    cache = Path(folder) / str(distributed.rank())
+    def build():
+        names = [f"{'long ' * (i % 3)}thing {i}" for i in range(7)]
+        heads.encode_text = counted
+        try:
+            head = heads.zero_shot_head(net, get_tokenizer(spec), names, ["a {}.", "{}"], cache=cache)
+        finally:
+            heads.encode_text = real
+        return sum(rows), head.tolist()
+    first = build()
+    if distributed.rank() == 0:  # a machine whose cache has it, beside one whose cache does not
+        assert len(list(cache.glob("heads/*"))) == 1
+    return {"first": first, "again": build()}
+
+def unused(model, *paths):""",
+)
+
+
+def test_prompts_are_shared_between_processes(tmp_path, tiny_model_file):
+    """Each encodes half (C7), also where one of them has the head in its own cache already."""
+    task = tmp_path / "task.py"
+    task.write_text(HEADS)
+    here: dict = {"__name__": "task"}
+    exec(HEADS, here)
+    (alone, head), _ = here["said"](str(tiny_model_file), str(tmp_path / "alone")).values()
+    answers = run(task, [str(tiny_model_file), str(tmp_path)], 2)
+    assert alone == 14
+    for answer in answers:
+        assert answer["said"]["first"][0] == 7
+        assert (
+            answer["said"]["again"][0] == 14
+        )  # the second process keeps no heads: its machine's first one does
+        assert answer["said"]["first"][1] == answers[0]["said"]["first"][1]
+        assert torch.tensor(answer["said"]["first"][1]).numpy() == pytest.approx(
+            torch.tensor(head).numpy(), abs=1e-6
+        )
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 100])
+def test_overlapping_shares_are_equal_and_count_each_row_once(n, world, monkeypatch):
+    monkeypatch.setattr(distributed, "world", lambda: world)
+    counted, lengths = [], set()
+    for rank in range(world):
+        own, twice = distributed.overlapping_share(n, rank)
+        lengths.add(len(range(n)[own]))
+        counted += list(range(n)[own])[twice:]
+    assert counted == list(range(n))
+    assert lengths == {-(-n // world)}
+
+
 def test_without_torchrun_there_is_one_process(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     distributed.start(torch.device("cpu"))

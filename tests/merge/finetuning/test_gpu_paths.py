@@ -116,6 +116,18 @@ def test_a_run_seeds_dropout_and_leaves_the_generator_alone(tune: Callable[..., 
     assert drawn["a"] == drawn["b"] == drawn["warm"]
 
 
+def test_deterministic_algorithms_are_asked_for_while_it_trains(tune: Callable[..., Any]) -> None:
+    asked: dict[bool, set[bool]] = {False: set(), True: set()}
+    for wanted, seen in asked.items():
+
+        def look(*_: Any, seen: set[bool] = seen) -> None:
+            seen.add(torch.are_deterministic_algorithms_enabled())
+
+        tune(str(wanted), deterministic=wanted, on_progress=look)
+        assert not torch.are_deterministic_algorithms_enabled()
+    assert asked == {False: {False}, True: {True}}
+
+
 def test_sharding_one_process_is_refused(tune: Callable[..., Any]) -> None:
     with pytest.raises(DeviceError, match="--fsdp needs several processes"):
         tune(fsdp=True)
@@ -252,6 +264,44 @@ def test_an_error_on_one_rank_ends_the_other_within_seconds(arguments: list[str]
     message, _, ended = done[0][1].strip().rpartition(" ")
     assert message.endswith("refused: another process of this run stopped")
     assert int(ended) - raised < 30
+
+
+def test_ranks_hear_of_a_signal_one_step_later_all_at_once(arguments: list[str], tmp_path: Path) -> None:
+    """Nobody waits for the slowest host at each step; the state of one and the same step is saved."""
+    done = run_ranks(
+        """
+        import signal
+        def interrupt(what, done, total):
+            if rank == 1 and what == "steps" and done == 2:
+                signal.raise_signal(signal.SIGTERM)
+        tune(on_progress=interrupt)
+        """,
+        arguments,
+        tmp_path,
+    )
+    for (code, output), who in zip(done, ("another rank", "SIGTERM"), strict=True):
+        assert code == 1
+        assert f"refused: stopped by {who} after step 3 of 6; everything is saved" in output, output
+
+
+def test_fixed_features_are_shared_between_ranks(arguments: list[str], tmp_path: Path) -> None:
+    """Each rank's image tower sees half the images once (C9), and both have the features of all."""
+    done = run_ranks(
+        """
+        import clipmerge.finetuning.images as images
+        seen, real = [], images.image_features
+        def counted(towers, pixels, *a, **k):
+            seen.append(len(pixels))
+            return real(towers, pixels, *a, **k)
+        images.image_features = counted
+        tune(method="lp-ft")
+        print("features of", sorted(seen))
+        """,
+        arguments,
+        tmp_path,
+    )
+    assert [code for code, _ in done] == [0, 0], done
+    assert all("features of [21, 30]" in output for _, output in done), done
 
 
 def test_ranks_of_torchrun_are_workers_of_a_sweep(arguments: list[str], tmp_path: Path) -> None:
