@@ -53,12 +53,17 @@ def gradients(model, precision, wrapped):
     state = full_state_dict(net)[0] if wrapped and how == "fsdp" else net.state_dict()
     return {key: value.double().cpu() for key, value in state.items()}, float(loss)
 
+def worst(ours, theirs):
+    return max(float((ours[k] - v).norm() / v.norm().clamp_min(1e-6)) for k, v in theirs.items())
+
 for model in models:
+    with float32_matmul("fp32"):
+        exact = gradients(model, "fp32", False)
     for precision in ("fp32", "bf16"):
         with float32_matmul(precision):
             ours, theirs = gradients(model, precision, True), gradients(model, precision, False)
-        worst = max(float((ours[0][k] - v).norm() / v.norm().clamp_min(1e-6)) for k, v in theirs[0].items())
-        print(json.dumps([model, precision, ours[1], theirs[1], worst]), flush=True)
+        line = [model, precision, ours[1], theirs[1], worst(ours[0], exact[0]), worst(theirs[0], exact[0])]
+        print(json.dumps(line), flush=True)
 dist.destroy_process_group()
 """
 """Two steps through the wrapper on a world of one: what DDP and FSDP2 demand of a model on its device."""
@@ -92,10 +97,11 @@ def test_wrapped_models_step_like_plain_ones(
     lines = python(str(program), device, how, *map(str, models.values()), ranks=1).splitlines()
     found = [json.loads(line) for line in lines if line.startswith("[")]
     assert len(found) == 2 * len(models)
-    for model, precision, ours, theirs, worst in found:
+    for model, precision, ours, theirs, wrapped, plain in found:
         tolerance = 1e-3 if precision == "fp32" else 3e-2
         assert ours == pytest.approx(theirs, rel=tolerance), (model, precision)
-        assert worst < tolerance, (model, precision)
+        # In bf16 a bias that began at 0 is all rounding: the plain step's own error is the measure.
+        assert wrapped < (1e-3 if precision == "fp32" else 2 * plain), (model, precision)
 
 
 FINETUNE = """

@@ -134,6 +134,27 @@ def test_a_sweep_whose_trials_all_die_says_why(
         sweep(base, train, val, tmp_path, model=tiny_spec, space=space, trials=1, retries=1)
 
 
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_a_worker_that_saw_the_last_trial_go_makes_no_further_one(
+    sampler: str,
+    base: Any,
+    train: Any,
+    val: Any,
+    tiny_spec: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two looked at once and saw one left (a GPU showed it): Optuna makes a new trial for the one that comes second."""
+    from clipmerge.finetuning import sweep as module
+
+    real, looks = module._work_left, iter([True])
+    monkeypatch.setattr(module, "_work_left", lambda *given: real(*given) or next(looks, False))
+    done = sweep(base, train, val, tmp_path, model=tiny_spec, trials=2, sampler=sampler)
+    assert next(looks, None) is None
+    assert sorted(t.number for t in done) == [0, 1]
+    assert len(list(tmp_path.glob("trial-*.safetensors"))) == 2
+
+
 def test_a_killed_workers_trial_is_taken_over(
     base: Any, train: Any, val: Any, tiny_spec: Any, tmp_path: Path
 ) -> None:
