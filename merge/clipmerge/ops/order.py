@@ -19,6 +19,8 @@ each, and lists what it returns."""
 _SIGMAS = 12
 """Half a bracket's width in standard errors of a sample of single numbers; neighbours in a tensor are alike."""
 
+_WIDEST = 1e12
+
 
 def count_of(size: int, share: Share) -> int:
     """Return how many of `size` numbers a share is: rounded down, at least one where there are any."""
@@ -48,7 +50,7 @@ def kth_largest_of_stream(blocks: Blocks, ranks: Sequence[Sequence[int]], size: 
         ranks: of each vector, which largest magnitudes are wanted: 1 is the largest.
         size: the length of each vector.
     """
-    sample = [np.sort(np.concatenate(parts)) for parts in zip(*blocks(_magnitudes, True), strict=True)]
+    sample = [np.concatenate(parts) for parts in zip(*blocks(_magnitudes, True), strict=True)]
     found: dict[tuple[int, int], float] = {}
     width = float(_SIGMAS)
     wanted = [(i, rank) for i, of_vector in enumerate(ranks) for rank in of_vector]
@@ -60,7 +62,9 @@ def kth_largest_of_stream(blocks: Blocks, ranks: Sequence[Sequence[int]], size: 
             above = int(sum(part[2 * column + 1][0] for part in parts))
             if above < rank <= above + inside.size:
                 found[i, rank] = kth_largest(inside, rank - above)
-        width = width * 8 if width < 1e9 else float("inf")
+        width *= 8
+        if width > _WIDEST:  # every number is inside by now, but NaN, which has no rank
+            return [[found.get((i, rank), 0.0) for rank in of_vector] for i, of_vector in enumerate(ranks)]
     return [[found[i, rank] for rank in of_vector] for i, of_vector in enumerate(ranks)]
 
 
@@ -69,14 +73,16 @@ def _magnitudes(vectors: Sequence[Reals]) -> list[Reals]:
 
 
 def _bracket(sample: Reals, rank: int, size: int, width: float) -> tuple[float, float]:
-    """Return magnitudes between which the rank lies, very probably; `sample` is in ascending order."""
+    """Return magnitudes between which the rank lies, very probably."""
     share = rank / size
     place = sample.size * (1 - share)
     margin = width * sqrt(sample.size * share * (1 - share)) + width
-    low, high = place - margin, place + margin
+    low, high = int(max(place - margin, -1)), ceil(min(place + margin, sample.size))
+    ends = [place for place in (low, high) if 0 <= place < sample.size]
+    ordered = np.partition(sample, ends) if ends else sample
     return (
-        float(sample[int(low)]) if low >= 0 and sample.size else 0.0,
-        float(sample[ceil(high)]) if high < sample.size - 1 else float("inf"),
+        float(ordered[low]) if low in ends else 0.0,
+        float(ordered[high]) if high in ends else float("inf"),
     )
 
 

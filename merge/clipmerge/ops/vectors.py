@@ -39,7 +39,7 @@ def magmax(*vectors: Reals) -> Reals:
     """
     largest = np.array(vectors[0])
     for vector in vectors[1:]:
-        np.copyto(largest, vector, where=np.abs(vector) >= np.abs(largest))
+        _put(largest, vector, np.abs(vector) >= np.abs(largest))
     return largest
 
 
@@ -68,9 +68,11 @@ def ties(
     tied = (summed == 0) & (held > 0)
     if tied.any() and (float(np.sign(summed).sum()) if majority is None else majority()) > 0:
         is_positive |= tied
-    chosen = np.where(is_positive, positive, summed - positive)
-    agreeing = np.where(is_positive, up, held - up)
-    np.divide(chosen, np.maximum(agreeing, 1), out=chosen)
+    chosen = np.subtract(summed, positive, out=summed)
+    agreeing = np.subtract(held, up, out=held)
+    _put(chosen, positive, is_positive)
+    _put(agreeing, up, is_positive)
+    np.divide(chosen, np.maximum(agreeing, 1, out=agreeing), out=chosen)
     return chosen
 
 
@@ -86,19 +88,27 @@ def elect(
     summed, positive = np.zeros_like(like), np.zeros_like(like)
     count = np.uint8 if len(vectors) < 256 else np.uint32
     up, held = np.zeros(like.shape, count), np.zeros(like.shape, count)
-    zero = like.dtype.type(0)
     # A task that left everything here alone has rounding at most, which must not vote; and what is kept is not zero.
     floor = max(CUT * max(thresholds), float(np.finfo(like.dtype).tiny))
+    part, keep, above = np.empty_like(like), np.empty(like.shape, bool), np.empty(like.shape, bool)
     for vector, threshold in zip(vectors, thresholds, strict=True):
         least = like.dtype.type(max(threshold, floor))
-        keep = np.abs(vector) >= least
-        kept = np.where(keep, vector, zero)
-        summed += kept
+        np.greater_equal(np.abs(vector, out=part), least, out=keep)
+        summed += np.multiply(vector, keep, out=part)  # four times faster than to select
         held += keep
-        np.maximum(kept, zero, out=kept)
-        positive += kept
-        up += kept > zero
+        keep &= np.greater(vector, 0, out=above)
+        positive += np.multiply(vector, keep, out=part)
+        up += keep
     return summed, positive, up, held
+
+
+def _put(target: np.ndarray, values: np.ndarray, where: np.ndarray) -> None:
+    """Copy the values where the mask holds: `np.copyto(…, where=…)` on bits, five times faster on a random mask."""
+    bits = np.dtype(f"i{target.itemsize}")
+    ones = np.negative(where.view(np.int8), dtype=bits)
+    different = target.view(bits) ^ values.view(bits)
+    different &= ones
+    target.view(bits)[...] ^= different
 
 
 def dare(*vectors: Reals, name: str, p: Share, seed: int) -> Reals:
@@ -118,7 +128,7 @@ def dare(*vectors: Reals, name: str, p: Share, seed: int) -> Reals:
     summed = np.zeros_like(vectors[0])
     for vector in sorted(vectors, key=lambda vector: float(np.linalg.norm(vector))):
         keep = random.random(vector.shape, np.float32) >= p
-        summed += np.where(keep, vector, 0)
+        summed += vector * keep
     return np.asarray(summed / (1 - p), summed.dtype)
 
 
@@ -147,7 +157,7 @@ def breadcrumbs(
     for vector, (largest, smallest) in zip(vectors, thresholds, strict=True):
         magnitude = np.abs(vector)
         keep = (magnitude <= vector.dtype.type(largest)) & (magnitude >= vector.dtype.type(smallest))
-        summed += np.where(keep, vector, vector.dtype.type(0))
+        summed += vector * keep
     return summed
 
 
@@ -174,7 +184,7 @@ def consensus(*vectors: Reals, threshold: float | Sequence[float], least: int) -
     active = np.zeros(summed.shape, np.uint32)
     for vector, factor in zip(vectors, each, strict=True):
         active += np.abs(vector) > factor * np.abs(summed - vector)
-    return np.where(active >= min(int(least), len(vectors)), summed, summed.dtype.type(0))
+    return np.asarray(summed * (active >= min(int(least), len(vectors))))
 
 
 def lines(

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import lru_cache
 from operator import itemgetter
 from typing import Any, TypeAlias
 
@@ -25,6 +26,9 @@ from clipmerge.weights.plan import integer_factors
 
 Read: TypeAlias = Callable[[Checkpoint], Reals]
 """Checkpoint → its numbers, as float32 where they are stored in so many bits or fewer, else float64."""
+
+Seen: TypeAlias = Callable[[Checkpoint, npt.NDArray[Any]], None]
+"""Called with what was read of a checkpoint, as stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,20 +153,32 @@ def operands_of(applied: Applied, name: str, shape: tuple[int, ...], read: Read,
 def _operand(
     operand: Expression, name: str, shape: tuple[int, ...], read: Read, facts: Facts, by_entry: bool
 ) -> Reals:
-    stored = (c.tensors[name].dtype for c in operand.checkpoints if name in c.tensors)
-    if not by_entry or "F64" in stored:
+    if not by_entry or _holds_float64(operand, name):
         return evaluate(operand, name, shape, read, facts)
-    match sorted(((value, leaf) for leaf, value in _used(operand, name)), key=itemgetter(0)):
-        case [(-1, Checkpoint() as b), (1, Checkpoint() as a)]:  # one rounding in float32, and no detour
-            return np.asarray(read(a) - read(b))
+    if pair := _difference(operand, name):  # one rounding in float32, and no detour
+        return np.asarray(read(pair[0]) - read(pair[1]))
     return evaluate(operand, name, shape, read, facts).astype(np.float32)
+
+
+@lru_cache(maxsize=256)
+def _holds_float64(operand: Expression, name: str) -> bool:
+    return any(c.tensors[name].dtype == "F64" for c in operand.checkpoints if name in c.tensors)
+
+
+@lru_cache(maxsize=256)  # asked again for every stretch of a tensor
+def _difference(operand: Expression, name: str) -> tuple[Checkpoint, Checkpoint] | None:
+    """Return the two checkpoints of which a tensor of the operand is the plain difference, None where it is more."""
+    match sorted(((value, leaf) for leaf, value in _used(operand, name)), key=itemgetter(0)):
+        case [(-1, Checkpoint() as b), (1, Checkpoint() as a)]:
+            return a, b
+    return None
 
 
 def read_whole(
     reader: Reader,
     name: str,
     leaves: Iterable[Leaf],
-    seen: Callable[[Checkpoint, npt.NDArray[Any]], None],
+    seen: Seen | None = None,
 ) -> Read:
     """Return what reads a tensor of any checkpoint of `leaves`; one that is used again (a base) is read once and kept.
 
@@ -177,7 +193,8 @@ def read_whole(
             return held[checkpoint]
         tensor = checkpoint.tensors[name]
         raw = reader.dense(tensor)
-        seen(checkpoint, raw)
+        if seen is not None:
+            seen(checkpoint, raw)
         flat = raw.reshape(-1)
         numbers = widen(flat, tensor.dtype, Scratch(flat.size)) if flat.size else np.zeros(0, np.float32)
         if uses[checkpoint] > 1:
@@ -193,7 +210,7 @@ def read_stretch(
     low: int,
     high: int,
     scratch: Scratch,
-    seen: Callable[[Checkpoint, npt.NDArray[Any]], None],
+    seen: Seen | None = None,
 ) -> Read:
     """Return what reads the elements [low, high) of a row-major tensor of any checkpoint, each once.
 
@@ -208,7 +225,8 @@ def read_stretch(
             tensor = checkpoint.tensors[name]
             raw = np.empty(high - low, storage_dtype(tensor.dtype))
             reader.into(tensor, low * ITEMSIZE[tensor.dtype], raw.view(np.uint8))
-            seen(checkpoint, raw)
+            if seen is not None:
+                seen(checkpoint, raw)
             numbers = widen(raw, tensor.dtype, scratch)
             held[checkpoint] = numbers if numbers is raw else np.array(numbers)
         return held[checkpoint]

@@ -73,7 +73,8 @@ class Stretch:
     ) -> None:
         self._step, self._low, self._high, self._reader, self._digests = step, low, high, reader, digests
         self._inputs, self._facts = step.inputs, facts
-        self._hashers = [blake3() if digests.wants(c, step.name) else None for c in step.checkpoints]
+        self._sources = step.checkpoints
+        self._hashers = [blake3() if digests.wants(c, step.name) else None for c in self._sources]
 
     def compute(self, buffers: Buffers, not_finite: NotFinite) -> Iterator[tuple[int, Bytes]]:
         """Compute the blocks in order: (byte offset in the tensor, bytes in the thread's buffer)."""
@@ -94,7 +95,7 @@ class Stretch:
             if not is_finite:
                 not_finite(step, numbers)
             yield low * ITEMSIZE[dtype], out.view(np.uint8)
-        for source, hasher in zip(step.checkpoints, self._hashers, strict=True):
+        for source, hasher in zip(self._sources, self._hashers, strict=True):
             if hasher is not None:
                 self._digests.add(source, step.name, hasher.hexdigest())
 
@@ -110,7 +111,7 @@ class Stretch:
 
     def _methods(self, low: int, high: int, buffers: Buffers, not_finite: NotFinite) -> Floats:
         """Σ factor·leaf / divisor, where methods of single entries are among the leaves."""
-        step, hashers = self._step, dict(zip(self._step.checkpoints, self._hashers, strict=True))
+        step, hashers = self._step, dict(zip(self._sources, self._hashers, strict=True))
 
         def seen(source: Checkpoint, raw: npt.NDArray[Any]) -> None:
             if (hasher := hashers[source]) is not None:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import cache
 from inspect import signature
 from typing import Any, Literal, Self, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
@@ -93,12 +94,17 @@ class Method:
     @property
     def keywords(self) -> frozenset[str]:
         """The parameters of the function."""
-        return frozenset(signature(self.function).parameters)
+        return _keywords(self.function)
 
     @property
     def takes_merged(self) -> bool:
         """Whether it works on what another method made of the operands: `merged=`, by default their sum."""
         return "merged" in self.keywords
+
+
+@cache
+def _keywords(function: Callable[..., Reals]) -> frozenset[str]:
+    return frozenset(signature(function).parameters)
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)

@@ -264,7 +264,7 @@ def _facts(operands: Sequence[Weights], reader: Reader, on_progress: Progress | 
     for weights in operands:
         if any(isinstance(leaf, Applied) for leaf in weights.terms):
             options: dict[str, Any] = {"leaves": weights.terms, "on_progress": on_progress}
-            facts |= measure(make_plan(weights), reader, lambda *_: None, **options)
+            facts |= measure(make_plan(weights), reader, **options)
     return facts
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from clipmerge.checkpoint.read import Reader
-from clipmerge.checkpoint.tensors import Checkpoint
 from clipmerge.dtypes import Scratch
 from clipmerge.ops.decompose import CUT
 from clipmerge.ops.order import count_of, kth_largest_of_stream
@@ -23,13 +22,10 @@ from clipmerge.weights.plan import Plan, Step
 
 T = TypeVar("T")
 
-SAMPLED = 1 << 10
+SAMPLED = 1 << 8
 """Elements at the beginning of each piece that a sample looks at."""
 SAME = 1e-4
 """Operands whose difference is smaller than this share of them are one: copies, but for rounding."""
-
-Seen = Callable[[Step, Checkpoint, npt.NDArray[Any]], None]
-"""Called with what was read of a checkpoint for a step, as stored."""
 
 
 class Model:
@@ -45,11 +41,10 @@ class Model:
         plan: Plan,
         reader: Reader,
         facts: Facts,
-        seen: Seen,
         threads: int,
         on_progress: Progress | None = None,
     ) -> None:
-        self._applied, self._reader, self._facts, self._seen = applied, reader, facts, seen
+        self._applied, self._reader, self._facts = applied, reader, facts
         self._threads, self._on_progress = threads, on_progress
         self._steps = [step for step in plan.steps.values() if step.kind == "sum" and step.numel]
         self.names = [step.name for step in self._steps]
@@ -100,11 +95,11 @@ class Model:
             yield step, low, min(high, low + SAMPLED) if sampled else high, False
 
     def _arrays(self, step: Step, low: int, high: int, whole: bool, scratch: Scratch) -> list[Reals]:
-        seen = partial(self._seen, step)
+        # Numbers that are not finite are looked for when the tensors are merged: here they harm nothing.
         if whole:
-            read, shape = read_whole(self._reader, step.name, [self._applied], seen), step.shape
+            read, shape = read_whole(self._reader, step.name, [self._applied]), step.shape
         else:
-            read, shape = read_stretch(self._reader, step.name, low, high, scratch, seen), (high - low,)
+            read, shape = read_stretch(self._reader, step.name, low, high, scratch), (high - low,)
         arrays = operands_of(self._applied, step.name, shape, read, self._facts)
         if self._applied.merged is not None:
             arrays.append(evaluate(self._applied.merged, step.name, shape, read, self._facts))
@@ -114,7 +109,6 @@ class Model:
 def measure(
     plan: Plan,
     reader: Reader,
-    seen: Seen,
     *,
     leaves: Iterable[Leaf] | None = None,
     threads: int | None = None,
@@ -123,14 +117,13 @@ def measure(
     """Find what the methods of a plan need to know of the whole model, inner methods first.
 
     Args:
-        seen: looks at whatever is read, such as for numbers that are not finite.
         leaves: those among which the methods are; by default the plan's.
     """
     facts: dict[Applied, Measured] = {}
     if leaves is None:
         leaves = dict.fromkeys(leaf for step in plan.steps.values() for _, leaf in step.terms)
     for applied in dict.fromkeys(inner for leaf in leaves for inner in applied_in([leaf])):
-        model = Model(applied, plan, reader, facts, seen, threads or default_threads(), on_progress)
+        model = Model(applied, plan, reader, facts, threads or default_threads(), on_progress)
         method, options = applied.method, applied.options
         if method.distinct and len(applied.operands) > 1:
             facts[applied] = Measured(groups=_groups(model))

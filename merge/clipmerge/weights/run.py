@@ -90,13 +90,9 @@ def execute(
             stretch = Stretch(step, low, min(low + length, step.numel), reader, digests, facts)
             yield partial(streamed, stretch, sink, offset)
 
-    def looked_at(step: Step, source: Checkpoint, raw: npt.NDArray[Any]) -> None:
-        if not allow_nonfinite:
-            _refuse_nonfinite(step, reader, source, raw)
-
     placed = [(plan.steps[name], sink, offset) for name, sink, offset in sinks]
     threads = threads or default_threads()
-    facts = measure(plan, reader, looked_at, threads=threads, on_progress=on_progress)
+    facts = measure(plan, reader, threads=threads, on_progress=on_progress)
     held = [item for item in placed if not item[0].streams]
     with _one_blas_thread(any(item[0].has_methods for item in held)):
         for count, is_small in ((threads, True), (1, False)):  # large tensors one at a time
@@ -131,8 +127,8 @@ def _compute_whole(
     def seen(source: Checkpoint, raw: npt.NDArray[Any]) -> None:
         digests.add_array(source, step.name, raw)
         # Looked at before a method sees it: one that trims or ranks may swallow what is not finite.
-        if step.kind == "sum" and not allow_nonfinite:
-            _refuse_nonfinite(step, reader, source, raw)
+        if not allow_nonfinite and not finite(raw.reshape(-1), source.tensors[step.name].dtype):
+            _refuse_inputs(step, reader)
 
     if step.kind != "sum":
         arrays = [reader.dense(source.tensors[step.name]) for source in step.checkpoints]
@@ -157,11 +153,6 @@ def _one_blas_thread(needed: bool) -> Iterator[None]:
 
     with threadpool_limits(1, user_api="blas"):
         yield
-
-
-def _refuse_nonfinite(step: Step, reader: Reader, source: Checkpoint, raw: npt.NDArray[Any]) -> None:
-    if not finite(raw.reshape(-1), source.tensors[step.name].dtype):
-        _refuse_inputs(step, reader)
 
 
 def _integers(step: Step, arrays: list[npt.NDArray[np.generic]]) -> npt.NDArray[np.generic]:
