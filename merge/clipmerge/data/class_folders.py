@@ -30,9 +30,9 @@ def class_folders(place: str, pick: Pick) -> RawSplit:
     """
     root, remarks = _part(Path(place), pick)
     classes = _subfolders(root)
-    files = [path for name in classes for path in sorted((root / name).rglob("*")) if path.is_file()]
-    files = [path for path in files if not path.name.startswith(".")]
-    images = [path.relative_to(root) for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    below = (path for name in classes for path in sorted((root / name).rglob("*")))
+    files = [path for path in below if not path.name.startswith(".") and (_is_image(path) or path.is_file())]
+    images = [path.relative_to(root) for path in files if _is_image(path)]
     if not images:
         raise DataError(
             f"{root} holds no images in class folders", hint=f"put them where {root}/CLASS/image.jpg would be"
@@ -50,6 +50,10 @@ def class_folders(place: str, pick: Pick) -> RawSplit:
     remarks += _passed_over(root, files)
     empty = sorted({*classes} - {path.parts[0] for path in images})
     return RawSplit(source, names, [path.parts[0] for path in images], empty=empty, remarks=remarks)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES
 
 
 def _subfolders(root: Path) -> list[str]:
@@ -112,7 +116,7 @@ def _check_folders(root: Path, images: Sequence[Path]) -> list[str]:
 def _passed_over(root: Path, files: Sequence[Path]) -> list[str]:
     """Say which files are left out that might have been images."""
     remarks = []
-    beside = [path for path in root.iterdir() if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES]
+    beside = [path for path in root.iterdir() if _is_image(path) and path.is_file()]
     if beside:
         first = min(path.name for path in beside)
         remarks.append(f"passed over {len(beside)} images beside its class folders: {first} is in no class")

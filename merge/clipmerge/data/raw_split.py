@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -86,7 +87,11 @@ def pick_part(place: str, parts: Sequence[str], part: str | None, role: str) -> 
     wanted = part or role
     synonyms = next((names for names in _SYNONYMS if wanted.lower() in names), ())
     stand_ins = _SYNONYMS[1] if part is None and wanted == "test" else ()
-    by_name = {name.lower(): name for name in parts} | {name: name for name in parts}
+    stems = Counter(
+        name.lower().rstrip("0123456789") for name in parts
+    )  # "val2017", where there is no other val
+    by_name = {stem: name for name in parts if stems[stem := name.lower().rstrip("0123456789")] == 1}
+    by_name |= {name.lower(): name for name in parts} | {name: name for name in parts}
     for name in (wanted, wanted.lower(), *synonyms, *stand_ins):
         if name in by_name:
             return by_name[name]
@@ -123,7 +128,7 @@ def part_files(place: str, suffixes: Sequence[str], pick: Pick) -> list[Path]:
         for path in sorted(p for pattern in ("*", "*/*") for p in root.glob(pattern) if p.is_file()):
             if path.name.lower().endswith(tuple(suffixes)):
                 below = path.parent.name if path.parent != root else ""
-                word = re.split("[-_.]", path.name)[0]
+                word = re.split("[-_.0-9]", path.name)[0]
                 name = next((name for name in (below, word) if is_part(name)), "")
                 parts.setdefault(name, []).append(path)
     return parts[pick(sorted(name for name, paths in parts.items() if paths) or [""])]

@@ -43,7 +43,8 @@ class Score:
     def __repr__(self) -> str:
         low, high = (100 * end for end in self.interval)
         value = f"{self.metric} {100 * self.value:.2f} %"
-        return f"Score({value}, 95 %: {low:.1f}–{high:.1f}, {self.n} images)"
+        counted = "queries" if METRICS[self.metric].retrieval else "images"
+        return f"Score({value}, 95 %: {low:.1f}–{high:.1f}, {self.n} {counted})"
 
     @property
     def value(self) -> float:

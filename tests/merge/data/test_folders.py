@@ -114,6 +114,7 @@ def test_parts_are_no_classes(names: tuple[str, str], tmp_path: Path) -> None:
     root = tree(tmp_path / "s", *(f"{name}/{c}/0.png" for name in names for c in ("cat", "dog")))
     assert open_split(f"{root}#{names[0].lower()}").classes == ("cat", "dog")
     assert open_split(f"{root}#{names[0]}").part == names[0]
+    assert open_split(root, role="train").part == names[0]
 
 
 def test_one_class_is_remarked(folder: MakeFolder) -> None:

@@ -57,6 +57,14 @@ def test_ranges_and_several(restarting: Path, place: str, shards: str) -> None:
     assert len(set(split.names)) == len(split)
 
 
+def test_numbers_behind_a_part_name_no_part_of_their_own(tmp_path: Path) -> None:
+    for i in range(2):
+        shard(tmp_path / f"train{i}.tar", members(10 * i, ["cat", "dog"]))
+        shard(tmp_path / f"val-{i}.tar", members(50 + i, ["cat"]))
+    assert len(open_split(tmp_path, role="train")) == 4
+    assert len(open_split(tmp_path, role="val")) == 2
+
+
 def test_a_range_of_parquet_files(tmp_path: Path) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     for i in range(3):

@@ -16,6 +16,7 @@ from clipmerge.evaluate.metrics import METRICS, all_metrics, metric_interval
 from clipmerge.evaluate.retrieval import Ranks, rank_pairs
 from clipmerge.evaluate.score import Score, score_of
 from clipmerge.search.ensemble import greedy_ensemble
+from clipmerge.search.learned import learned_soup
 from clipmerge.search.soup import greedy_soup
 
 KS = (1, 5, 10)
@@ -41,6 +42,7 @@ def test_ranks_by_hand() -> None:
     assert metrics["recall@5"] == metrics["text_recall@10"] == 1
     score = score_of(ranks, "recall@1")
     assert (score.n, score.correct, score.images_scored) == (5, 2, 2)
+    assert repr(score).endswith("5 queries)")
 
 
 def published(
@@ -208,7 +210,9 @@ def test_what_cannot_be_measured_is_refused(
     with pytest.raises(DataError) as caught:
         Evaluator(split, tiny_spec, metric="top1").score(weights["base"])
     assert "--metric recall@1" in str(caught.value.hint)
-    with pytest.raises((SelectionError, DataError)):
+    with pytest.raises(DataError, match="has captions and no classes"):
+        learned_soup([weights["ft0"], weights["ft1"]], Evaluator(split, tiny_spec))
+    with pytest.raises(DataError, match="has captions and no classes"):
         greedy_ensemble([weights["ft0"], weights["ft1"]], Evaluator(split, tiny_spec))
 
 
