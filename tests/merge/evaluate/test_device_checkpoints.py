@@ -45,7 +45,7 @@ def files(tmp_path: Path) -> Callable[..., list[Weights]]:
         generator = np.random.default_rng(count)
         for i in range(count):
             tensors = {}
-            for name, shape in {"a": (3001,), "b": (7, 5), "c": (), "d": (0,)}.items():
+            for name, shape in {"a": (3001,), "b": (3, 5), "c": (), "d": (0,)}.items():
                 values = generator.normal(size=shape) * 2.0 ** generator.integers(-20, 10, shape)
                 tensors[name] = torch.tensor(values).to(torch_dtype(dtype))
             tensors |= {"num": torch.tensor(7), "bn.num_batches_tracked": torch.tensor(i)}
