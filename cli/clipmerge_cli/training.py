@@ -12,6 +12,7 @@ import typer
 from clipmerge.finetuning.settings import MethodName, Settings
 from clipmerge_cli import options as shared
 from clipmerge_cli import show
+from clipmerge_cli.config import config_option, hidden_settings
 from clipmerge_cli.groups import opt, setting
 from clipmerge_cli.options import FORCE, INPUT, PLOT, SEARCH, Images, Talk, output_option
 from clipmerge_cli.progress import training
@@ -34,6 +35,7 @@ def finetune(
     images: Images,
     settings: Settings,
     talk: Talk,
+    config: Path | None = config_option(),
     head: str | None = opt(
         None,
         "trained (default of ce), frozen: the zero-shot head as it is, or a checkpoint to take it from.",
@@ -66,6 +68,9 @@ def finetune(
     Killed? The same command with --resume goes on, to the same bytes on a CPU, or on a GPU with --deterministic.
     DATA is a folder of class folders, a .npz, a CSV, WebDataset shards, Parquet, torchvision:NAME:ROOT, or digits.
 
+    --config takes what a finetuned checkpoint records: the checkpoint itself, what clipmerge inspect --json shows of
+    it, or the same as TOML, with options as keys (lr = 1e-5, train = "images/train").
+
     Several sets are trained on together, with one softmax over the prompts of all.
 
     --method ce --head frozen trains the image tower alone under the base's zero-shot head, as PAINT and task
@@ -86,6 +91,7 @@ def finetune(
         augment=augmentation,
         shares=shares,
         templates=images.prompts(next(iter(sets)), among) if len(sets) == 1 else None,
+        **hidden_settings(),
     )
     distributed.start(place)
     with training(quiet=talk.silent) as (on_progress, on_event):

@@ -102,6 +102,76 @@ def test_several_sets_are_trained_on_together(
     assert ["a turned {}"] in [entry["templates"] for entry in cm.load(out).prompts]
 
 
+def test_a_finetuning_is_repeated_from_its_record(
+    tiny_checkpoints: Any, tiny_model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the checkpoint, from what inspect shows of it, and from TOML: the same weights; typed options win."""
+    import clipmerge as cm
+
+    start = ["finetune", "--base", str(tiny_checkpoints["base"]), "--model", str(tiny_model_file)]
+    data = ["--train", "digits", "--limit", "60"]
+    first = tmp_path / "first.safetensors"
+    how = [
+        "--method",
+        "ce",
+        "--head",
+        "frozen",
+        "--lr",
+        "2e-3",
+        "--steps",
+        "2",
+        "--batch-size",
+        "16",
+        "--wd",
+        "0.3",
+    ]
+    how += [
+        "--augment",
+        '{"scale": [0.5, 1]}',
+        "--templates",
+        "a {}",
+        "--label-smoothing",
+        "0.1",
+        "--decay",
+        "matrices",
+    ]
+    assert main([*start, *data, *how, "-o", str(first)]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(first), "--json"]) == 0
+    (tmp_path / "shown.json").write_text(capsys.readouterr().out)
+    (tmp_path / "typed.toml").write_text(
+        'train = "digits"\nlimit = 60\nmethod = "ce"\nhead = "frozen"\nlr = 2e-3\nsteps = 2\nbatch-size = 16\n'
+        'wd = 0.3\ntemplates = "a {}"\nlabel_smoothing = 0.1\ndecay = "matrices"\n[augment]\nscale = [0.5, 1]\n'
+    )
+    for name, more in ((first.name, data), ("shown.json", data), ("typed.toml", [])):
+        out = tmp_path / f"again-{name}.safetensors"
+        assert main([*start, "--config", str(tmp_path / name), *more, "-o", str(out)]) == 0, name
+        again, tuned = cm.load(out), cm.load(first)
+        assert all(bool((again.state_dict()[n] == t).all()) for n, t in tuned.state_dict().items()), name
+        assert again.record["training"] == tuned.record["training"]
+    other = tmp_path / "other.safetensors"
+    assert main([*start, "--config", str(first), *data, "--wd", "0", "-o", str(other)]) == 0
+    assert cm.load(other).record["training"]["wd"] == 0
+
+
+def test_a_configuration_that_says_nothing_is_refused(
+    tiny_checkpoints: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.toml").write_text("learning_rate = 1\n")
+    (tmp_path / "b.toml").write_text("lr = = 1\n")
+    (tmp_path / "c.toml").write_text('lr = "fast"\n')
+    command = ["finetune", "--train", "digits", "-o", str(tmp_path / "x.safetensors"), "--config"]
+    for file, code, said in (
+        ("a.toml", 1, "learning_rate is no option of finetune"),
+        ("b.toml", 1, "is not TOML"),
+        ("c.toml", 2, "Invalid value for '--lr'"),
+        ("d.toml", 1, "cannot be read"),
+        (tiny_checkpoints["base"], 1, "records no finetuning"),
+    ):
+        assert main([*command, str(tmp_path / file)]) == code
+        assert said in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
 def test_options_that_do_nothing_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for options, said in (
         (["--method", "ce", "--logit-scale", "frozen"], "--logit-scale does nothing here: a trained head"),
