@@ -39,6 +39,7 @@ PUBLIC = [
     "plot",
     "progress_bar",
     "recalibrate",
+    "resize_positions",
     "resolve_model",
     "score",
     "sweep",

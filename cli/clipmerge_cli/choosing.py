@@ -76,8 +76,10 @@ def soup(
 
     if base is None:
         weights = clipmerge.load_all(checkpoints, vectors=vectors)
+        if out.resize_positions:
+            weights = [clipmerge.resize_positions(w, weights[0]) for w in weights]
     else:
-        _, *weights = load_models(base, *checkpoints, vectors=vectors)
+        _, *weights = load_models(base, *checkpoints, vectors=vectors, resize=out.resize_positions)
     refuse_mixture(weights)
     if out.dry_run or val is None:
         remark = f"uniform soup: the mean of {len(weights)} checkpoints"
@@ -144,7 +146,7 @@ def interpolate(
     by = _rule(rule, list(splits)) if eval else None
     value = None if eval else 0.5 if alpha is None else alpha
     grid = alphas or shared.numbers("0:1:0.1")
-    start, end = load_models(base, finetuned, vectors=vectors)
+    start, end = load_models(base, finetuned, vectors=vectors, resize=out.resize_positions)
     start = _with_head(start, end, choosing, out)
 
     beyond = alpha is not None and not 0 <= alpha <= 1
@@ -234,7 +236,7 @@ def patch(
         refuse_unused("without --mode parallel", Several)
     roles = [*shared.numbered("supported", len(supported)), *shared.numbered("patch", len(patching))]
     splits = shared.named([*supported, *patching], "--patch", roles)
-    start, *tuned = load_models(base, *finetuned, vectors=vectors)
+    start, *tuned = load_models(base, *finetuned, vectors=vectors, resize=out.resize_positions)
 
     old, new = list(splits)[: len(supported)], list(splits)[len(supported) :]
     how: dict[str, Any] = {
@@ -286,7 +288,7 @@ def add(
         raise typer.BadParameter("--refine is for one scale", param_hint="--refine")
     if scale is None and per == "all":
         refuse_unused("without --per task, tower or block", Several)
-    start, *tuned = load_models(base, *finetuned, origin=origin, vectors=vectors)
+    start, *tuned = load_models(base, *finetuned, origin=origin, vectors=vectors, resize=out.resize_positions)
     splits = shared.named(val or [], "--val", [w.checkpoints[-1].name for w in tuned])
     vector = sum((w - start for w in tuned[1:]), tuned[0] - start)
 
@@ -337,7 +339,7 @@ def negate(
         raise typer.BadParameter("--target and --control are for --scale auto", param_hint="--scale")
     if scale is None and not (target and control):
         raise typer.BadParameter("--scale auto needs --target and --control", param_hint="--target")
-    start, tuned = load_models(base, finetuned, origin=origin, vectors=vectors)
+    start, tuned = load_models(base, finetuned, origin=origin, vectors=vectors, resize=out.resize_positions)
     splits = {"target": target or "", "control": control or ""}
     models, vector, rule = [start, tuned], start - tuned, clipmerge.keep_control(keep)
     choose("negate", models, vector, scale, scales, splits, choosing, out, rule=rule, refine=refine)

@@ -61,7 +61,7 @@ def analogy(
         raise typer.BadParameter("--scale auto needs held-out images: --val DATA", param_hint="--val")
     from clipmerge.search.rules import mean_of
 
-    models = load_models(base, a, b, c, vectors=vectors)
+    models = load_models(base, a, b, c, vectors=vectors, resize=out.resize_positions)
     start, first, second, third = models
 
     vector = (third - start) + (second - start) - (first - start)
@@ -110,7 +110,9 @@ def merge(
     named_files = shared.named(files or [], "NAME=FILE")
     recipe = read_recipe(expression) if expression.endswith(".toml") else Recipe(expression, {})
     checkpoints = {**recipe.checkpoints, **named_files}
-    recipe = replace(recipe, checkpoints=checkpoints, base=base or recipe.base)
+    recipe = replace(
+        recipe, checkpoints=checkpoints, base=base or recipe.base, resize_positions=out.resize_positions
+    )
     options = {key: True for key, wanted in (("fused", fused), ("equalise", equalise)) if wanted}
     if scale is None and val:
         raise typer.BadParameter("--val is for --scale auto", param_hint="--val")
@@ -122,7 +124,8 @@ def merge(
         remark = f"no part of the result, as its coefficients sum to 0: {', '.join(idle)}" if idle else None
         out.merge(weights, model=choosing.model, remark=remark)
         return
-    names, value = load_named(recipe.checkpoints, recipe.base), shared.scale(scale)
+    names = load_named(recipe.checkpoints, recipe.base, resize=out.resize_positions)
+    value = shared.scale(scale)
     family = scaled(recipe.expression, names, options)
     if value is not None:
         out.merge(family(value), model=choosing.model)
@@ -244,7 +247,7 @@ def task_vector(*, base: str = shared.BASE, finetuned: str = shared.FINETUNED, o
         clipmerge merge "zs + 0.4*cars" \\
           zs=zs.safetensors cars=cars.tv.safetensors -o added.safetensors
     """
-    start, end = load_models(base, finetuned)
+    start, end = load_models(base, finetuned, resize=out.resize_positions)
     out.merge(end - start)
 
 

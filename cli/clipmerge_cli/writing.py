@@ -47,6 +47,9 @@ class Output(Talk):
     shard_size: int | None = opt(
         None, "Write shards of at most this, e.g. 5GB.", OUTPUT, metavar="SIZE", parser=_size
     )
+    resize_positions: bool = opt(
+        False, "Bring positional embeddings to the base's (the first's) grid, as open_clip does.", OUTPUT
+    )
     recalibrate: str | None = opt(
         None,
         "Take BatchNorm's running statistics of what is written on these images.",
@@ -226,7 +229,9 @@ def named_model(model: str, weights: "Weights") -> dict[str, Any]:
     return spec.to_metadata(stated=True)
 
 
-def load_models(*files: str, origin: str | None = None, vectors: bool = False) -> "list[Weights]":
+def load_models(
+    *files: str, origin: str | None = None, vectors: bool = False, resize: bool = False
+) -> "list[Weights]":
     """Load a base and the models beside it.
 
     A task-vector file stands for the base plus that vector; towers that a model lacks are the base's.
@@ -235,11 +240,15 @@ def load_models(*files: str, origin: str | None = None, vectors: bool = False) -
         origin: what the others were finetuned from, where that is not the base: each is then the base plus what its
             finetuning changed.
         vectors: the others are task vectors, though their files do not say so.
+        resize: bring the others' positional embeddings to the base's grid.
     """
     from clipmerge.weights.mistaken import refuse_bare_vectors, refuse_swapped
+    from clipmerge.weights.positions import resize_positions
     from clipmerge.weights.weights import load_leaves, placed
 
     first, *leaves = load_leaves([*files, *([origin] if origin else [])])
+    if resize:
+        leaves = [resize_positions(leaf, first) for leaf in leaves]
     base, start = placed(first, None), placed(leaves.pop(), None) if origin else None
     for leaf in leaves:
         refuse_swapped(start or base, leaf)

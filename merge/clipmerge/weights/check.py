@@ -6,7 +6,7 @@ from clipmerge.checkpoint.tensors import Checkpoint
 from clipmerge.errors import MismatchError, RecipeError
 from clipmerge.text import and_more, did_you_mean, nearest
 from clipmerge.weights.expression import Applied, Expression, checkpoints_of
-from clipmerge.weights.names import PARTS, TOWERS, absent_parts, matches
+from clipmerge.weights.names import PARTS, POSITIONS, TOWERS, absent_parts, matches
 
 SHOWN = 10
 """Problems listed in full; the rest are counted."""
@@ -151,6 +151,11 @@ def _different_dtypes(checkpoints: Sequence[Checkpoint]) -> list[str]:
 
 
 def _hint(problems: Sequence[str]) -> str:
+    if all(any(f"{name!r} is [" in problem for name in POSITIONS) for problem in problems):
+        return (
+            "their image sizes (or context lengths) differ, and nothing else: --resize-positions brings positional "
+            "embeddings to the base's grid, in Python resize_positions(weights, base)"
+        )
     if all(" is F" in p or " is BF16" in p for p in problems):
         return "a mean has no base to take the dtype from; choose one: --dtype fp32"
     if any("'classification_head" in p or p.endswith("no classification head") for p in problems):

@@ -21,6 +21,13 @@ PARTS = {
 }
 """What a checkpoint may lack as a whole: pattern → in words."""
 
+IMAGE_POSITIONS, TEXT_POSITIONS = (
+    "visual.positional_embedding",
+    ("positional_embedding", "text.positional_embedding"),
+)
+POSITIONS = (IMAGE_POSITIONS, *TEXT_POSITIONS)
+"""open_clip's positional embeddings, a row a position."""
+
 _BLOCK = re.compile(r"(?:^|\.)(?:resblocks|blocks|layers|layer|stages)\.?(\d+)\.")
 _TEXT = ("transformer.", "token_embedding.", "ln_final.", "text.", "positional_embedding", "text_projection")
 _FUSED = {"in_proj_weight": 3, "qkv.weight": 3, "attn_pool.kv.weight": 2}

@@ -60,11 +60,11 @@ def check_save(
     Args:
         model_named: whether the caller says which model it is; without that, the checkpoints must agree on theirs.
     """
-    if not model_named:
-        weights.model  # noqa: B018 - raises where two models are mixed
     inputs = [file for checkpoint in weights.checkpoints for file in checkpoint.files()]
     real = check_target(path, force=force, inputs=inputs)
     plan = make_plan(weights, dtype=dtype)
+    if not model_named:
+        weights.model  # noqa: B018 - raises where two models are mixed
     groups = _groups(plan.steps, shard_size)
     stem = real.name.removesuffix(".safetensors")
     index = real.with_name(f"{stem}.safetensors.index.json") if len(groups) > 1 else None

@@ -81,6 +81,8 @@ def file_metadata(
         "dtype": dtype or "base",
         "parents": parents,
     }
+    if any("resized" in checkpoint.extra for checkpoint in weights.checkpoints):
+        record["resize_positions"] = True  # digests are those of the parents after it
     if all(map(is_sparse, weights.terms)):
         record["sparse"] = True  # zero in every tensor that is not there
     if "model" not in (extra or {}) and (model := weights.model) is not None:

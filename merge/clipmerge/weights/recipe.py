@@ -23,6 +23,7 @@ from clipmerge.errors import RecipeError
 from clipmerge.text import did_you_mean
 from clipmerge.weights.expression import OptionValue
 from clipmerge.weights.parse import parse
+from clipmerge.weights.positions import resize_positions
 from clipmerge.weights.weights import Weights, load, load_each, placed
 
 _KEYS = {
@@ -45,17 +46,22 @@ class Recipe:
     shard_size: int | None = None
     output: Path | None = None
     base: str | None = None
+    resize_positions: bool = False
 
     def weights(self, **options: OptionValue) -> Weights:
         """The expression over its checkpoints (headers are read); options go to every method that has them."""
-        return parse(self.expression, load_named(self.checkpoints, self.base), options=options)
+        names = load_named(self.checkpoints, self.base, resize=self.resize_positions)
+        return parse(self.expression, names, options=options)
 
 
-def load_named(files: Mapping[str, str | Path], base: str | None = None) -> dict[str, Weights]:
+def load_named(
+    files: Mapping[str, str | Path], base: str | None = None, *, resize: bool = False
+) -> dict[str, Weights]:
     """`load` for each file, under its name in the expression.
 
     Args:
         base: what adapters were trained from: one of the names, or another file.
+        resize: bring positional embeddings to the first one's grid.
 
     Raises:
         RecipeError: a name that no expression can contain.
@@ -64,6 +70,9 @@ def load_named(files: Mapping[str, str | Path], base: str | None = None) -> dict
         if not name.isidentifier() or iskeyword(name):
             raise RecipeError(f"{name!r} is not a name", hint="letters, digits and _, such as base or ft_2")
     leaves = dict(zip(files, load_each([(file, name) for name, file in files.items()]), strict=True))
+    if resize:
+        first = next(iter(leaves.values()))
+        leaves = {name: resize_positions(leaf, first) for name, leaf in leaves.items()}
     start = leaves[base] if base in leaves else base and load(base)
     return {name: placed(leaf, None if leaf is start else start or None) for name, leaf in leaves.items()}
 

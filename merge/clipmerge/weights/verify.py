@@ -21,6 +21,7 @@ from clipmerge.weights.blocks import Sink
 from clipmerge.weights.digest import content_digest
 from clipmerge.weights.parse import parse
 from clipmerge.weights.plan import Plan, float_dtype, make_plan
+from clipmerge.weights.positions import resize_positions, resized
 from clipmerge.weights.provenance import HEAD_OF, Parent, is_original, parents_of
 from clipmerge.weights.record import read_record, recalibrated
 from clipmerge.weights.run import execute
@@ -163,6 +164,8 @@ def _find(
         for path in (Path(f"{place}{choice}") for choice in sorted(choices) if is_checkpoint):
             with suppress(ClipmergeError, OSError):
                 other = open_checkpoint(path)
+                if read_record(checkpoint.metadata).get("resize_positions"):
+                    other = resized(other, checkpoint)
                 # A parent may lack a tower that another has, or have one that a task vector leaves out.
                 theirs = {(name, tensor.shape) for name, tensor in other.tensors.items()}
                 if theirs <= shapes or shapes <= theirs:
@@ -180,7 +183,11 @@ def _plan(
 ) -> Plan:
     dtype = record.get("dtype", "base")
     try:
-        weights = parse(notation, {**{name: load_leaf(file, name) for name, file in files.items()}, **built})
+        leaves = {name: load_leaf(file, name) for name, file in files.items()}
+        if record.get("resize_positions"):
+            like = Weights.of(checkpoint)
+            leaves = {name: resize_positions(leaf, like) for name, leaf in leaves.items()}
+        weights = parse(notation, {**leaves, **built})
         return make_plan(weights, dtype=None if dtype == "base" else float_dtype(str(dtype)))
     except ClipmergeError as error:
         raise CheckpointError(
