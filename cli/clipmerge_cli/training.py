@@ -19,7 +19,9 @@ from clipmerge_cli.progress import training
 from clipmerge_cli.scoring import Precision
 
 if TYPE_CHECKING:
+    from clipmerge.data.split import Split
     from clipmerge.finetuning.sweep import Trial
+    from clipmerge.weights.weights import Weights
 
 _KEEP, _TRIAL = "What is kept", "Every trial"
 
@@ -79,13 +81,15 @@ def finetune(
     augmentation = _augmentation(augment)
 
     from clipmerge import distributed
+    from clipmerge.device import describe, resolve_device, resolve_precision
     from clipmerge.finetuning.finetune import finetune as run_finetuning
+    from clipmerge.weights.weights import load
 
     began = perf_counter()
     sets = shared.named(train, "--train", shared.numbered("train", len(train)))
     held_out = shared.named(val or [], "--val", shared.numbered("val", len(val or [])))
     among = list(dict.fromkeys([*sets, *held_out]))
-    place, computing = talk.device("training", device, precision)
+    place, computing = resolve_device(device), resolve_precision(precision, resolve_device(device))
     settings = replace(
         settings,
         augment=augmentation,
@@ -94,14 +98,21 @@ def finetune(
         **hidden_settings(),
     )
     distributed.start(place)
+    shown = {name: images.open(name, data, "train", talk, among=among) for name, data in sets.items()}
+    scored = {
+        name: images.open(name, data, "val", talk, among=among, limit=None) for name, data in held_out.items()
+    }
+    start = None if base == "none" else load(base)
+    model = _model_text(images.model, start)
+    say_held_out = f"; held out: {_images_text(scored)}" if scored else ""
+    talk.say(
+        f"training {model} by {settings.method} on {describe(place, computing)}: {_images_text(shown)}{say_held_out}"
+    )
     with training(quiet=talk.silent) as (on_progress, on_event):
         weights = run_finetuning(
-            None if base == "none" else base,
-            {name: images.open(name, data, "train", talk, among=among) for name, data in sets.items()},
-            val={
-                name: images.open(name, data, "val", talk, among=among, limit=None)
-                for name, data in held_out.items()
-            },
+            start,
+            shown,
+            val=scored,
             head=head,
             out=output,
             model=images.model,
@@ -121,10 +132,35 @@ def finetune(
         done = weights.record.get("training", {})
         seconds = perf_counter() - began
         if talk.json:
-            show.document({"file": output, "training": done, "seconds": round(seconds, 1)})
+            facts = {"training": done, "prompts": weights.prompts, "seconds": round(seconds, 1)}
+            show.document({"file": output, **facts})
         talk.say(f"{_scores(done)}{done.get('step', 0)} steps in {show.duration(seconds)}")
         talk.say(f"wrote {show.short(output)}")
     distributed.finish()
+
+
+def _model_text(model: str | None, base: "Weights | None") -> str:
+    """Say which model trains, and from where that is known."""
+    import clipmerge
+
+    if base is None and model is None:
+        return "a model"  # finetune refuses it in its own words
+    name = clipmerge.resolve_model(model, *([] if base is None else [base])).name
+    return f"{name} ({'--model' if model else f'as {base!r} records'})"
+
+
+def _images_text(sets: "Mapping[str, Split]") -> str:
+    """Say how many images of how many classes there are, of which data and part, and with which prompts."""
+    from clipmerge.data.prompts import templates
+
+    texts = []
+    for split in sets.values():
+        source = split.source + (f", #{split.part}" if split.part and "#" not in split.source else "")
+        prompts = templates(None, split)
+        what = f"{len(split.classes)} classes as {prompts[0]!r}" if split.classes else "captions"
+        more = f" and {len(prompts) - 1} more" if split.classes and len(prompts) > 1 else ""
+        texts.append(f"{len(split)} images of {source}, {what}{more}")
+    return "; ".join(texts)
 
 
 def _scores(training: Mapping[str, Any]) -> str:

@@ -37,6 +37,11 @@ def test_finetune_from_a_base(
     said = capsys.readouterr()
     assert said.out == ""
     assert "step 2: held-out " in said.err
+    first = said.err.splitlines()[0]
+    assert first.startswith(
+        "training tiny (--model) by flyp on cpu, fp32: 60 images of digits, #train, 10 classes as 'a "
+    )
+    assert "; held out: 359 images of digits, #val, 10 classes as 'a photo of the number" in first
     assert f"wrote {out}" in said.err
     events = map(json.loads, Path(f"{out.with_suffix('')}.log.jsonl").read_text().splitlines())
     final = [event for event in events if event["event"] == "score"][-1]
