@@ -27,6 +27,7 @@ _NUMBER = re.compile(r"(-?[0-9]+)(\.0*)?")
 
 _ORDINAL = re.compile(r"[0-9]+[\s._-]+(?=[^\W\d_])")
 _CAMEL = re.compile(r"[A-Z]?[a-z]{2,}(?:[A-Z][a-z]+)+")
+_WORDS_NEEDED = "prompts need words: give --classnames"
 _MOST_CLASSES = 1_000_000
 _TABLE = 'say which is which in a JSON object: --classnames with {"%s": "a name", …}'
 
@@ -231,9 +232,7 @@ def _by_number(
         )
     if names is None:
         names = tuple(map(str, range(highest + 1)))
-        remarks.append(
-            f"its classes have no names but numbers, 0 … {highest}; prompts need words: give --classnames"
-        )
+        remarks.append(f"its classes have no names but numbers, 0 … {highest}; {_WORDS_NEEDED}")
     index = {label: value for label, value in numbers.items() if 0 <= value < len(names)}
     if given is not None or declared is None:
         return _Classes(names, index, remarks=remarks)
@@ -265,7 +264,18 @@ def _by_word(
         used = {index[word] for word in known if word in index}
         empty = [name for i, name in enumerate(declared) if i not in used]
         return _Classes(class_words(declared), index, empty=empty, remarks=remarks)
-    return _Classes(class_words(ordered), {word: i for i, word in enumerate(ordered)})
+    names = class_words(ordered)
+    told = (
+        [f"only a number tells its classes apart, {names[0]} … {names[-1]}; {_WORDS_NEEDED}"]
+        if _numbered(names)
+        else []
+    )
+    return _Classes(names, {word: i for i, word in enumerate(ordered)}, remarks=told)
+
+
+def _numbered(names: Sequence[str]) -> bool:
+    """Whether names differ in their numbers only: class 0, class 1 …"""
+    return len(names) > 1 and len({re.sub("[0-9]+", "", name) for name in names}) == 1
 
 
 def _by_name(source: str, words: Sequence[str], names: tuple[str, ...]) -> tuple[dict[str, int], list[str]]:
@@ -283,7 +293,7 @@ def _by_name(source: str, words: Sequence[str], names: tuple[str, ...]) -> tuple
             hint=_TABLE % words[0],
         )
     pairs = [f"{word} is {name!r}" for word, name in zip(words, names, strict=True)]
-    shown = " … ".join([*pairs[:2], *pairs[2:][-1:]])
+    shown = " … ".join([", ".join(pairs[:2]), *pairs[2:][-1:]])
     return {word: i for i, word in enumerate(words)}, [
         f"class names are taken in the order of the classes: {shown}"
     ]

@@ -117,7 +117,11 @@ def test_a_missing_label_is_no_class_of_its_own(tmp_path: Path) -> None:
 @every_kind
 def test_words_with_numbers_count_as_people_count(kind: str, tmp_path: Path) -> None:
     source = store(kind, tmp_path / "s", [f"class_{i}" for i in range(MANY)])
-    assert open_split(source).classes == tuple(f"class {i}" for i in range(MANY))
+    unnamed = open_split(source)
+    assert unnamed.classes == tuple(f"class {i}" for i in range(MANY))
+    assert unnamed.remarks == (
+        "only a number tells its classes apart, class 0 … class 11; prompts need words: give --classnames",
+    )
     split = open_split(source, classnames=NAMES)
     assert [int(np.flatnonzero(np.array(NAMES) == name)[0]) for name in sorted(named(split))] == list(
         range(MANY)
@@ -126,7 +130,7 @@ def test_words_with_numbers_count_as_people_count(kind: str, tmp_path: Path) -> 
     assert of_ten.tolist() == [10], "class_10 is the name at 10, not the one after class_1"
     assert split.remarks == (
         "class names are taken in the order of the classes: "
-        "class_0 is 'thing number a' … class_1 is 'thing number b' … class_11 is 'thing number l'",
+        "class_0 is 'thing number a', class_1 is 'thing number b' … class_11 is 'thing number l'",
     )
 
 
