@@ -1,6 +1,6 @@
 """The commands that look and check: evaluate, inspect, compare, verify."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ def evaluate(
     else:
         _scores_table(names, scores, evaluator.metric)
         if len(sources) > 1:
-            title = f"{METRICS[evaluator.metric].title}, best mean first"
+            title = f"{_titles(evaluator.metrics.values())}, best mean first"
             columns, cells = scores_by_data(document)
             show.table(columns, cells, title=title)
     known = sum(score.images_scored == 0 for row in scores for score in row.values())
@@ -109,8 +109,9 @@ def _scores_table(names: Sequence[str], scores: Sequence[Mapping[str, Score]], m
     every = [score for row in scores for score in row.values()]
     others = [name for name in METRICS if name != metric and all(name in score.metrics for score in every)]
     compares = ["p"] if len(names) > 1 else []
-    counted = "queries" if METRICS[metric].retrieval else "images"
-    columns = ["checkpoint", "data", counted, METRICS[metric].title, "95 %", *compares]
+    kinds = {METRICS[score.metric].retrieval for score in every}
+    counted = "images or queries" if len(kinds) > 1 else "queries" if kinds == {True} else "images"
+    columns = ["checkpoint", "data", counted, _titles(score.metric for score in every), "95 %", *compares]
     rows: list[list[object]] = []
     for name, row in zip(names, scores, strict=True):
         for split, score in row.items():
@@ -119,6 +120,11 @@ def _scores_table(names: Sequence[str], scores: Sequence[Mapping[str, Score]], m
                 cells.append("" if row is scores[0] else f"{score.p_value(scores[0][split]):.2g}")
             rows.append(cells + [show.percent(score.metrics[name]) for name in others])
     show.table([*columns, *(METRICS[name].title for name in others)], rows)
+
+
+def _titles(metrics: Iterable[str]) -> str:
+    """Return what a column of scores is called; data with captions has another metric than data with classes."""
+    return " or ".join(dict.fromkeys(METRICS[metric].title for metric in metrics))
 
 
 def inspect(

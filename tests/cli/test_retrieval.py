@@ -75,3 +75,15 @@ def test_recall_decides_a_soup_and_an_alpha(
     (chosen,) = [point for point in points if point["chosen"]]
     assert chosen["value"] == max(point["value"] for point in points)
     assert len({point["value"] for point in points}) > 1
+
+
+def test_data_with_classes_and_data_with_captions_in_one_table(
+    ckpt: list[str], tiny_model_file: Path, table: str, capsys: Any
+) -> None:
+    data = ["--data", "id=digits#val", "--data", f"captions={table}", "--limit", "20"]
+    assert main(["evaluate", *ckpt[:2], "--model", str(tiny_model_file), *data]) == 0
+    out, err = capsys.readouterr()
+    assert "top-1 or recall@1, best mean first" in out
+    assert "captions: captions, by retrieval" in err
+    rows = [line.split()[:3] for line in out.splitlines() if line.split()[:1] == ["base"]]
+    assert rows[:2] == [["base", "id", "20"], ["base", "captions", "60"]]

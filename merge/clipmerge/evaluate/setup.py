@@ -62,8 +62,13 @@ class Setup:
 
     def says(self) -> str:
         """Say what gives the logits, in a few words."""
+        others = {
+            "trained": "a trained head",
+            "file": "a head from a file",
+            "captions": "captions, by retrieval",
+        }
         if self.head != "zero-shot":
-            return "a trained head" if self.head == "trained" else "a head from a file"
+            return others[self.head]
         count, first = len(self.templates), repr(self.templates[0])
         prompts = f"prompts {first}" if count == 1 else f"{count} prompts such as {first}"
         names = ", class names recorded" if self.classes_from == "recorded" else ""
