@@ -25,7 +25,7 @@ _KIND = "Kind of soup"
 def soup(
     *,
     checkpoints: list[str] = shared.CHECKPOINTS,
-    base: str | None = opt(None, "What encoders and task vectors stand on; no ingredient.", metavar="CKPT"),
+    base: str | None = shared.UNDER,
     vectors: bool = shared.VECTORS,
     greedy: bool = opt(False, "Keep what helps on held-out images.", _KIND),
     learned: bool = opt(False, "Learn coefficients on held-out images.", _KIND),

@@ -65,7 +65,7 @@ def evaluate(
     sources = named(data, "--data", data)
     if output is not None:
         check_scores_file(output, force=force)
-    weights, scoring = load_all(checkpoints), replace(scoring, text_tower=text_tower)
+    weights, scoring = load_all(checkpoints, base=text_tower), replace(scoring, text_tower=text_tower)
     remembered = None
     if journal or skip_existing:
         again = "the same without --skip-existing"
@@ -226,7 +226,8 @@ def compare(
 
         clipmerge compare cars.safetensors dtd.safetensors --base zs.safetensors
     """
-    first, second, origin = load(a, "a"), load(b, "b"), load(base, "base") if base else None
+    origin = load(base, "base") if base else None
+    first, second = load(a, "a", base=origin), load(b, "b", base=origin)
     with talk.progress() as on_progress:
         comparison = compare_weights(first, second, origin, on_progress=on_progress)
     if talk.json:

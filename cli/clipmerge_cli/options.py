@@ -67,13 +67,19 @@ Grid = Sequence[float]
 BASE = arg("BASE", "The model before finetuning.")
 FINETUNED = arg("FINETUNED", "The model after finetuning.")
 ORIGIN = opt(None, "What FINETUNED was finetuned from; default: BASE.", None, "--base", metavar="CKPT")
+UNDER = opt(None, "What adapters, encoders and task vectors stand on.", None, "--base", metavar="CKPT")
 VECTORS = opt(False, "The files beside the base are task vectors, though they do not say so.", None)
 CHECKPOINTS = arg("CKPT...", "Checkpoints: files, folders, hf-hub:ORG/NAME.")
 FORCE = opt(False, "Overwrite an output that exists.", OUTPUT)
 PLOT = opt(None, "Draw it: FILE as PNG, and as SVG beside it.", OUTPUT, metavar="FILE", parser=figure_path)
 MODEL = opt(None, "An open_clip model name or JSON config; default: the checkpoint's.", INPUT, metavar="M")
 TEXT_TOWER = opt(
-    None, "Whose text tower a checkpoint without one takes.", INPUT, "--text-tower", "--base", metavar="CKPT"
+    None,
+    "What adapters and encoders without a text tower stand on.",
+    INPUT,
+    "--text-tower",
+    "--base",
+    metavar="CKPT",
 )
 REFINE = opt(False, "Narrow the choice down between the points of the grid.", SEARCH)
 SEED = opt(0, "Seed of anything random.", SEARCH)

@@ -1,5 +1,6 @@
 """Published encoders (no text tower) beside a whole base, as a user types it."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -168,3 +169,24 @@ def test_adapters_need_their_base_and_are_shown(
     recipe = 'expression = "0.5*one + 0.5*two"\nbase = "full.safetensors"\n[checkpoints]\none = "one"\ntwo = "two"\n'
     Path("r.toml").write_text(recipe)
     assert main(["merge", "r.toml", "-o", "out.safetensors"]) == 0
+
+
+@pytest.mark.parametrize("ingredients", [["va.pt", "vb.pt"], ["one", "two"]])
+def test_encoders_and_adapters_are_chosen_on_images(
+    loras: dict[str, torch.Tensor],
+    tiny_model_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    ingredients: list[str],
+) -> None:
+    images = ["--model", str(tiny_model_file), "--limit", "30"]
+    soup = ["soup", *ingredients, "--base", "full.safetensors", "--greedy", "--val", VAL, *images]
+    assert main([*soup, "-o", "soup.safetensors", "--json"]) == 0
+    chosen = json.loads(capsys.readouterr().out)
+    names = [name.removesuffix(".pt") for name in ingredients]
+    assert sorted(step["name"] for step in chosen["history"]) == names
+    assert main(["verify", "soup.safetensors", "--parents", "."]) == 0
+    shown = ["evaluate", *ingredients, "--base", "full.safetensors", "--data", VAL, *images]
+    capsys.readouterr()
+    assert main(shown) == 0
+    out = capsys.readouterr().out
+    assert all(f" {name} " in out for name in names)

@@ -41,6 +41,9 @@ def _texts(weights: Weights) -> list[str]:
     if (reference := only.extra.get("reference")) is not None:
         return [str(reference)]
     path, chosen = only.path.absolute(), only.extra.get("set")
+    path = (
+        path.parent if only.factors is not None and not path.is_dir() else path
+    )  # all are adapter_model.safetensors
     stem = path.name if path.is_dir() else Path(path.name.removesuffix(SUFFIX)).stem
     folders = [Path(*path.parts[-depth:-1]) for depth in range(1, len(path.parts) + 1)]
     texts = [(folder / name).as_posix() for folder in folders for name in (stem, path.name)]
@@ -48,9 +51,11 @@ def _texts(weights: Weights) -> list[str]:
 
 
 def _is_that(weights: Weights, leaf: Leaf) -> bool:
-    """Whether the weights are one checkpoint, but for whole towers that it lacks and another completes."""
+    """Whether the weights are one checkpoint, but for what completes it: the base of an adapter, or whole towers."""
     if len(weights.terms) == 1:
         return weights.terms[leaf].constant == 1
     if not isinstance(leaf, Checkpoint) or len(weights.terms) > 2:
         return False
+    if leaf.factors is not None:
+        return all(c.constant == 1 for c in weights.terms.values()) and weights.kind() == 1
     return all(c.at(name) == (other is leaf) for name in leaf.tensors for other, c in weights.terms.items())
