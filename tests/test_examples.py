@@ -1,5 +1,7 @@
 """Every file in examples/ runs on the demo's files, with warnings as errors, and prints what it is about."""
 
+import ast
+import json
 import os
 import runpy
 import shutil
@@ -23,10 +25,39 @@ SAYS = {
 }
 
 
+NOTEBOOK = ROOT / "examples" / "first_soup.ipynb"
+
+
+def test_the_notebook_runs_and_each_cell_shows_what_its_text_says(
+    demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cells are run in order in one namespace, and what the last line of each is worth is what a notebook shows."""
+    shutil.copytree(demo_folder, tmp_path / "clipmerge-demo", copy_function=os.link)
+    monkeypatch.chdir(tmp_path)
+    cells = [c for c in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    names: dict[str, object] = {"__name__": "__main__"}
+    values = []
+    for cell in cells:
+        *lines, last = ast.parse("".join(cell["source"])).body
+        exec(compile(ast.Module(lines, []), NOTEBOOK.name, "exec"), names)
+        if isinstance(last, ast.Expr):
+            values.append(eval(compile(ast.Expression(last.value), NOTEBOOK.name, "eval"), names))
+        else:
+            exec(compile(ast.Module([last], []), NOTEBOOK.name, "exec"), names)
+    evaluator, score, soup, figure, printed, status = values
+    assert repr(evaluator) == "Evaluator(val: 400 images, test: 800 images)"
+    assert repr(score).startswith("Score(top1 ")
+    assert "<table><caption>greedy soup: " in soup._repr_html_()
+    assert figure.axes[0].get_title(loc="left").startswith("Greedy soup")
+    assert (printed, status) == (None, "verified")
+    assert "p = " in capsys.readouterr().out
+    assert all(not cell["outputs"] for cell in cells)
+
+
 def test_each_example_is_listed_with_its_idea() -> None:
     listed = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
     assert sorted(SAYS) == [path.stem for path in EXAMPLES]
-    for path in EXAMPLES:
+    for path in (*EXAMPLES, NOTEBOOK):
         assert f"`{path.name}`" in listed
 
 

@@ -53,7 +53,6 @@ def application(wanted: str | None = None) -> typer.Typer:
     """The command tree, with the module of the command `wanted` imported and no other."""
     tree = typer.Typer(
         name="clipmerge",
-        add_completion=False,
         no_args_is_help=True,
         rich_markup_mode="rich",
         pretty_exceptions_enable=False,
@@ -73,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 done, 1 refused or failed, 2 wrong usage, 130 stopped by Ctrl-C, 143 by SIGTERM.
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    wanted = next((word for word in args if not word.startswith("-")), None)
+    typed = args or _completed_words()
+    wanted = next((word for word in typed if word in COMMANDS), None)
     warnings.showwarning = _warn
     with _signals() as came:
         code = _run(args, wanted, came)
@@ -84,6 +84,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return code or 1
     return code
+
+
+def _completed_words() -> list[str]:
+    """Return what stands on the line that a shell asks to complete: in bash's and fish's way, or zsh's."""
+    if "_CLIPMERGE_COMPLETE" not in os.environ:
+        return []
+    return os.environ.get("COMP_WORDS", os.environ.get("_TYPER_COMPLETE_ARGS", "")).split()[1:]
 
 
 class _Interrupted(KeyboardInterrupt):

@@ -1,7 +1,8 @@
 """The commands that look and check: evaluate, inspect, compare, verify."""
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,13 +132,13 @@ def inspect(
     *,
     file: str = arg("FILE", "A checkpoint: file, folder, hf-hub:ORG/NAME."),
     talk: Talk,
-    tensors: bool = opt(False, "List every tensor."),
+    tensors: bool = opt(False, "List the tensors, by tower and block and each one."),
     headers: bool = opt(False, "Read headers only: no digest, no count of NaN."),
 ) -> None:
     """What a checkpoint holds and how it was made.
 
-    Its provenance through the generations, its model, and its tensors by tower and block: sizes, dtypes,
-    values that are not finite.
+    Its provenance through the generations, then its model, size, dtypes, digest and values that are not finite;
+    with --tensors what each tower, block and tensor is.
 
     Example: [bold]clipmerge inspect soup.safetensors[/bold]
     """
@@ -152,13 +153,16 @@ def inspect(
         more = {"all_tensors": [dict(zip(keys, row, strict=True)) for row in listing]} if tensors else {}
         show.document({**summary.to_json(), "model": weights.model, **more})
         return
-    _show(summary, weights.model)
+    _show(summary, weights.model, tensors=tensors)
     if tensors:
         rows = [(n, dtype, "×".join(map(str, shape)) or "scalar", bad) for n, dtype, shape, bad in listing]
         show.table(("tensor", "dtype", "shape", "not finite"), rows)
 
 
-def _show(summary: Summary, model: Mapping[str, Any] | None) -> None:
+def _show(summary: Summary, model: Mapping[str, Any] | None, *, tensors: bool) -> None:
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 10_000)
+    console.print(tree(summary.name, summary.record))
+    print()
     bad = summary.nonfinite or {}
     listed = and_more([f"{name} ({count})" for name, count in bad.items()], 5)
     none = "not counted" if summary.nonfinite is None else "none"
@@ -172,13 +176,14 @@ def _show(summary: Summary, model: Mapping[str, Any] | None) -> None:
         "digest": summary.digest or "not computed",
         "not finite": f"{sum(bad.values())} values in {len(bad)} tensors: {listed}" if bad else none,
     }
-    print(show.plain("\n".join(f"{label:<11} {value}" for label, value in facts.items())), end="\n\n")
-    console = Console(width=10_000, soft_wrap=True, highlight=False, markup=False)
-    console.print(tree(summary.name, summary.record))
+    print(show.plain("\n".join(f"{label:<11} {value}" for label, value in facts.items())))
+    if not tensors:
+        return
     rows = []
     for part in summary.parts:
         name, dtypes, nbytes = show.part(part.tower, part.block), show.counts(part.dtypes), size(part.nbytes)
         rows.append((name, part.tensors, f"{part.parameters:,}", dtypes, nbytes, part.nonfinite))
+    print()
     show.table(("part", "tensors", "parameters", "dtypes", "size", "not finite"), rows, title="Tensors")
 
 
@@ -190,14 +195,43 @@ def tree(label: str, record: Mapping[str, Any]) -> Tree:
         lines[0] += f" = {record['notation']}" + ("" if dtype == "base" else f" as {dtype}")
     elif not record:
         lines[0] += "  (no record)"
-    kinds = ("training", "selection", "scores")
-    lines += [f"{kind}: {_brief(record[kind])}" for kind in kinds if record.get(kind)]
+    if isinstance(selection := record.get("selection"), Mapping):
+        lines.append(_chosen(selection))
+    if isinstance(training := record.get("training"), Mapping):
+        lines.append(_trained(training))
+    lines += [f"scores: {_brief(record['scores'])}"] if record.get("scores") else []
     branch = Tree(Text(show.plain("\n".join(lines))))
     for parent in () if is_original(record) else parents_of(record):
         branch.children.append(tree(f"{parent.name}: {_file(parent)}", parent.made))
     for base in bases_of(record):
         branch.add(Text(show.plain(f"trained from: {_file(base)}")))
     return branch
+
+
+def _chosen(selection: Mapping[str, Any]) -> str:
+    """Say how a merge was chosen: `chosen by greedy soup on digits#val: top1 95.00 % of 400 images`."""
+    by, data = (
+        str(selection.get("by", "?")).replace("_", " "),
+        selection.get("data", "images that are not named"),
+    )
+    value, n = selection.get("value"), selection.get("n")
+    score = (
+        f": {selection.get('metric')} {show.percent(value)} % of {n} images"
+        if isinstance(value, float)
+        else ""
+    )
+    return f"chosen by {by} on {data}{score}"
+
+
+def _trained(training: Mapping[str, Any]) -> str:
+    """Say how a checkpoint was trained, the hyperparameters that differ from the defaults among it."""
+    from clipmerge.finetuning.settings import Settings
+
+    plain = {k: v for k, v in training.items() if isinstance(v, str | int | float | bool)}
+    usual = {f.name: f.default for f in fields(Settings)}
+    first = [f"{plain.pop(name)} {name}" for name in ("images", "steps") if name in plain]
+    rest = [f"{k} {v}" for k, v in plain.items() if k not in ("method", "step") and usual.get(k) != v]
+    return f"trained by {plain.get('method', '?')}: {', '.join([*first, *rest])}"
 
 
 def _file(parent: Parent) -> str:

@@ -17,7 +17,7 @@ from clipmerge.weights.record import with_model
 from clipmerge.weights.weights import Weights, as_checkpoint, one_tower
 from clipmerge_cli import options as shared
 from clipmerge_cli import show
-from clipmerge_cli.groups import arg, opt
+from clipmerge_cli.groups import arg, opt, refuse_unused
 from clipmerge_cli.options import HUB_FILE, INPUT, Grid, Talk
 from clipmerge_cli.scoring import Choosing, Scoring, choose, run_search
 from clipmerge_cli.writing import UNKNOWN_MODEL, Output, load_models, named_model
@@ -105,8 +105,17 @@ def merge(
         clipmerge merge recipe.toml
 
     A recipe is TOML: expression = "...", a table \\[checkpoints] with name = "file" (relative to the recipe),
-    and, where wanted, output, dtype and shard_size. What the command line says wins.
+    and, where wanted, output, dtype and shard_size. What the command line says wins. mergekit's YAML is read for
+    linear, task_arithmetic, slerp, model_stock and ties.
     """
+    if expression.endswith((".yml", ".yaml")):
+        ours = ("files", "base", "fused", "equalise", "scale", "scales", "val", "refine")
+        refuse_unused("with mergekit's YAML", *ours)
+        from clipmerge.weights.mergekit import read_mergekit
+
+        weights, dtype = read_mergekit(Path(expression))
+        replace(out, dtype=out.dtype or dtype).merge(weights, model=choosing.model, remark=f"{weights!r}")
+        return
     named_files = shared.named(files or [], "NAME=FILE")
     recipe = read_recipe(expression) if expression.endswith(".toml") else Recipe(expression, {})
     checkpoints = {**recipe.checkpoints, **named_files}

@@ -105,6 +105,10 @@ class Talk:
         """Show bars for long work while the block runs."""
         return progress(quiet=self.silent, title=title)
 
+    def loading(self) -> "AbstractContextManager[Progress | None]":
+        """Say, where somebody watches, that libraries are imported while the block runs: it takes seconds."""
+        return self.progress("loading torch and the model …")
+
     def device(self, work: str, device: str, precision: str) -> "tuple[torch.device, Precision]":
         """Resolve --device and --precision, and say what the work runs on."""
         from clipmerge.device import describe, resolve_device, resolve_precision

@@ -20,8 +20,9 @@ def progress(
 ) -> "Iterator[OnProgress | None]":
     """Yield a callback for long work, or None where stderr is no terminal or `quiet`.
 
-    Each distinct `what` is one bar, with `title` before it and the current `notes` after it; bars vanish when the block
-    ends, so that the result stands alone. Workers may report from several threads.
+    Each distinct `what` is one bar, with `title` before it and the current `notes` after it; until the first, a line
+    says that something is loading. Bars vanish when the block ends, so that the result stands alone; nothing that
+    matters afterwards is said by them alone. Workers may report from several threads.
     """
     if quiet or not sys.stderr.isatty():
         yield None
@@ -29,7 +30,7 @@ def progress(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskID, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = ("{task.description}", BarColumn(), "{task.fields[count]}", "elapsed", TimeElapsedColumn())
+    columns = ("{task.description}", BarColumn(20), "{task.fields[count]}", "elapsed", TimeElapsedColumn())
     about = ("about", TimeRemainingColumn(), "left")
     bars = Progress(*columns, *about, console=Console(stderr=True), transient=True)
     tasks: dict[str, TaskID] = {}
@@ -45,8 +46,7 @@ def progress(
             bars.update(tasks[what], completed=done, total=total or None, count=count)
 
     with bars:
-        if title:
-            tasks[""] = bars.add_task(title, total=None, count="")
+        tasks[""] = bars.add_task(title or "loading …", total=None, count="")
         yield update
 
 

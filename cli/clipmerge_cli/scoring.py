@@ -80,9 +80,11 @@ class Scoring(Images):
             role: the part of each data set to use where DATA names none, the same for all or by name.
             models: what will be scored: each as it says of itself, or `as_one`, as all of them agree.
         """
-        from clipmerge import distributed
-        from clipmerge.device import describe, resolve_device, resolve_precision
-        from clipmerge.weights.names import lacks_text
+        with talk.loading():
+            from clipmerge import distributed
+            from clipmerge.device import describe, resolve_device, resolve_precision
+            from clipmerge.evaluate import evaluator as _  # noqa: F401  (torch and open_clip)
+            from clipmerge.weights.names import lacks_text
 
         roles = dict.fromkeys(data, role) if isinstance(role, str) else role
         parts = dict.fromkeys(data) if self.holdout else roles

@@ -80,10 +80,11 @@ def finetune(
     """
     augmentation = _augmentation(augment)
 
-    from clipmerge import distributed
-    from clipmerge.device import describe, resolve_device, resolve_precision
-    from clipmerge.finetuning.finetune import finetune as run_finetuning
-    from clipmerge.weights.weights import load
+    with talk.loading():
+        from clipmerge import distributed
+        from clipmerge.device import describe, resolve_device, resolve_precision
+        from clipmerge.finetuning.finetune import finetune as run_finetuning
+        from clipmerge.weights.weights import load
 
     began = perf_counter()
     sets = shared.named(train, "--train", shared.numbered("train", len(train)))

@@ -87,6 +87,19 @@ def test_a_word_that_is_no_choice_is_told_the_choices(capsys: pytest.CaptureFixt
     assert "Value error" not in shown
 
 
+def test_a_shell_completes_commands_and_their_options() -> None:
+    def completed(line: str, shell: str = "bash") -> list[str]:
+        words = line.split(" ")
+        asked = {"COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1), "_TYPER_COMPLETE_ARGS": line}
+        done = run(env={**os.environ, "_CLIPMERGE_COMPLETE": f"complete_{shell}", **asked})
+        return done.stdout.split()
+
+    assert completed("clipmerge so") == ["soup"]
+    assert {"--greedy", "--val", "--output"} <= set(completed("clipmerge soup --"))
+    assert "--greedy" in " ".join(completed("clipmerge soup --gr", "zsh"))
+    assert "complete -o default -F _clipmerge_completion clipmerge" in run("--show-completion", "bash").stdout
+
+
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     from clipmerge import __version__
 

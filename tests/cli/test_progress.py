@@ -1,8 +1,10 @@
 import io
+import re
 import sys
 
 import pytest
 
+from clipmerge_cli.options import Talk
 from clipmerge_cli.progress import _count, progress
 
 
@@ -35,6 +37,20 @@ def test_bars_on_a_terminal_say_what_and_how_far(monkeypatch: pytest.MonkeyPatch
     shown = terminal.getvalue()
     assert "scoring" in shown
     assert "3/10" in shown
+    assert re.search(r"elapsed .*0:00:0\d", shown)
+    assert re.search(r"about .*(-:--:--|0:\d\d:\d\d).* left", shown)
+
+
+def test_before_the_first_bar_a_word_says_that_something_is_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    with Talk().loading():
+        pass
+    assert "loading torch and the model …" in terminal.getvalue()
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with progress():
+        pass
+    assert "loading …" in terminal.getvalue()
 
 
 def test_long_counts_are_percentages() -> None:

@@ -112,6 +112,11 @@ class Evaluator:
         self._difficulty: dict[str, _Difficulty] = {}
         self._digests: WeakKeyDictionary[Checkpoint, str] = WeakKeyDictionary()
 
+    def __repr__(self) -> str:
+        return (
+            f"Evaluator({', '.join(f'{name}: {len(split)} images' for name, split in self.splits.items())})"
+        )
+
     # -- scores -------------------------------------------------------------------------------------------
 
     def score(self, weights: Source, split: str | None = None) -> Score:
