@@ -39,7 +39,7 @@ def gradients(model, precision, wrapped):
     prompts = training_prompts(net, tokenizer, train, ["a photo of a {}."], device)
     settings = Settings(augment="none", workers=0)
     images = Images(train, None, spec.preprocess, device, settings)
-    towers = Towers(net, spec.preprocess, precision=precision, channels_last=how == "ddp" and "resnet" in model)
+    towers = Towers(net, spec.preprocess, precision=precision)
     objective = apply_method(towers, tokenizer, prompts, images, settings)
     if wrapped:
         objective.module = wrap(towers, sharded=how == "fsdp", synced=how == "ddp", compiled=False)

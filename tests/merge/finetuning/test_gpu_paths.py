@@ -128,6 +128,54 @@ def test_deterministic_algorithms_are_asked_for_while_it_trains(tune: Callable[.
     assert asked == {False: {False}, True: {True}}
 
 
+def test_what_is_sharded_is_laid_out_plainly_and_on_the_towers_own_device(
+    tiny_model_config: Any, tiny_spec: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FSDP2 refuses a ResNet's parameters laid out channels last (A7); its default mesh is the machine's GPU (A8)."""
+    import torch.distributed.device_mesh as meshes
+    import torch.distributed.fsdp as fsdp
+
+    from clipmerge.finetuning.towers import wrap
+    from clipmerge.model import ModelSpec, build_model
+
+    resnet = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None}
+    spec = ModelSpec(
+        "resnet", {**tiny_model_config, "embed_dim": 32, "vision_cfg": resnet}, tiny_spec.preprocess
+    )
+    towers = Towers(build_model(spec, seed=0), spec.preprocess, channels_last=True)
+    asked, contiguous = [], []
+    mesh = type("Mesh", (), {"device_type": "cpu"})()
+    monkeypatch.setattr(meshes, "init_device_mesh", lambda kind, shape: asked.append(kind) or mesh)
+
+    def shard(module: torch.nn.Module, **_: Any) -> None:
+        contiguous.extend(p.is_contiguous() for p in module.parameters())
+
+    monkeypatch.setattr(fsdp, "fully_shard", shard)
+    assert wrap(towers, sharded=True, synced=False, compiled=False) is towers
+    assert asked == ["cpu"]
+    assert contiguous
+    assert all(contiguous)
+
+
+def test_the_first_ranks_score_says_which_is_the_best(
+    tune: Callable[..., Any], val: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks whose scores differ by an image would part, and wait for each other (A13)."""
+    from clipmerge.finetuning import checkpointing
+
+    said = iter([0.1, 0.9, 0.2])
+    monkeypatch.setattr(checkpointing, "broadcast_object", lambda own: {**own, "top1": next(said)})
+    scored: list[float] = []
+
+    def take(event: Any) -> None:
+        if event["event"] == "score":
+            scored.append(event["top1"])
+
+    best = tune(val=val, steps=6, score_every=2, select="best", on_event=take)
+    assert scored == [0.1, 0.9, 0.2]
+    assert best.record["training"]["step"] == 4
+
+
 def test_sharding_one_process_is_refused(tune: Callable[..., Any]) -> None:
     with pytest.raises(DeviceError, match="--fsdp needs several processes"):
         tune(fsdp=True)
