@@ -107,6 +107,10 @@ def finetune(
     if settings.shots is not None:
         sets = {name: few_shot(split, settings.shots, settings.seed) for name, split in sets.items()}
     train = join(sets) if len(sets) > 1 else next(iter(sets.values()))
+    if head is not None and settings.frozen_head:
+        raise TrainingError(
+            "a frozen head is the base's zero-shot head", hint="give frozen_head or head, not both"
+        )
     check_images(settings, train, held_out)
     sizes = {name: len(split) for name, split in sets.items()}
     shares = set_shares(settings.shares, sizes)
@@ -187,13 +191,18 @@ def with_defaults(settings: Settings, net: nn.Module, *, from_scratch: bool) -> 
     of 200 training images, 73 and 53 of 2,000, 74 and 57 of 10,000; on GTSRB's 3,500, 300 steps, 85 and 72.
 
     Raises:
-        TrainingError: BatchNorm is to be frozen in a model that has none.
+        TrainingError: BatchNorm is to be frozen in a model that has none, or must be for gradient caching.
     """
     clip, freeze = settings.clip_grad, settings.freeze_batch_norm
     if clip is None and settings.frozen_head:
         clip = 1.0  # as in the code of task arithmetic and PAINT
     if has_batch_norm(net):
         freeze = not from_scratch if freeze is None and settings.row.steps else freeze
+        if settings.chunk is not None and not freeze:
+            raise TrainingError(
+                "--chunk encodes every image twice, in pieces, of which BatchNorm would take statistics",
+                hint="use --freeze-batch-norm, or a smaller --batch-size without --chunk",
+            )
     elif freeze is not None:
         raise TrainingError(
             "--freeze-batch-norm does nothing here: the model has no BatchNorm", hint="leave it out"

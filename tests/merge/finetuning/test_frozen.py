@@ -221,5 +221,8 @@ def test_statistics_that_nobody_took_are_not_kept(resnet_spec: Any, tiny_spec: A
         settings = finetuning.with_defaults(Settings(), resnet, from_scratch=scratch)
         assert settings.freeze_batch_norm is not scratch
         assert finetuning.with_defaults(Settings(), vit, from_scratch=scratch).freeze_batch_norm is None
+    with pytest.raises(TrainingError, match="of which BatchNorm would take statistics"):
+        finetuning.with_defaults(Settings(chunk=8), resnet, from_scratch=True)
+    assert finetuning.with_defaults(Settings(chunk=8), resnet, from_scratch=False).freeze_batch_norm
     with pytest.raises(TrainingError, match="has no BatchNorm"):
         finetuning.with_defaults(Settings(freeze_batch_norm=False), vit, from_scratch=False)

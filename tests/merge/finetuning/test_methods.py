@@ -282,6 +282,10 @@ def test_tensorboard_gets_the_same_events(tune: Callable[..., Any], tmp_path: Pa
         ({"score_every": 2}, "--score-every does nothing without held-out images"),
         ({"method": "lp-ft", "head": "frozen"}, "lp-ft has no frozen head"),
         ({"head": "frozen"}, "flyp has no frozen head"),
+        (
+            {"method": "ce", "head": "x.safetensors", "frozen_head": True},
+            "a frozen head is the base's zero-shot head",
+        ),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(
