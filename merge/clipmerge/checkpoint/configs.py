@@ -51,13 +51,14 @@ def _record(path: Path) -> dict[str, Any] | None:
         }
         return {"name": repository(path), **known}
     theirs = _read(path.with_name("config.json"))
-    config = from_huggingface_config(theirs)
+    config, tower = from_huggingface_config(theirs), from_tower_config(theirs)
     # As transformers itself: a processor nested in the newer file wins over the older file.
     nested = _read(path.with_name("processor_config.json")).get("image_processor")
     processor = nested if isinstance(nested, dict) else _read(path.with_name("preprocessor_config.json"))
     preprocess = from_processor(processor, str(theirs.get("model_type", "")))
     if config is None:
-        return {"preprocess": preprocess} if preprocess else None
+        known = {"config": tower, "preprocess": preprocess}
+        return {key: value for key, value in known.items() if value} or None
     return {"name": repository(path), "config": config, "preprocess": preprocess}
 
 
@@ -93,6 +94,22 @@ def from_huggingface_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     sizes = {"embed_dim": config.get("projection_dim", 512), "vision_cfg": image, "text_cfg": words}
     return {**sizes, "quick_gelu": quick.pop()} if len(quick) == 1 else None
+
+
+def from_tower_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Make the part of open_clip's model_cfg that a CLIPVisionModel's or CLIPTextModel's config.json says.
+
+    None where it is the configuration of something else, or says what open_clip's model cannot do.
+    """
+    towers = {"clip_vision_model": "vision", "clip_text_model": "text"}
+    tower = towers.get(str(config.get("model_type")))
+    if tower is None:
+        return None
+    own = dict(config)
+    other = {"hidden_act": own.get("hidden_act", "quick_gelu")}  # a model's towers have one activation
+    parts = {f"{tower}_config": own, f"{({'vision', 'text'} - {tower}).pop()}_config": other}
+    whole = from_huggingface_config({"model_type": "clip", **parts})
+    return whole and {"quick_gelu": whole["quick_gelu"], f"{tower}_cfg": whole[f"{tower}_cfg"]}
 
 
 def _tower(config: Mapping[str, Any], tower: str) -> dict[str, Any] | None:

@@ -20,6 +20,11 @@ from clipmerge.checkpoint.sets import WeightSet
 from clipmerge.checkpoint.tensors import Tensor
 
 _HUGGING_FACE = ("text_model.e", "vision_model.e")
+_ONE_TOWER = {
+    "embeddings.class_embedding": "vision_model.",
+    "embeddings.token_embedding.weight": "text_model.",
+}
+"""transformers 5 saves CLIPVisionModel and CLIPTextModel without the tower's name: what tells them → that name."""
 _OPENAI = frozenset({"input_resolution", "context_length", "vocab_size"})
 _MASKS = frozenset({"attn_mask", "text.attn_mask"})
 """Computed, not learned: saved by old versions and by TorchScript, in no model's state dict today."""
@@ -47,6 +52,9 @@ def to_open_clip(weights: WeightSet) -> Named:
     bare = weights.tensors
     if 0 < len(bare) <= 2 and bare.keys() <= {"weight", "bias"} and "weight" in bare:
         return Named({f"classification_head.{name}": t for name, t in sorted(bare.items())}, "head")
+    for mark, tower in _ONE_TOWER.items():
+        if mark in bare and any(name.startswith("encoder.layers.") for name in bare):
+            return _from_huggingface(weights, tower)
     if any(name.startswith(_HUGGING_FACE) for name in bare):
         return _from_huggingface(weights)
     dropped = sorted(bare.keys() & (_OPENAI | _MASKS))
@@ -54,14 +62,17 @@ def to_open_clip(weights: WeightSet) -> Named:
     return Named(ours, _layout(ours, weights.words, dropped), (*dropped, *sorted(weights.dropped)))
 
 
-def _from_huggingface(weights: WeightSet) -> Named:
+def _from_huggingface(weights: WeightSet, tower: str = "") -> Named:
     """Translate names; where one of them has no place, all stay as their author's library has them.
+
+    Args:
+        tower: what stands before the names in a CLIPModel.
 
     A merge needs equal names, not open_clip's: only scoring and finetuning build a model.
     """
     bare, masks = weights.tensors, [name for name in weights.tensors if name.endswith(".position_ids")]
     dropped = tuple(sorted([*masks, *weights.dropped]))
-    learned = {name: tensor for name, tensor in bare.items() if name not in masks}
+    learned = {tower + name: tensor for name, tensor in bare.items() if name not in masks}
     renamed, unknown = from_huggingface(learned)
     if not unknown:
         return Named(dict(sorted(renamed.items())), "huggingface", dropped)

@@ -106,7 +106,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         extra["without_place"] = named.without_place
     # A folder of one model says what it is; of a file among others, what lies beside it need not.
     if (place != file or file.name in PREFERRED) and (record := model_beside(file)) is not None:
-        extra["model"] = record
+        # A configuration of open_clip's is none of a model that open_clip has no place for.
+        kept = ("name", "config", "preprocess") if not named.without_place else ("preprocess",)
+        extra["model"] = {key: record[key] for key in kept if key in record}
     if named.dropped:
         extra["dropped"] = named.dropped
     return Checkpoint(identifiers([stem])[0], named.tensors, metadata, named.layout, place, extra)

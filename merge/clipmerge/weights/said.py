@@ -34,6 +34,11 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """
     whole = [key for key in ("vision_cfg", "text_cfg") if key in a and key in b]
     left, right = (_flat(config, whole) for config in (a, b))
+    if len(whole) < 2:  # of one tower, the rest of the model is not said
+        said = {key for key in {*a, *b} if key in a and key in b} | {"quick_gelu"} & {*a, *b}
+        left, right = (
+            {k: v for k, v in flat.items() if k.partition(".")[0] in said} for flat in (left, right)
+        )
     return [
         f"{key}: {_shown(left.get(key))} and {_shown(right.get(key))}"
         for key in sorted(left.keys() | right.keys())

@@ -1,0 +1,154 @@
+"""Folders that transformers' own classes save: under open_clip's names where these have a place, else as they are."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import clipmerge
+from clipmerge.checkpoint.open import open_checkpoint
+from clipmerge.errors import ModelError
+from clipmerge.model import build_model, refuse_misfit, resolve_model
+
+SMALL = {"hidden_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 256}
+WORDS = {"vocab_size": 99, "bos_token_id": 0, "eos_token_id": 98, "pad_token_id": 1}
+TEXT = {**SMALL, **WORDS, "max_position_embeddings": 8, "projection_dim": 12}
+VISION = {**SMALL, "projection_dim": 12, "image_size": 16, "patch_size": 8}
+
+
+@pytest.fixture(scope="module")
+def clip() -> Any:
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(0)
+    return CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=12)).eval()
+
+
+def saved(model: Any, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_clip_model_computes_the_same_in_open_clip(clip: Any, tmp_path: Path) -> None:
+    weights = clipmerge.load(saved(clip, tmp_path / "clip"))
+    spec = resolve_model(None, weights)
+    model = weights.load_into(build_model(spec)).eval()
+    image, text = torch.randn(2, 3, 16, 16), torch.randint(2, 98, (2, 8))
+    text[:, -1] = 98
+    with torch.no_grad():
+        theirs = clip(input_ids=text, pixel_values=image)
+        pairs = (
+            (model.encode_image(image), theirs.image_embeds),
+            (model.encode_text(text), theirs.text_embeds),
+        )
+        for ours, right in pairs:
+            ours = ours / ours.norm(dim=-1, keepdim=True)
+            torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "tower"),
+    [
+        ("CLIPVisionModelWithProjection", "vision"), ("CLIPTextModelWithProjection", "text"),
+        ("CLIPVisionModel", "vision"), ("CLIPTextModel", "text"),
+    ],
+)  # fmt: skip
+def test_one_tower_is_that_part_of_the_model(name: str, tower: str, clip: Any, tmp_path: Path) -> None:
+    import transformers
+
+    whole = open_checkpoint(saved(clip, tmp_path / "whole"))
+    part = getattr(transformers, name).from_pretrained(tmp_path / "whole")
+    checkpoint = open_checkpoint(saved(part, tmp_path / name))
+    assert checkpoint.layout == "huggingface"
+    lost = {"visual.proj", "text_projection"} if "Projection" not in name else set()
+    image = {n for n in whole.tensors if n.startswith("visual.")}
+    expected = (image if tower == "vision" else whole.tensors.keys() - image - {"logit_scale"}) - lost
+    assert checkpoint.tensors.keys() == expected
+    assert {n: t.shape for n, t in checkpoint.tensors.items()} == {
+        n: whole.tensors[n].shape for n in expected
+    }
+    said = checkpoint.extra["model"]["config"]
+    config = whole.extra["model"]["config"]
+    assert said == {"quick_gelu": True, f"{tower}_cfg": config[f"{tower}_cfg"]}
+    full, alone = clipmerge.load(tmp_path / "whole"), clipmerge.load(tmp_path / name)
+    both = full + 0.5 * (alone - full)
+    assert (both.model or {})["config"] == config
+
+
+def siglip(seed: int) -> Any:
+    from transformers import SiglipConfig, SiglipModel
+
+    torch.manual_seed(seed)
+    return SiglipModel(SiglipConfig(text_config=TEXT, vision_config=VISION)).eval()
+
+
+def siglip2(seed: int) -> Any:
+    from transformers import Siglip2Config, Siglip2Model
+
+    torch.manual_seed(seed)
+    vision = {**SMALL, "num_patches": 4, "patch_size": 8}
+    return Siglip2Model(Siglip2Config(text_config=TEXT, vision_config=vision)).eval()
+
+
+def classifier(seed: int) -> Any:
+    from transformers import CLIPConfig, CLIPForImageClassification
+
+    torch.manual_seed(seed)
+    return CLIPForImageClassification(CLIPConfig(text_config=TEXT, vision_config=VISION, num_labels=3)).eval()
+
+
+def timm_tower(seed: int) -> Any:
+    from transformers import TimmWrapperConfig, TimmWrapperModel
+
+    torch.manual_seed(seed)
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    config = TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args=sizes)
+    return TimmWrapperModel(config).eval()
+
+
+@pytest.mark.parametrize("make", [siglip, siglip2, classifier, timm_tower])
+def test_a_mean_of_any_architecture_is_loaded_by_its_own_class(
+    make: Callable[[int], Any], tmp_path: Path
+) -> None:
+    models = [make(seed) for seed in (0, 1)]
+    weights = [clipmerge.load(saved(model, tmp_path / str(i))) for i, model in enumerate(models)]
+    (tmp_path / "soup").mkdir()
+    shutil.copy(tmp_path / "0" / "config.json", tmp_path / "soup")
+    clipmerge.mean(weights).save(tmp_path / "soup" / "model.safetensors")
+    soup = type(models[0]).from_pretrained(tmp_path / "soup").state_dict()
+    states = [model.state_dict() for model in models]
+    for name, tensor in soup.items():
+        right = (
+            sum(state[name].double() for state in states) / 2
+            if tensor.is_floating_point()
+            else states[0][name]
+        )
+        torch.testing.assert_close(tensor, right.to(tensor.dtype), rtol=0, atol=0)
+
+
+def test_why_a_model_cannot_be_scored_is_said(tmp_path: Path) -> None:
+    weights = clipmerge.load(saved(siglip(0), tmp_path / "siglip"))
+    assert weights.checkpoints[0].layout == "transformers"
+    assert weights.model is None
+    with pytest.raises(ModelError) as caught:
+        refuse_misfit(weights, resolve_model("ViT-B-32"))
+    assert "keeps its own names, as open_clip has no place for 'logit_bias'" in str(caught.value.hint)
+
+
+def test_an_open_clip_coca_and_timm_tower_keep_their_names(tmp_path: Path) -> None:
+    """The names of a CoCa and of a timm image tower as open_clip's own repositories publish them."""
+    from safetensors.torch import save_file
+
+    names = ["visual.attn_pool.query", "visual.trunk.blocks.0.attn.qkv.weight", "text.cls_emb",
+             "text.transformer.resblocks.0.ln_1.weight", "text_decoder.cross_attn.0.attn.in_proj_weight"]  # fmt: skip
+    save_file({name: torch.ones(2, 2) for name in names}, tmp_path / "open_clip_model.safetensors")
+    (tmp_path / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": {"embed_dim": 2, "multimodal_cfg": {}}})
+    )
+    checkpoint = open_checkpoint(tmp_path)
+    assert sorted(checkpoint.tensors) == sorted(names)
+    assert checkpoint.extra["model"]["config"]["multimodal_cfg"] == {}
