@@ -216,11 +216,9 @@ def _chosen(selection: Mapping[str, Any]) -> str:
     )
     value, n = selection.get("value"), selection.get("n")
     score = (
-        f": {selection.get('metric')} {show.percent(value)} % of {n} images"
-        if isinstance(value, float)
-        else ""
+        f": {selection.get('metric', 'score')} {show.percent(value)} %" if isinstance(value, float) else ""
     )
-    return f"chosen by {by} on {data}{score}"
+    return f"chosen by {by} on {data}{score}{f' of {n} images' if score and n else ''}"
 
 
 def _trained(training: Mapping[str, Any]) -> str:
@@ -230,8 +228,12 @@ def _trained(training: Mapping[str, Any]) -> str:
     plain = {k: v for k, v in training.items() if isinstance(v, str | int | float | bool)}
     usual = {f.name: f.default for f in fields(Settings)}
     first = [f"{plain.pop(name)} {name}" for name in ("images", "steps") if name in plain]
-    rest = [f"{k} {v}" for k, v in plain.items() if k not in ("method", "step") and usual.get(k) != v]
-    return f"trained by {plain.get('method', '?')}: {', '.join([*first, *rest])}"
+    rest = [
+        f"{k} {v}"
+        for k, v in plain.items()
+        if k not in ("method", "step") and (k == "lr" or usual.get(k) != v)
+    ]
+    return f"trained by {plain.get('method', '?')}: {', '.join([*first, *rest])}".removesuffix(": ")
 
 
 def _file(parent: Parent) -> str:

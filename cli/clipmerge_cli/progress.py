@@ -28,11 +28,15 @@ def progress(
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskID, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, Task, TaskID, TimeElapsedColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Left(TimeRemainingColumn):
+        def render(self, task: Task) -> Text:
+            return Text.assemble("about ", super().render(task), " left") if task.total else Text()
 
     columns = ("{task.description}", BarColumn(20), "{task.fields[count]}", "elapsed", TimeElapsedColumn())
-    about = ("about", TimeRemainingColumn(), "left")
-    bars = Progress(*columns, *about, console=Console(stderr=True), transient=True)
+    bars = Progress(*columns, Left(), console=Console(stderr=True), transient=True)
     tasks: dict[str, TaskID] = {}
     lock = Lock()
 

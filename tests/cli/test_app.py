@@ -97,7 +97,12 @@ def test_a_shell_completes_commands_and_their_options() -> None:
     assert completed("clipmerge so") == ["soup"]
     assert {"--greedy", "--val", "--output"} <= set(completed("clipmerge soup --"))
     assert "--greedy" in " ".join(completed("clipmerge soup --gr", "zsh"))
-    assert "complete -o default -F _clipmerge_completion clipmerge" in run("--show-completion", "bash").stdout
+    named = {
+        **os.environ,
+        "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1",
+    }  # else: the shell that runs the tests
+    script = run("--show-completion", "bash", env=named).stdout
+    assert "complete -o default -F _clipmerge_completion clipmerge" in script
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:

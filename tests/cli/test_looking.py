@@ -60,7 +60,7 @@ def test_inspect_tells_the_whole_story(run: Run) -> None:
     assert tree == [f"{n}: {n}.safetensors" for n in ("base", "soup", "a", "b")]
     assert "wise = 0.75*base + 0.25*soup" in out
     assert "= mean([a, b])" in out
-    assert out.count("training: lr=1e-05, method=flyp") == 2
+    assert out.count("trained by flyp: lr 1e-05") == 2
     assert "visual.block[0] 1 6 F32 24 bytes 0" in lines
     assert "visual.conv1.weight F32 4×3 0" in lines
 
@@ -106,7 +106,7 @@ def test_inspect_shows_selection_and_scores(run: Run) -> None:
     }
     save_file({"x": np.float32([1])}, "s.safetensors", metadata=write_record(record))
     out = run("inspect", "s.safetensors", "--headers")[1]
-    assert f"selection: by=greedy_soup, data={'0' * 64}, value=0.9\n" in out  # whole, however narrow
+    assert f"chosen by greedy soup on {'0' * 64}: score 90.00 %\n" in out  # whole, however narrow
     assert "scores: val=0.9" in out
 
 
