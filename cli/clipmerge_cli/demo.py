@@ -86,12 +86,12 @@ def _show(results: Mapping[str, Any], out: Path) -> None:
     n = models[0]["scores"]["test"]["n"]
     title = f"In distribution, top-1 %: chosen on held-out digits, reported on {n} test digits"
     rows = [_row(m, ("held-out", "test"), m["scores"]["test"]["interval"], "test") for m in models]
-    show.table(("model", "held-out", "test", "95 %", "to best", "p"), rows, title=title)
+    show.table(("model", "held-out", "test", "95 %", "vs best", "p"), rows, title=title)
     title = "Under shift, top-1 %: the same test digits, changed"
     rows = [_row(m, SHIFTS, None, "shifts") for m in models]
-    show.table(("model", *SHIFTS, "mean", "to best", "p"), rows, title=title)
+    show.table(("model", *SHIFTS, "mean", "vs best", "p"), rows, title=title)
     best = next(model for model in models if model["role"] == "best")
-    print(f"To the {best['name']}; p is a paired test's, and below {_LEVEL} a difference stands:")
+    print(f"Against the {best['name']}; by paired tests, a difference stands at p < {_LEVEL}:")
     for sentence in verdicts(results):
         print(fill(sentence, 79, initial_indent="  ", subsequent_indent="    "))
     tasks = [model for model in results["models"] if model["role"] in ("base", *TASK_ROLES)]
@@ -100,7 +100,7 @@ def _show(results: Mapping[str, Any], out: Path) -> None:
     title = "Task arithmetic and patching, on test digits (top-1 %)"
     cells = [(m["name"], *(show.percent(m["scores"][s]["value"], 1) for s in TASKWISE)) for m in tasks]
     show.table(columns, cells, title=title)
-    print(f"{out}/comparison.png   both tables as a picture; also greedy-soup, wise-ft, forgot, patched")
+    print(f"{out}/comparison.png   both tables drawn; each search beside it")
     print(f"{out}/results.json     every number")
     print(f"{out}/commands.sh      every step as a command, to type or to run")
 
