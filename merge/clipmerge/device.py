@@ -53,6 +53,8 @@ def resolve_device(name: str | torch.device | None = None) -> torch.device:
     except RuntimeError as error:
         hint = did_you_mean(asked, ("auto", "cpu", "cuda", "mps"), "use auto, cpu, cuda, cuda:1 or mps")
         raise DeviceError(f"{asked!r} is no device", hint="use cuda" if asked == "gpu" else hint) from error
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise DeviceError(f"{asked!r} cannot be computed on here", hint="use auto, cpu, cuda, cuda:1 or mps")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise DeviceError("this machine has no MPS device", hint="leave --device out, or use --device cpu")
     if device.type != "cuda":

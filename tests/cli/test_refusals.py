@@ -250,3 +250,53 @@ def test_a_read_only_folder_is_refused_before_any_work_in_every_command(
     assert "readonly" in message
     assert "cannot be written" in message
     assert list(Path("readonly").iterdir()) == []
+
+
+WITH_A_DEVICE = {
+    "evaluate": ["base.safetensors", "--data", "digits", "--model", "tiny.json"],
+    "soup": [*BOTH, "--greedy", "--val", "digits", "--model", "tiny.json"],
+    "interpolate": [*BOTH, "--eval", "digits", "--model", "tiny.json"],
+    "finetune": [*TRAIN[:-2], "-o", "ft.safetensors"],
+    "sweep": [*TRAIN[:-2], "--val", "digits", "-o", "runs", "--trials", "1"],
+}
+
+
+@pytest.mark.parametrize("command", WITH_A_DEVICE)
+@pytest.mark.parametrize(
+    ("device", "error", "hint"),
+    [
+        (
+            "cuda",
+            "no CUDA device can be used here",
+            "leave --device out to use the CPU; `nvidia-smi` shows GPUs",
+        ),
+        ("xpu", "'xpu' cannot be computed on here", "use auto, cpu, cuda, cuda:1 or mps"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_in_two_lines_in_every_command(
+    command: str,
+    device: str,
+    error: str,
+    hint: str,
+    tmp_path: Path,
+    tiny_checkpoints: Any,
+    tiny_model_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "ft0"):
+        Path(f"{name}.safetensors").symlink_to(tiny_checkpoints[name])
+    Path("tiny.json").symlink_to(tiny_model_file)
+    assert main([command, *WITH_A_DEVICE[command], "--device", device]) == 1
+    assert capsys.readouterr() == ("", f"error: {error}\n\nhint: {hint}\n")
+
+
+@pytest.mark.parametrize("command", WITH_A_DEVICE)
+def test_the_device_is_chosen_the_same_way_in_every_command(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    assert main([command, "--help"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│ --device ")]
+    assert "[default: auto]" in line
