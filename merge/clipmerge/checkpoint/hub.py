@@ -16,9 +16,10 @@ _HUB = re.compile(r"hf-hub:(?P<model>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?"
 _TAG = re.compile(r"(?P<model>[\w.-]+):(?P<tag>[\w.-]+)")
 _WEIGHTS = (
     "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin",
+    "adapter_model.safetensors", "adapter_model.bin",
 )  # fmt: skip
-"""What to ask a repository for: open_clip's own names, then Hugging Face's."""
-_CONFIGS = ("open_clip_config.json", "config.json", "preprocessor_config.json")
+"""What to ask a repository for: open_clip's own names, then Hugging Face's, then peft's."""
+_CONFIGS = ("open_clip_config.json", "config.json", "preprocessor_config.json", "adapter_config.json")
 _PREPROCESS = ("size", "mean", "std", "interpolation", "resize_mode")
 
 

@@ -181,6 +181,20 @@ def test_the_hub(fake_hub: Any, small: StateDict, tmp_path: Path, assert_same: S
         open_checkpoint("hf-hub:org/empty")
 
 
+def test_an_adapter_of_the_hub(fake_hub: Any, tmp_path: Path) -> None:
+    factors = {
+        f"base_model.model.visual.fc.lora_{n}.weight": torch.ones(shape)
+        for n, shape in (("A", (1, 3)), ("B", (2, 1)))
+    }
+    save_file(factors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1, "lora_alpha": 2}')
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        fake_hub.files["org/lora", name, None] = tmp_path / name
+    adapter = open_checkpoint("hf-hub:org/lora")
+    assert (adapter.name, adapter.layout, list(adapter.tensors)) == ("lora", "peft", ["visual.fc.weight"])
+    assert "adapter_config.json" in fake_hub.asked
+
+
 def test_without_a_network_the_hub_is_asked_once(
     fake_hub: Any, small: StateDict, tmp_path: Path, assert_same: Same
 ) -> None:

@@ -312,6 +312,13 @@ def test_more_than_a_plain_lora_is_refused_by_name(
         ),
         (lambda held: {n: t for n, t in held.items() if "lora_A" in n}, "one factor of .* without the other"),
         (lambda held: {n: t[:1] if "lora_A" in n else t for n, t in held.items()}, "do not fit"),
+        (
+            lambda held: {
+                n: torch.ones((2, 1 << 17) if "_A" in n else (1 << 17, 2)).half() for n in list(held)[:2]
+            },
+            "do not fit",
+        ),  # a product of 17 billion elements, of a file of 1 MB
+        (lambda held: {f"{'x.' * 300}{n}": t for n, t in held.items()}, "more than a LoRA's two"),
     ],
 )
 def test_factors_that_do_not_fit_are_refused(
