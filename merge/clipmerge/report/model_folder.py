@@ -70,6 +70,11 @@ def check_save(
         raise OutputError("open_clip loads one file from a folder, not shards", hint="leave --shard-size out")
     inputs = [file for checkpoint in weights.checkpoints for file in checkpoint.files()]
     check_folder(folder, (WEIGHTS, CONFIG, CARD), force=force, inputs=inputs)
+    if own := [c for c in weights.checkpoints if c.extra.get("without_place")]:
+        raise ModelError(
+            f"{own[0].path or own[0].name} keeps its own names, as open_clip has no such model, nor a folder for one",
+            hint="write model.safetensors beside a copy of the input's config.json: -o DIR/model.safetensors",
+        )
     spec = resolve_model(model, weights)
     if any(name.startswith("classification_head.") for name in weights.names):
         raise ModelError(

@@ -13,6 +13,7 @@ import clipmerge
 from clipmerge.checkpoint.open import open_checkpoint
 from clipmerge.errors import ModelError
 from clipmerge.model import build_model, refuse_misfit, resolve_model
+from clipmerge.report.model_folder import save_folder
 
 SMALL = {"hidden_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 256}
 WORDS = {"vocab_size": 99, "bos_token_id": 0, "eos_token_id": 98, "pad_token_id": 1}
@@ -137,6 +138,9 @@ def test_why_a_model_cannot_be_scored_is_said(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         refuse_misfit(weights, resolve_model("ViT-B-32"))
     assert "keeps its own names, as open_clip has no place for 'logit_bias'" in str(caught.value.hint)
+    with pytest.raises(ModelError, match="keeps its own names, as open_clip has no such model") as caught:
+        save_folder(weights, tmp_path / "out")
+    assert "config.json" in str(caught.value.hint)
 
 
 def test_an_open_clip_coca_and_timm_tower_keep_their_names(tmp_path: Path) -> None:
