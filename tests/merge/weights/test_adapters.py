@@ -359,3 +359,25 @@ def test_torch_files_and_half_precision(train: Train, base_of: Callable[[Any], P
     expected = in_open_clips_names(merged, tmp_path)
     for name, tensor in load(folder / "adapter_model.bin", base=base).state_dict().items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=2e-3)
+
+
+def test_hugging_faces_image_tower_over_its_whole_model(
+    base_of: Callable[[Any], Path], tmp_path: Path
+) -> None:
+    """FusionBench's pools: CLIPVisionModel has neither a text tower nor a projection."""
+    model = hugging_face()
+    base = load(base_of(model))
+    tower = transformers.CLIPVisionModel(model.config.vision_config)
+    tower.load_state_dict(transformers.CLIPVisionModel.from_pretrained(tmp_path / "base").state_dict())
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            parameter += 0.01
+    tower.save_pretrained(tmp_path / "tuned")
+    tuned = load(tmp_path / "tuned")
+    start, merged = base.state_dict(), (base + 0.5 * (tuned - base)).state_dict()
+    for name, tensor in start.items():
+        moved = tensor + 0.005 if name.startswith("visual.") and name != "visual.proj" else tensor
+        torch.testing.assert_close(merged[name], moved, rtol=0, atol=1e-6, msg=name)
+    assert left_alone(tuned.completed_from(base)) == [
+        "tuned has no image projection, text tower or logit scale: kept as in base"
+    ]
