@@ -21,6 +21,7 @@ PUBLIC = [
     "best_mean",
     "build_model",
     "compare",
+    "compare_tasks",
     "finetune",
     "from_state_dict",
     "greedy_ensemble",

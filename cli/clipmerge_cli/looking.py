@@ -12,6 +12,7 @@ from rich.filesize import decimal as size
 from rich.text import Text
 from rich.tree import Tree
 
+import clipmerge
 from clipmerge.errors import CheckpointError
 from clipmerge.evaluate.metrics import METRICS
 from clipmerge.evaluate.score import Score
@@ -19,15 +20,16 @@ from clipmerge.evaluate.verify import verify as verify_file
 from clipmerge.report.scores import check_scores_file, mean_scores, save_scores, scores_by_data
 from clipmerge.text import and_more
 from clipmerge.weights.labels import names_of
-from clipmerge.weights.look import Summary
+from clipmerge.weights.look import Comparison, Summary
 from clipmerge.weights.look import compare as compare_weights
 from clipmerge.weights.look import inspect as summarise
 from clipmerge.weights.provenance import Parent, bases_of, is_original, parents_of
+from clipmerge.weights.task_vectors import TaskVectors, compare_tasks, summary_rows
 from clipmerge.weights.verify import Verdict
 from clipmerge.weights.weights import load, load_all, load_leaf
 from clipmerge_cli import show
 from clipmerge_cli.groups import arg, opt
-from clipmerge_cli.options import FORCE, INPUT, OUTPUT, SCORING, TEXT_TOWER, Talk, listed, named
+from clipmerge_cli.options import FORCE, INPUT, OUTPUT, PLOT, SCORING, TEXT_TOWER, Talk, listed, named
 from clipmerge_cli.scoring import Scoring, open_journal
 
 
@@ -250,35 +252,102 @@ def _brief(value: object) -> str:
 
 def compare(
     *,
-    a: str = arg("A", "A checkpoint."),
-    b: str = arg("B", "Another of the same model."),
+    checkpoints: list[str] = arg("CKPT...", "Two checkpoints of one model, or with --base more."),
     talk: Talk,
-    base: str | None = opt(None, "What both came from: adds task vectors' cosines.", metavar="CKPT"),
+    scoring: Scoring,
+    base: str | None = opt(None, "What they came from: looks at their task vectors.", metavar="CKPT"),
+    data: str | None = opt(
+        None, "Of two: images to score along the segment between them.", INPUT, metavar="DATA"
+    ),
+    plot: Path | None = PLOT,
 ) -> None:
-    """How far apart two checkpoints are, by tower and block.
+    """How far apart checkpoints are, by tower and block, before they are merged.
 
-    The distance is the norm of A - B divided by the norm of A. With --base also the norms of the task vectors
-    A - base and B - base, and the cosine between them.
+    Of two: the distance, which is the norm of A - B divided by the norm of A. With --base their task vectors: norms,
+    cosines, sign conflicts, the share of exact zeros; and warnings of what would spoil a merge. With --data the
+    barrier between two: how far scores fall below the line between the ends.
 
         clipmerge compare cars.safetensors dtd.safetensors --base zs.safetensors
+        clipmerge compare cars.safetensors dtd.safetensors svhn.safetensors \\
+          --base zs.safetensors --plot tasks.png
     """
+    if len(checkpoints) < 2 or (len(checkpoints) > 2 and not base):
+        raise typer.BadParameter("two checkpoints, or more with --base", param_hint="CKPT...")
+    if (data and len(checkpoints) > 2) or (plot and not base):
+        hint = "--data" if data else "--plot"
+        raise typer.BadParameter("--data is of two checkpoints, --plot needs --base", param_hint=hint)
+    two = len(checkpoints) == 2
     origin = load(base, "base") if base else None
-    first, second = load(a, "a", base=origin), load(b, "b", base=origin)
+    if two:
+        models = [load(c, name, base=origin) for c, name in zip(checkpoints, "ab", strict=True)]
+    else:
+        models = load_all(checkpoints, base=origin)
+    document: dict[str, Any] = {}
     with talk.progress() as on_progress:
-        comparison = compare_weights(first, second, origin, on_progress=on_progress)
+        if two:
+            comparison = compare_weights(models[0], models[1], origin, on_progress=on_progress)
+            document |= {**comparison.to_json(), "a": checkpoints[0], "b": checkpoints[1], "base": base}
+        if origin is not None:
+            found = compare_tasks(origin, models, on_progress=on_progress)
+            document |= {"base": base, "task_vectors": found.to_json()}
+    if data:
+        from clipmerge.search.barrier import barrier
+
+        setup = scoring.evaluator({"images": data}, talk, role="val", models=models, as_one=True)
+        with setup as (evaluator, _):
+            between = barrier(models[0], models[1], evaluator)
+        document["barrier"] = between.to_json()
+    if plot and origin is not None:
+        drawn = clipmerge.plot(found.to_json(), plot)
+        document["figures"] = drawn
     if talk.json:
-        show.document({**comparison.to_json(), "a": a, "b": b, "base": base})
+        show.document(document)
         return
+    if origin is not None:
+        _show_tasks(found, talk)
+    if data:
+        rows = [(f"{alpha:g}", show.percent(s.value)) for alpha, s in between.scores.items()]
+        show.table(("alpha", "score"), rows, title="Between the two")
+        print(f"barrier: {show.percent(between.height)} points at alpha {between.alpha:g}")
+    if two:
+        _show_distances(comparison, found if origin is not None else None)
+
+
+def _show_distances(comparison: Comparison, found: TaskVectors | None) -> None:
     columns = ("part", "tensors", "parameters", "distance", "largest")
-    vectors = ("|A - base|", "|B - base|", "cosine") if base else ()
+    vectors = ("|A - base|", "|B - base|", "cosine", "sign conflicts, %") if found else ()
+    agreements = {(p.tower, p.block): p.conflicts[0][1] for p in (*found.parts, found.whole)} if found else {}
     rows: list[Sequence[object]] = []
     for part in (*comparison.parts, comparison.whole):
         where = "all" if part.tower is None else show.part(part.tower, part.block)
         row = (where, part.tensors, f"{part.parameters:,}", part.relative, part.largest)
-        rows.append((*row, part.vector_a, part.vector_b, part.cosine) if base else row)
+        conflicts = agreements.get((part.tower, part.block))
+        shown = None if conflicts is None else show.percent(conflicts)
+        rows.append((*row, part.vector_a, part.vector_b, part.cosine, shown) if found else row)
     show.table((*columns, *vectors), rows)
     differing, total = len(comparison.differing), comparison.whole.tensors
     print(f"{differing} of {total} float tensors differ" if differing else "every float tensor is equal")
+
+
+def _show_tasks(found: TaskVectors, talk: Talk) -> None:
+    whole = found.whole
+    rows: list[Sequence[object]] = []
+    for i, task in enumerate(found.tasks):
+        row = (task, whole.norms[i], show.percent(found.zeros[i]), *whole.cosines[i])
+        rows.append(row)
+    show.table(
+        ("task vector", "norm", "zeros, %", *found.tasks), rows, title="Task vectors, and their cosines"
+    )
+    for warning in found.warnings:
+        talk.say(f"warning: {warning}")
+    if len(found.tasks) == 2:  # the table of distances says the rest
+        return
+    parts = [
+        (name, n, f["cosine"], f["least"], f["largest"], f["conflicts"] and show.percent(f["conflicts"]))
+        for name, n, f in summary_rows(found)
+    ]
+    columns = ("part", "tensors", "mean cosine", "least", "largest", "sign conflicts, %")
+    show.table(columns, parts, title="Between tasks")
 
 
 def verify(

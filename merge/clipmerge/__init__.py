@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from clipmerge.weights.look import compare as compare
     from clipmerge.weights.look import inspect as inspect
     from clipmerge.weights.positions import resize_positions as resize_positions
+    from clipmerge.weights.task_vectors import compare_tasks as compare_tasks
     from clipmerge.weights.weights import Weights as Weights
     from clipmerge.weights.weights import from_state_dict as from_state_dict
     from clipmerge.weights.weights import interpolate as interpolate
@@ -64,6 +65,7 @@ _NAMES = {
     "search.sweep": "sweep",
     "weights.look": "compare inspect",
     "weights.positions": "resize_positions",
+    "weights.task_vectors": "compare_tasks",
     "weights.weights": "Weights from_state_dict interpolate load load_all mean",
 }
 """The public names by the file that holds them."""

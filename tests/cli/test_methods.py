@@ -120,3 +120,40 @@ def test_a_leaderboard(
     assert "normalised" in out
     _, talk = run(capsys, "leaderboard", *files, "--val", "digits", code=2)
     assert "one --val for each task: 2, not 1" in talk
+
+
+def test_task_vectors_are_compared_before_a_merge(
+    tiny_checkpoints: Mapping[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [str(tiny_checkpoints[f"ft{i}"]) for i in range(3)]
+    base = ["--base", str(tiny_checkpoints["base"])]
+    out, talk = run(capsys, "compare", *files, *base, "--plot", str(tmp_path / "tasks.png"))
+    assert "Task vectors, and their cosines" in out
+    assert "sign conflicts, %" in out
+    assert "visual.block[1]" in out
+    assert "warning" not in talk
+    assert (tmp_path / "tasks.png").stat().st_size > 10_000
+    assert (tmp_path / "tasks.svg").exists()
+    found = json.loads(run(capsys, "compare", *files, *base, "--json")[0])["task_vectors"]
+    assert found["tasks"] == ["ft0", "ft1", "ft2"]
+    assert abs(found["whole"]["conflicts"][0][1] - 0.5) < 0.01  # independent noise
+
+
+def test_the_barrier_between_two(
+    tiny_checkpoints: Mapping[str, Path], scoring: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [str(tiny_checkpoints[name]) for name in ("ft0", "ft1")]
+    found = json.loads(run(capsys, "compare", *files, "--data", "digits#val", *scoring, "--json")[0])[
+        "barrier"
+    ]
+    values = {score["alpha"]: score["value"] for score in found["scores"]}
+    assert sorted(values) == [i / 10 for i in range(11)]
+    falls = {x: (1 - x) * values[0] + x * values[1] - value for x, value in values.items()}
+    assert found["height"] == pytest.approx(max(falls.values()))
+    out, _ = run(capsys, "compare", *files, "--data", "digits#val", *scoring)
+    assert f"points at alpha {found['alpha']:g}\n" in out
+
+
+@pytest.mark.parametrize("more", [[], ["--base", "x", "--data", "digits"]])
+def test_what_compare_refuses(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "CKPT" in run(capsys, "compare", "a", *([] if more else ["b", "c"]), *more, code=2)[1]

@@ -295,6 +295,29 @@ def _comparison(document: Document, path: str | Path | None) -> "Figure":
     return page
 
 
+def _task_vectors(document: Document, path: str | Path | None) -> "Figure":
+    """Draw cosines and sign conflicts of each two tasks as heat-maps: parts of the model down, pairs across."""
+    tasks, parts = document["tasks"], [*document["parts"], document["whole"]]
+    pairs = [(i, j) for i in range(len(tasks)) for j in range(i)]
+    rows = [f"{p['tower'] or 'all'}" + ("" if p["block"] is None else f" {p['block']}") for p in parts]
+    wide, high = 4 + 0.3 * len(pairs), 1.6 + 0.2 * len(parts)
+    kinds = (("cosines", "cosine", -1, "RdBu_r"), ("conflicts", "share of opposite signs", 0, "viridis"))
+    with figure(path, width=min(2 * wide, 24), height=high) as page:
+        for number, (key, title, least, colours) in enumerate(kinds, 1):
+            axes = page.add_subplot(1, 2, number)
+            values = [
+                [float("nan") if p[key][i][j] is None else p[key][i][j] for i, j in pairs] for p in parts
+            ]
+            image = axes.imshow(values, vmin=least, vmax=1, cmap=colours, aspect="auto")
+            axes.set_yticks(range(len(rows)), rows, fontsize=7)
+            names = [f"{tasks[j]}–{tasks[i]}" for i, j in pairs]
+            axes.set_xticks(range(len(pairs)), names, rotation=90, fontsize=7)
+            axes.set_title(f"Task vectors: {title}")
+            axes.grid(visible=False)
+            page.colorbar(image, ax=axes)
+    return page
+
+
 def _ends(score: Document) -> Sequence[float]:
     """Return a score's 95 % interval; the score itself where a document has none."""
     return score.get("interval") or (score["value"], score["value"])
@@ -342,4 +365,5 @@ _DRAW: Mapping[str, "Callable[[Document, str | Path | None], Figure]"] = {
     "learned_soup": _coefficients,
     "coefficients": _search,
     "comparison": _comparison,
+    "task_vectors": _task_vectors,
 }

@@ -67,13 +67,23 @@ class Model:
         Args:
             sampled: a sample of every stretch only.
         """
+        return self.map_steps(lambda _, arrays: function(arrays), sampled, threads=threads)
+
+    def map_steps(
+        self,
+        function: Callable[[Step, list[Reals]], T],
+        sampled: bool = False,
+        *,
+        threads: int | None = None,
+    ) -> list[T]:
+        """`map` a function that takes the step of the stretch's tensor too."""
         jobs = [job for step in self._steps for job in self._jobs(step, sampled)]
         results: dict[int, T] = {}
         lock, done = Lock(), 0
 
         def work(number: int, job: tuple[Step, int, int, bool], buffers: Buffers) -> Iterator[None]:
             nonlocal done
-            results[number] = function(self._arrays(*job, buffers.scratch))
+            results[number] = function(job[0], self._arrays(*job, buffers.scratch))
             if self._on_progress and not sampled:
                 with lock:
                     done += job[2] - job[1]
