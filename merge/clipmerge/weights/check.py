@@ -112,6 +112,9 @@ def _misfits(reference: Checkpoint, other: Checkpoint) -> list[str]:
 def _towers_lacking(weights: Expression) -> list[str]:
     """Name the checkpoints that are used where they have no tensor: a model must be whole, a vector need not."""
     used: dict[Checkpoint, set[str]] = {}
+    first, *others = weights.checkpoints
+    if all(other.tensors.keys() == first.tensors.keys() for other in others):
+        return []
     for checkpoint, name in _used_but_missing(weights, weights.names):
         used.setdefault(checkpoint, set()).add(name)
     problems = []

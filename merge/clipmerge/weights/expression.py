@@ -253,6 +253,9 @@ class Expression:
         leaves = {leaf: names_of(leaf) for leaf in self.terms if not is_sparse(leaf)}
         if not leaves:
             return tuple(sorted(set().union(*map(names_of, self.terms))))
+        first, *others = leaves.values()
+        if all(names == first for names in others):
+            return tuple(sorted(first))
         every: set[str] = set().union(*leaves.values())
         partial = {name for name in every if any(name not in names for names in leaves.values())}
         if not partial or self.total:
@@ -270,8 +273,8 @@ class Expression:
 
     def tensor(self, name: str) -> Tensor:
         """Return the stored tensor that decides shape and dtype: the base's, or of another that has the name."""
-        if name in self.reference.tensors:
-            return self.reference.tensors[name]
+        if (tensor := self.reference.tensors.get(name)) is not None:
+            return tensor
         having = (c for c in self.checkpoints if name in c.tensors)
         return min(having, key=lambda c: (c.is_sparse, c.name, str(c.path))).tensors[name]
 

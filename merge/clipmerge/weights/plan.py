@@ -155,7 +155,7 @@ def _step(
     reference: Checkpoint,
     dtype: str | None,
 ) -> Step:
-    tensor = weights.tensor(name)
+    tensor = reference.tensors.get(name) or weights.tensor(name)
     if not tensor.is_float:  # integers are never averaged: they agree, or they are step counters
         is_counter = name.endswith("num_batches_tracked")
         others = [checkpoint for checkpoint in weights.checkpoints if name in checkpoint.tensors]
