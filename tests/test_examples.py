@@ -45,7 +45,7 @@ def test_the_notebook_runs_and_each_cell_shows_what_its_text_says(
         else:
             exec(compile(ast.Module([last], []), NOTEBOOK.name, "exec"), names)
     evaluator, score, soup, figure, printed, status = values
-    assert repr(evaluator) == "Evaluator(val: 400 images, test: 800 images)"
+    assert repr(evaluator) == "Evaluator(val: 400 images, test: 200 images)"
     assert repr(score).startswith("Score(top1 ")
     assert "<table><caption>greedy soup: " in soup._repr_html_()
     assert figure.axes[0].get_title(loc="left").startswith("Greedy soup")
