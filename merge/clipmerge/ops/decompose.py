@@ -16,8 +16,8 @@ CUT = 1e-6
 
 _ACCURATE = 1e-3
 """Singular vectors by the Gram matrix are taken down to this share of the largest value: error about 1e-10."""
-_ACCURATE_POLAR = 3e-5
-"""And polar factors, for which vectors of close values may mix: error about 1e-7."""
+_ACCURATE_POLAR = 1e-5
+"""And polar factors, for which vectors of close values may mix: error about 1e-6 in one direction of all."""
 
 
 class Triplets(NamedTuple):

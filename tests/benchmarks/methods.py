@@ -1,0 +1,121 @@
+"""How fast are the methods: TIES against the linear pass, TSV-M and Iso-C against full SVDs; and do these agree?
+
+    python tests/benchmarks/methods.py [--model ViT-B-32] [--tasks 8] [--blocks 12] [--rounds 3]
+
+Everything is measured in turns in one process, medians, CPU seconds beside wall seconds (which others' work on the
+machine cannot lengthen as much). Checkpoints have open_clip's names and shapes and random numbers; with --blocks fewer
+of them. The straight way computes every SVD in full, float64 and float32, with all threads that torch takes.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from merge_pass import make, shapes_of
+
+import clipmerge as cm
+from clipmerge.ops.matrices import iso_c, tsv
+from clipmerge.weights.weights import Weights
+
+Matrices = list[np.ndarray]
+
+
+def tsv_straight(tasks: list[torch.Tensor]) -> torch.Tensor:
+    k = min(tasks[0].shape) // len(tasks)
+    parts = [torch.linalg.svd(task, full_matrices=False) for task in tasks]
+    factors = []
+    for stacked in (
+        torch.hstack([u[:, :k] for u, _, _ in parts]),
+        torch.hstack([v[:k].T for _, _, v in parts]),
+    ):
+        u, _, v = torch.linalg.svd(stacked, full_matrices=False)
+        factors.append(u @ v)
+    return (factors[0] * torch.cat([s[:k] for _, s, _ in parts])) @ factors[1].T
+
+
+def iso_c_straight(tasks: list[torch.Tensor]) -> torch.Tensor:
+    u, s, v = torch.linalg.svd(torch.stack(tasks).sum(0), full_matrices=False)
+    return s.mean() * (u @ v)
+
+
+def spectra(shape: tuple[int, int], tasks: int) -> dict[str, Matrices]:
+    """Matrices like finetunings' (a power law of singular values), random ones, and ones that decay to 1e-5."""
+    rng = np.random.default_rng(0)
+    drawn = [rng.standard_normal(shape) for _ in range(tasks)]
+    bases = [np.linalg.svd(matrix, full_matrices=False) for matrix in drawn]
+    size = min(shape)
+    laws = {"trained": np.arange(1, size + 1) ** -0.7, "adversarial": np.geomspace(1, 1e-5, size)}
+    shaped = {name: [(u * law) @ v for u, _, v in bases] for name, law in laws.items()}
+    return {"random": drawn, **shaped}
+
+
+def timed(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, tuple[float, float]]:
+    """Name → median (wall, CPU) seconds; the functions take turns."""
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            function()
+            found[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    return {n: tuple(statistics.median(column) for column in zip(*t, strict=True)) for n, t in found.items()}
+
+
+def report(title: str, measured: dict[str, tuple[float, float]], unit: str) -> None:
+    print(title)
+    for name, (wall, cpu) in measured.items():
+        ratios = f"{wall / measured[unit][0]:6.2f} x wall {cpu / measured[unit][1]:6.2f} x CPU of {unit}"
+        print(f"  {name:24} {wall:8.3f} s  CPU {cpu:8.3f} s  {ratios}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="ViT-B-32")
+    parser.add_argument("--tasks", type=int, default=8)
+    parser.add_argument("--blocks", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    shapes = {
+        name: shape
+        for name, shape in shapes_of(options.model).items()
+        if "resblocks." not in name or int(name.split("resblocks.")[1].split(".")[0]) < options.blocks
+    }
+    for shape in ((768, 768), (3072, 768)):
+        for name, matrices in spectra(shape, options.tasks).items():
+            tensors = [torch.from_numpy(matrix) for matrix in matrices]
+            single = [tensor.float() for tensor in tensors]
+            for rule, straight in ((tsv, tsv_straight), (iso_c, iso_c_straight)):
+                expected = straight(tensors).numpy()
+                error = np.linalg.norm(rule(*matrices) - expected) / np.linalg.norm(expected)
+                ways = {
+                    "ours": lambda rule=rule, m=matrices: rule(*m),
+                    "straight, float64": lambda s=straight, t=tensors: s(t),
+                    "straight, float32": lambda s=straight, t=single: s(t),
+                }
+                title = f"{rule.__name__} {shape} {name}: agrees to {error:.1e}"
+                report(title, timed(ways, options.rounds), "ours")
+    with tempfile.TemporaryDirectory() as folder:
+        zs, *tuned = [cm.load(path) for path in make(Path(folder), shapes, "F32", options.tasks + 1)]
+        vectors, out = [weights - zs for weights in tuned], Path(folder) / "out.safetensors"
+
+        def save(weights: Weights) -> Callable[[], object]:
+            return lambda: weights.save(out, force=True, digests=False)
+
+        ways = {
+            "linear": save(zs + 0.3 * sum(vectors[1:], vectors[0])),
+            "ties": save(zs + cm.ties(vectors)),
+            "magmax": save(zs + cm.magmax(vectors)),
+            "tsv": save(zs + cm.tsv(vectors)),
+            "iso_c": save(zs + cm.iso_c(vectors)),
+        }
+        report(f"base + {options.tasks} x {options.model}", timed(ways, options.rounds), "linear")
+
+
+if __name__ == "__main__":
+    main()
