@@ -25,6 +25,7 @@ from clipmerge.weights.names import TOWERS, block_of, tower_of
 from clipmerge.weights.notation import identifiers_of, notation, sum_text
 from clipmerge.weights.plan import Plan, Step, make_plan
 from clipmerge.weights.record import read_record
+from clipmerge.weights.run import SMALL
 from clipmerge.weights.weights import Weights, as_checkpoint, as_weights
 
 PIECE = 1 << 18
@@ -376,9 +377,14 @@ def describe(weights: Expression, *, dtype: str | None = None, threads: int | No
 
 
 def memory_of(plan: Plan, threads: int | None = None) -> int:
-    """Bound the bytes that the pass works in; tensors of nonlinear methods are held whole, in float64."""
-    held = [(len(s.terms) + 2) * s.numel * 8 for s in plan.steps.values() if s.has_methods]
-    return (threads or default_threads()) * MEMORY + max(held, default=0)
+    """Bound the bytes that the pass works in; methods that need whole tensors hold those of all inputs, in float64."""
+    threads = threads or default_threads()
+    held = [
+        (len(s.checkpoints) + 8) * s.numel * 8 * (threads if s.numel <= SMALL else 1)
+        for s in plan.steps.values()
+        if s.has_methods and not s.streams
+    ]
+    return threads * MEMORY + max(held, default=0)
 
 
 def _formula(step: Step, weights: Expression, names: Mapping[Checkpoint, str]) -> str:
