@@ -28,6 +28,7 @@ _NUMBER = re.compile(r"(-?[0-9]+)(\.0*)?")
 _ORDINAL = re.compile(r"[0-9]+[\s._-]+(?=[^\W\d_])")
 _CAMEL = re.compile(r"[A-Z]?[a-z]{2,}(?:[A-Z][a-z]+)+")
 _WORDS_NEEDED = "prompts need words: give --classnames"
+_DIGITS = tuple(map(str, range(1000)))
 _MOST_CLASSES = 1_000_000
 _TABLE = 'say which is which in a JSON object: --classnames with {"%s": "a name", …}'
 
@@ -86,7 +87,7 @@ def settle_classes(
     numbers = {label: int(match[1]) for label in known if (match := _NUMBER.fullmatch(label))}
     numbered = 2 * sum(label in numbers for label in every) > len(every)
     if isinstance(given, Mapping):
-        classes = _by_table(given, numbers if numbered else {}, known)
+        classes = _by_table(given, numbers if numbered else {}, known, raw.classes or ())
     elif numbered:
         classes = _by_number(split.source, numbers, given, raw.classes)
     else:
@@ -94,11 +95,8 @@ def settle_classes(
     index, names = classes.index, classes.names
     labels, problems = [every[i] for i in items.tolist()], list(raw.unusable)
     if numbered and not isinstance(given, Mapping):
-        last = len(names) - 1
         problems += [
-            f"{name}: label {label} is not in 0 … {last}"
-            if label in numbers
-            else f"{name}: label {label!r} is not a number, as others are"
+            f"{name}: {_why(label, numbers, raw.classes, len(names))}"
             for name, label in zip(split.names, labels, strict=True)
             if label not in index
         ]
@@ -182,15 +180,19 @@ def _by_wordnet(ids: Sequence[str]) -> tuple[tuple[str, ...], dict[str, int]]:
     return names, {w: i for i, w in enumerate(ids)}
 
 
-def _by_table(table: Mapping[str, tuple[str, ...]], numbers: Mapping[str, int], known: set[str]) -> _Classes:
+def _by_table(
+    table: Mapping[str, tuple[str, ...]], numbers: Mapping[str, int], known: set[str], declared: Sequence[str]
+) -> _Classes:
     """Return a table's names, or ImageNet's full head where all of them are ImageNet's.
 
     Each class that a word of the data names counts as the word's first name.
     """
     keys = {int(match[1]): word for word in table if (match := _NUMBER.fullmatch(word))}
-    for label, number in numbers.items():  # "3.0" and "03" are the table's "3"
-        if label not in table and number in keys:
-            table = {**table, label: table[keys[number]]}
+    for label, number in numbers.items():  # "3.0" and "03" are the table's "3"; so is what the data calls it
+        called = declared[number] if 0 <= number < len(declared) else ""
+        key = next((key for key in (label, keys.get(number), called) if key in table), None)
+        if key is not None:
+            table = {**table, label: table[key]}
     listed = tuple(dict.fromkeys(name for names in table.values() for name in names))
     imagenet = imagenet_names()
     names = imagenet if set(listed) <= set(imagenet) else listed
@@ -233,8 +235,13 @@ def _by_number(
     if names is None:
         names = tuple(map(str, range(highest + 1)))
         remarks.append(f"its classes have no names but numbers, 0 … {highest}; {_WORDS_NEEDED}")
-    index = {label: value for label, value in numbers.items() if 0 <= value < len(names)}
+    index = {label: value for label, value in numbers.items() if 0 <= value < len(declared or names)}
+    if given is not None and declared is not None and len({*declared} - {*_DIGITS}) == len(declared):
+        place = _matches(declared, given) or _in_order(source, declared, given, remarks)
+        index = {label: place[declared[i]] for label, i in index.items() if declared[i] in place}
+        return _Classes(given, index, remarks=remarks)
     if given is not None or declared is None:
+        index = {label: i for label, i in index.items() if i < len(names)}
         return _Classes(names, index, remarks=remarks)
     empty = [name for i, name in enumerate(declared) if i not in values]
     if all(map(_WORDNET.fullmatch, declared)):
@@ -273,6 +280,15 @@ def _by_word(
     return _Classes(names, {word: i for i, word in enumerate(ordered)}, remarks=told)
 
 
+def _why(label: str, numbers: Mapping[str, int], declared: tuple[str, ...] | None, count: int) -> str:
+    """Return why a label among numbers is no index of a name."""
+    if label not in numbers:
+        return f"label {label!r} is not a number, as others are"
+    if declared is not None and 0 <= numbers[label] < len(declared):
+        return f"its class, {declared[numbers[label]]!r}, is not among the class names"
+    return f"label {label} is not in 0 … {(count if declared is None else len(declared)) - 1}"
+
+
 def _numbered(names: Sequence[str]) -> bool:
     """Whether names differ in their numbers only: class 0, class 1 …"""
     return len(names) > 1 and len({re.sub("[0-9]+", "", name) for name in names}) == 1
@@ -280,12 +296,22 @@ def _numbered(names: Sequence[str]) -> bool:
 
 def _by_name(source: str, words: Sequence[str], names: tuple[str, ...]) -> tuple[dict[str, int], list[str]]:
     """Return word → index of the name that it means, and what to remark about it."""
+    remarks = list[str]()
+    return _matches(words, names) or _in_order(source, words, names, remarks), remarks
+
+
+def _matches(words: Sequence[str], names: Sequence[str]) -> dict[str, int]:
+    """Return the words that names have, as they are or as they are compared → index of the name."""
     exact, plain = {name: i for i, name in enumerate(names)}, _plain(names)
     places = {same: i for i, same in enumerate(plain) if plain.count(same) == 1}
     meant = {word: exact.get(word, places.get(same)) for word, same in zip(words, _plain(words), strict=True)}
-    index = {word: i for word, i in meant.items() if i is not None}
-    if index or len(words) != len(names):
-        return index, []
+    return {word: i for word, i in meant.items() if i is not None}
+
+
+def _in_order(source: str, words: Sequence[str], names: Sequence[str], remarks: list[str]) -> dict[str, int]:
+    """Pair words with names in their order, where there are as many and nobody could order the words differently."""
+    if len(words) != len(names):
+        return {}
     if not _one_order(words):
         raise DataError(
             f"{source}: none of its classes is called by one of the class names, and their order is not clear: "
@@ -294,9 +320,8 @@ def _by_name(source: str, words: Sequence[str], names: tuple[str, ...]) -> tuple
         )
     pairs = [f"{word} is {name!r}" for word, name in zip(words, names, strict=True)]
     shown = " … ".join([", ".join(pairs[:2]), *pairs[2:][-1:]])
-    return {word: i for i, word in enumerate(words)}, [
-        f"class names are taken in the order of the classes: {shown}"
-    ]
+    remarks.append(f"class names are taken in the order of the classes: {shown}")
+    return {word: i for i, word in enumerate(words)}
 
 
 def plain_name(name: str) -> str:
@@ -309,11 +334,14 @@ def _plain(names: Sequence[str]) -> list[str]:
 
 
 def _one_order(words: Sequence[str]) -> bool:
-    """Whether nobody could order these words differently: by text as by number, or they count from 0 or from 1."""
+    """Whether the order of words is clear: not that of texts where numbers would come in another.
+
+    Words that count from 0 or from 1, and have nothing else that differs, are clear in the order of their numbers.
+    """
+    by_number = sorted(words, key=natural)
     counted = [re.findall(r"[0-9]+", word) for word in words]
-    if len({re.sub(r"[0-9]+", "#", word) for word in words}) == 1 and all(
-        len(found) == 1 for found in counted
-    ):
+    if _numbered(words) and all(len(found) == 1 for found in counted):
         numbers = sorted(int(found[0]) for found in counted)
-        return numbers[0] in (0, 1) and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
-    return sorted(words) == sorted(words, key=natural)
+        counts = numbers[0] in (0, 1) and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+        return counts and list(words) == by_number
+    return sorted(words) == by_number or list(words) not in (sorted(words), by_number)

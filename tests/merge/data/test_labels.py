@@ -87,6 +87,16 @@ def test_ids_are_no_indices(kind: str, tmp_path: Path) -> None:
 
 
 @every_kind
+def test_one_class_is_remarked_and_images_that_are_there_twice_are_counted(kind: str, tmp_path: Path) -> None:
+    same = [picture(0, 8, 6), picture(1, 8, 6), picture(0, 8, 6)]
+    split = open_split(store(kind, tmp_path / "s", ["cat"] * 3, images=same))
+    assert split.choices == 1
+    assert split.remarks[0] == "its only class is 'cat', so no score can follow: any model is right"
+    assert split.remarks[1].startswith("1 image has the content of another: ")
+    assert len(split.duplicates) == 1
+
+
+@every_kind
 def test_numbers_without_names_are_remarked(kind: str, tmp_path: Path) -> None:
     (remark,) = open_split(store(kind, tmp_path / "s", list(range(MANY)))).remarks
     assert remark.startswith("its classes have no names but numbers, 0 … 11")
@@ -131,6 +141,30 @@ def test_words_with_numbers_count_as_people_count(kind: str, tmp_path: Path) -> 
     assert split.remarks == (
         "class names are taken in the order of the classes: "
         "class_0 is 'thing number a', class_1 is 'thing number b' … class_11 is 'thing number l'",
+    )
+
+
+@pytest.mark.parametrize("kind", ["npz", "webdataset", "parquet"])
+def test_given_names_are_matched_with_declared_ones_whatever_their_order(kind: str, tmp_path: Path) -> None:
+    source = store(kind, tmp_path / "s", [0, 1, 2], ["cat", "sea_lion", "owl"])
+    assert named(open_split(source, classnames=["Sea Lion", "owl", "cat"])) == ["cat", "Sea Lion", "owl"]
+    renamed = open_split(source, classnames=["a cat", "a seal", "an owl"])
+    assert named(renamed) == ["a cat", "a seal", "an owl"]
+    assert renamed.remarks[0].startswith("class names are taken in the order of the classes: cat is 'a cat'")
+    assert named(open_split(source, classnames={"cat": "x", "owl": "y", "sea_lion": "z"})) == ["x", "z", "y"]
+    with pytest.raises(DataError, match="its class, 'owl', is not among the class names"):
+        open_split(source, classnames=["cat", "sea lion", "dog"])
+    with pytest.raises(DataError, match="not among the class names"):
+        open_split(source, classnames=["w", "x", "y", "z"])
+
+
+def test_names_for_torchvisions_folders_are_not_paired_by_the_order_of_texts(tmp_path: Path) -> None:
+    source = f"torchvision:ImageFolder:{store('folder', tmp_path / 's', [f'class_{i}' for i in range(MANY)])}"
+    with pytest.raises(DataError, match="their order is not clear: class_0, class_1, class_10"):
+        open_split(source, classnames=NAMES)
+    told = open_split(source, classnames={f"class_{i}": name for i, name in enumerate(NAMES)})
+    assert [int(name == NAMES[10]) for name in named(told)] == [0, 0, 1, *[0] * 9], (
+        "class_10 is the third folder"
     )
 
 
