@@ -8,6 +8,7 @@ from typing import Any
 
 from clipmerge.checkpoint.processors import from_processor
 from clipmerge.checkpoint.safetensors import read_json
+from clipmerge.checkpoint.siglip import from_siglip_config, preprocessing_of, to_siglip_config
 
 MAX_CONFIG = 1 << 20
 _ACTIVATIONS = {"quick_gelu": True, "gelu": False}
@@ -51,10 +52,12 @@ def _record(path: Path) -> dict[str, Any] | None:
         }
         return {"name": repository(path), **known}
     theirs = _read(path.with_name("config.json"))
-    config, tower = from_huggingface_config(theirs), from_tower_config(theirs)
+    config, tower = from_huggingface_config(theirs, path.parent), from_tower_config(theirs)
     # As transformers itself: a processor nested in the newer file wins over the older file.
     nested = _read(path.with_name("processor_config.json")).get("image_processor")
     processor = nested if isinstance(nested, dict) else _read(path.with_name("preprocessor_config.json"))
+    if not processor and theirs.get("model_type") == "siglip" and config:
+        processor = preprocessing_of(theirs)
     preprocess = from_processor(processor, str(theirs.get("model_type", "")))
     if config is None:
         known = {"config": tower, "preprocess": preprocess}
@@ -71,12 +74,17 @@ def repository(path: Path) -> str:
     return folder.name
 
 
-def from_huggingface_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Make open_clip's model_cfg of a CLIPModel's config.json; None where open_clip has no such model.
+def from_huggingface_config(config: Mapping[str, Any], folder: Path | None = None) -> dict[str, Any] | None:
+    """Make open_clip's model_cfg of a CLIPModel's or SiglipModel's config.json; None where open_clip has none.
 
     Values that the file leaves out are CLIPConfig's own defaults. `text_config_dict` and `vision_config_dict` of old
     files win over `text_config` and `vision_config`, with all of their defaults, as in transformers.
+
+    Args:
+        folder: where SigLIP's tokenizer is looked for.
     """
+    if config.get("model_type") == "siglip":
+        return from_siglip_config(config, folder)
     text, vision = _tower(config, "text"), _tower(config, "vision")
     if text is None or vision is None:
         return None
@@ -118,7 +126,9 @@ def _tower(config: Mapping[str, Any], tower: str) -> dict[str, Any] | None:
 
 
 def to_huggingface_config(model: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Make CLIPModel's config.json for open_clip's model_cfg; None where transformers has no such model."""
+    """Make CLIPModel's or SiglipModel's config.json for open_clip's model_cfg; None where transformers has none."""
+    if (siglip := to_siglip_config(model)) is not None:
+        return siglip
     vision, text = {"patch_size": 16, **model.get("vision_cfg", {})}, model.get("text_cfg", {})
     known = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
     unknown_vision = vision.keys() - _VISION.keys() - {"mlp_ratio", "head_width"}

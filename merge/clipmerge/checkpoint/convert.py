@@ -12,6 +12,7 @@ from clipmerge.checkpoint.output import check_folder, check_target, new_files, w
 from clipmerge.checkpoint.processors import for_open_clip, to_processor
 from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.safetensors import header
+from clipmerge.checkpoint.siglip import for_open_clip_alone
 from clipmerge.checkpoint.tensors import Checkpoint
 from clipmerge.errors import CheckpointError, MismatchError
 from clipmerge.types import Progress
@@ -68,16 +69,16 @@ def convert_folder(
         OutputError: a file of the folder exists, is the input, or cannot be written; nothing is left behind.
     """
     config, preprocess = model["config"], model.get("preprocess") or {}
-    configs: dict[str, Any] = {
-        "open_clip_config.json": {"model_cfg": config, "preprocess_cfg": for_open_clip(preprocess)}
-    }
-    weights = "open_clip_model.safetensors"
-    if to != "open_clip":
+    configs: dict[str, Any]
+    if to == "open_clip":
+        ours = {"model_cfg": for_open_clip_alone(config), "preprocess_cfg": for_open_clip(preprocess)}
+        weights, configs = "open_clip_model.safetensors", {"open_clip_config.json": ours}
+    else:
         weights, configs = "model.safetensors", {"config.json": to_huggingface_config(config)}
         if configs["config.json"] is None:
             raise MismatchError(
-                f"Hugging Face's CLIPModel has no configuration for {model.get('name')}",
-                hint="it has two transformer towers and nothing else; write the weights alone with -o FILE",
+                f"transformers has no configuration for {model.get('name')}",
+                hint="it has CLIP with two transformer towers, and SigLIP; write the weights alone with -o FILE",
             )
         if (processor := to_processor(preprocess)) is not None:
             configs["preprocessor_config.json"] = processor

@@ -8,8 +8,8 @@
 | `wise-ft`     | `image_encoder.model.…` and `classification_head.…` (patching, FLYP too)   |
 | `task-vectors`| `model.…` (and TALL, TSV, Iso, LiNeS)                                     |
 | `head`        | `weight` and `bias` alone: a file of its own for a classification head    |
-| `huggingface` | CLIPModel's, see `huggingface.py`                                         |
-| `transformers`| of a model that has no place in open_clip's CLIP: names stay as they are   |
+| `huggingface` | CLIPModel's and SiglipModel's, see `huggingface.py`                       |
+| `transformers`| of a model that has no place in open_clip: names stay as they are          |
 """
 
 from collections.abc import Iterable

@@ -35,6 +35,11 @@ def transpose(tensor: Tensor) -> Tensor:
     return Tensor(tensor.dtype, (columns, rows), tensor.extents, strides)
 
 
+def reshape(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Give the same numbers, in the same order, another shape of as many."""
+    return Tensor(tensor.dtype, tuple(shape), _without_strides(tensor).extents)
+
+
 def concatenate(parts: Sequence[Tensor]) -> Tensor:
     """Put tensors of one dtype, and of one shape behind the first axis, one below the other."""
     extents = tuple(extent for part in parts for extent in _without_strides(part).extents)

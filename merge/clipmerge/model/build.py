@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, cast
 
+from clipmerge.checkpoint.siglip import TIMM_ARGS
 from clipmerge.errors import ModelError
 from clipmerge.model.spec import ModelSpec
 from clipmerge.model.transforms import ResizeAndCrop
@@ -63,6 +64,7 @@ def _construct(spec: ModelSpec) -> "torch.nn.Module":
     from open_clip.model import set_model_preprocess_cfg
 
     config = deepcopy(dict(spec.config))
+    args = config["vision_cfg"].pop(TIMM_ARGS, None)
     if "timm_model_name" in config["vision_cfg"]:
         config["vision_cfg"]["timm_model_pretrained"] = False
     custom = bool(config.pop("custom_text", False))
@@ -71,6 +73,12 @@ def _construct(spec: ModelSpec) -> "torch.nn.Module":
         custom = True
     kind = CLIP if not custom else CoCa if "multimodal_cfg" in config else CustomTextCLIP
     model = kind(**config)
+    if args:  # open_clip hands timm nothing but the name
+        import timm
+
+        vision = config["vision_cfg"]
+        known = {"num_classes": 0, "global_pool": vision["timm_pool"], "pretrained": False}
+        model.visual.trunk = timm.create_model(vision["timm_model_name"], **known, **args)
     set_model_preprocess_cfg(model, dict(spec.preprocess))
     return cast("torch.nn.Module", model)
 
@@ -101,7 +109,11 @@ def _replace_functions(functions: Mapping[Any, Callable[..., Any]]) -> AbstractC
 
 
 def get_tokenizer(spec: ModelSpec) -> "Tokenizer":
-    """Return the function from prompts to token ids, shape (prompts, context length)."""
+    """Return the function from prompts to token ids, shape (prompts, context length).
+
+    Raises:
+        ModelError: transformers' tokenizer that the configuration names is not there.
+    """
     import open_clip
     from open_clip.tokenizer import HFTokenizer, SigLipTokenizer, SimpleTokenizer
 
@@ -111,7 +123,14 @@ def get_tokenizer(spec: ModelSpec) -> "Tokenizer":
     name = spec.name.lower()
     if text.get("hf_tokenizer_name"):
         kwargs["tokenizer_mode"] = text.get("tokenizer_mode")
-        tokenizer = HFTokenizer(text["hf_tokenizer_name"], context_length=length, **kwargs)
+        try:
+            tokenizer = HFTokenizer(text["hf_tokenizer_name"], context_length=length, **kwargs)
+        except (OSError, ValueError, ImportError) as error:
+            raise ModelError(
+                f"the tokenizer of {spec.name} is neither in {text['hf_tokenizer_name']} nor in the Hub's cache",
+                hint="put tokenizer.json and tokenizer_config.json into that folder, or name a configuration whose "
+                "hf_tokenizer_name is a folder or repository that you have: --model CONFIG.json",
+            ) from error
     elif "siglip" in name and spec.name in open_clip.list_models():
         variant = "gemma" if "siglip2" in name else "mc4" if "i18n" in name else "c4-en"
         tokenizer = SigLipTokenizer(variant, context_length=length)

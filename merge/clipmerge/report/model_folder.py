@@ -8,6 +8,7 @@ from typing import Any
 
 from clipmerge.checkpoint.output import check_folder, whole_folder
 from clipmerge.checkpoint.processors import for_open_clip
+from clipmerge.checkpoint.siglip import for_open_clip_alone
 from clipmerge.errors import ModelError, OutputError, RecipeError
 from clipmerge.model import ModelSpec, build_model, resolve_model
 from clipmerge.report.card import model_card
@@ -37,6 +38,7 @@ def save_folder(
 
     Raises:
         ModelError: the model is unknown, or the weights do not fit it.
+        MismatchError: open_clip has no name for the model.
         OutputError: the files exist, one of them is an input, or the folder cannot be written.
     """
     folder = Path(os.path.realpath(folder))
@@ -45,9 +47,9 @@ def save_folder(
         model = ModelSpec.from_metadata(recorded)
     spec = check_save(weights, folder, model=model, force=force, shard_size=options.get("shard_size"))
     record = {**(metadata or {}), "model": spec.to_metadata()}
+    config = {"model_cfg": for_open_clip_alone(spec.config), "preprocess_cfg": for_open_clip(spec.preprocess)}
     with whole_folder(folder, (CONFIG, CARD, WEIGHTS)) as stage:
         written = weights.save(stage / WEIGHTS, metadata=record, **options)
-        config = {"model_cfg": dict(spec.config), "preprocess_cfg": for_open_clip(spec.preprocess)}
         (stage / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         (stage / CARD).write_text(model_card(folder.name, written), encoding="utf-8")
     return folder
@@ -76,6 +78,7 @@ def check_save(
             hint="write model.safetensors beside a copy of the input's config.json: -o DIR/model.safetensors",
         )
     spec = resolve_model(model, weights)
+    for_open_clip_alone(spec.config, quiet=True)
     if any(name.startswith("classification_head.") for name in weights.names):
         raise ModelError(
             "open_clip has no place for a trained classification head",

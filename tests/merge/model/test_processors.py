@@ -167,8 +167,8 @@ def test_old_and_new_names_of_a_processors_file(files: dict[str, Any], tmp_path:
 
 
 def test_a_processor_beside_a_model_that_open_clip_lacks_is_read_too(tmp_path: Path) -> None:
-    path = write(tmp_path, config={"model_type": "siglip"}, preprocessor_config=SIGLIP)
-    assert model_beside(path) == {"preprocess": from_processor(SIGLIP, "siglip")}
+    path = write(tmp_path, config={"model_type": "siglip2"}, preprocessor_config=SIGLIP)
+    assert model_beside(path) == {"preprocess": from_processor(SIGLIP, "siglip2")}
 
 
 SMALL = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 96}
