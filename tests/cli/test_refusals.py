@@ -242,7 +242,7 @@ def test_a_read_only_folder_is_refused_before_any_work_in_every_command(
     Path("readonly").mkdir()
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "readonly" and access(path, mode))
-    monkeypatch.setattr("clipmerge.model.build_model", lambda *_, **__: pytest.fail("a model was built"))
+    monkeypatch.setattr("clipmerge.model.build._construct", lambda *_, **__: pytest.fail("a model was built"))
     assert main(words) == 1
     out, err = capsys.readouterr()
     message = err.partition("error: ")[2].splitlines()[0]

@@ -146,16 +146,52 @@ def test_why_a_model_cannot_be_scored_is_said(tmp_path: Path) -> None:
     assert "config.json" in str(caught.value.hint)
 
 
-def test_an_open_clip_coca_and_timm_tower_keep_their_names(tmp_path: Path) -> None:
-    """The names of a CoCa and of a timm image tower as open_clip's own repositories publish them."""
+WORDS_TOWER = {"context_length": 8, "vocab_size": 99, "width": 32, "heads": 2, "layers": 1}
+COCA = {
+    "embed_dim": 16,
+    "custom_text": True,
+    "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8,
+                   "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
+    "text_cfg": {**WORDS_TOWER, "embed_cls": True, "output_tokens": True},
+    "multimodal_cfg": {**WORDS_TOWER, "attn_pooler_heads": 2},
+}  # fmt: skip
+TIMM = {
+    "embed_dim": 16,
+    "vision_cfg": {"timm_model_name": "test_convnext", "timm_model_pretrained": False, "timm_pool": "avg",
+                   "timm_proj": "linear", "image_size": 32},
+    "text_cfg": WORDS_TOWER,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "kind"), [(COCA, "CoCa"), (TIMM, "CLIP")], ids=["coca", "timm"])
+def test_open_clips_own_folders_of_coca_and_timm_towers_compute_the_same(
+    config: dict[str, Any], kind: str, tmp_path: Path
+) -> None:
+    """The layout of open_clip's repositories on the Hub; what is written there again, open_clip itself loads."""
+    import open_clip
     from safetensors.torch import save_file
 
-    names = ["visual.attn_pool.query", "visual.trunk.blocks.0.attn.qkv.weight", "text.cls_emb",
-             "text.transformer.resblocks.0.ln_1.weight", "text_decoder.cross_attn.0.attn.in_proj_weight"]  # fmt: skip
-    save_file({name: torch.ones(2, 2) for name in names}, tmp_path / "open_clip_model.safetensors")
-    (tmp_path / "open_clip_config.json").write_text(
-        json.dumps({"model_cfg": {"embed_dim": 2, "multimodal_cfg": {}}})
-    )
-    checkpoint = open_checkpoint(tmp_path)
-    assert sorted(checkpoint.tensors) == sorted(names)
-    assert checkpoint.extra["model"]["config"]["multimodal_cfg"] == {}
+    torch.manual_seed(0)
+    sizes = {key: value for key, value in config.items() if key != "custom_text"}
+    right: Any = getattr(open_clip, kind)(**sizes).eval()
+    with torch.no_grad():
+        for (
+            parameter
+        ) in right.parameters():  # some of CoCa's decoder is memory that open_clip leaves as it was
+            parameter.normal_(std=0.2)
+    folder = tmp_path / "published"
+    folder.mkdir()
+    save_file(right.state_dict(), folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    weights = clipmerge.load(folder)
+    assert sorted(weights.names) == sorted(right.state_dict())
+    ours = weights.load_into(build_model(resolve_model(None, weights)))
+    save_folder(clipmerge.mean([weights, weights]), tmp_path / "soup")
+    theirs, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'soup'}")
+    size = config["vision_cfg"]["image_size"]
+    image, text = torch.randn(2, 3, size, size), torch.randint(1, 99, (2, 8))
+    for model in (ours, theirs.eval()):
+        assert type(model) is type(right)
+        with torch.no_grad():
+            torch.testing.assert_close(model.encode_image(image), right.encode_image(image), rtol=0, atol=0)
+            torch.testing.assert_close(model.encode_text(text), right.encode_text(text), rtol=0, atol=0)
