@@ -105,7 +105,8 @@ def read_adapter(file: Path, place: Path, stem: str, tensors: Mapping[str, Tenso
             file, module, a, b, scales[module], is_embedding, bool(config.get("fan_in_fan_out"))
         )
         updates[_prefix(path, config, name) + name] = update
-    named = to_open_clip(choose_set(str(file), {"": _with_whole_attention(updates)}, None))
+    chosen = choose_set(str(file), {"": _with_whole_attention(updates)}, None)
+    named = to_open_clip(chosen, siglip=_adapted_class(config).startswith("Siglip"))
     stem = place.resolve().parent.name if stem == "adapter_model" else stem
     base = config.get("base_model_name_or_path")
     return Checkpoint(
@@ -237,11 +238,16 @@ def _flat(tensor: Tensor) -> Tensor:
     return Tensor(tensor.dtype, (tensor.shape[0], prod(tensor.shape[1:])), tensor.extents)
 
 
+def _adapted_class(config: Mapping[str, Any]) -> str:
+    """The name of the class that peft adapted, "" where it did not write it."""
+    mapping = config.get("auto_mapping")
+    return str(mapping.get("base_model_class")) if isinstance(mapping, dict) else ""
+
+
 def _prefix(path: Path, config: Mapping[str, Any], name: str) -> str:
     """What stands before a name in the whole model, where a tower was adapted by itself."""
-    mapping = config.get("auto_mapping")
-    adapted = str(mapping.get("base_model_class")) if isinstance(mapping, dict) else ""
-    if name.startswith(("encoder.", "embeddings.")):
+    adapted = _adapted_class(config)
+    if name.startswith(("encoder.", "embeddings.", *(["head."] if adapted.startswith("Siglip") else []))):
         if ("Vision" in adapted) == ("Text" in adapted):
             message = (
                 f"{path} does not say whether it adapts the image tower or the text tower: {name[:80]!r}"

@@ -121,13 +121,19 @@ _QKV = re.compile(r"self_attn\.([qkv])_proj")
 _NAFLEX = "vision_model.embeddings.patch_embedding.weight"
 
 
-def from_huggingface(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+def from_huggingface(
+    tensors: Mapping[str, Tensor], *, siglip: bool = False
+) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors under open_clip's names, and the names that have no place in open_clip's model, sorted.
+
+    Args:
+        siglip: they are SigLIP's, also where no name tells (blocks alone have the same names in both).
 
     Raises:
         MismatchError: one of q, k, v is missing or different, where every name has a place.
     """
-    model = max((_CLIP, _SIGLIP), key=lambda known: len(known.plain.keys() & tensors.keys()))
+    models = (_SIGLIP,) if siglip else (_CLIP, _SIGLIP)
+    model = max(models, key=lambda known: len(known.plain.keys() & tensors.keys()))
     ours: dict[str, Tensor] = {}
     fused: dict[str, dict[str, Tensor]] = {}
     unknown = []

@@ -22,9 +22,10 @@ from clipmerge.checkpoint.tensors import Tensor
 _HUGGING_FACE = ("text_model.e", "vision_model.e")
 _ONE_TOWER = {
     "embeddings.class_embedding": "vision_model.",
+    "head.probe": "vision_model.",
     "embeddings.token_embedding.weight": "text_model.",
 }
-"""transformers 5 saves CLIPVisionModel and CLIPTextModel without the tower's name: what tells them → that name."""
+"""transformers 5 saves CLIPVisionModel, SiglipVisionModel and CLIPTextModel without their tower's name: mark → name."""
 _OPENAI = frozenset({"input_resolution", "context_length", "vocab_size"})
 _MASKS = frozenset({"attn_mask", "text.attn_mask"})
 """Computed, not learned: saved by old versions and by TorchScript, in no model's state dict today."""
@@ -43,8 +44,11 @@ class Named:
     without_place: tuple[str, ...] = ()
 
 
-def to_open_clip(weights: WeightSet) -> Named:
+def to_open_clip(weights: WeightSet, *, siglip: bool = False) -> Named:
     """Return the tensors under open_clip's names, sorted; under their own where some of them have no place there.
+
+    Args:
+        siglip: names of transformers' are SigLIP's, also where none of them tells.
 
     Raises:
         MismatchError: one of Hugging Face's q, k and v is missing or different.
@@ -56,13 +60,13 @@ def to_open_clip(weights: WeightSet) -> Named:
         if mark in bare and any(name.startswith("encoder.layers.") for name in bare):
             return _from_huggingface(weights, tower)
     if any(name.startswith(_HUGGING_FACE) for name in bare):
-        return _from_huggingface(weights)
+        return _from_huggingface(weights, siglip=siglip)
     dropped = sorted(bare.keys() & (_OPENAI | _MASKS))
     ours = {name: bare[name] for name in sorted(bare) if name not in dropped}
     return Named(ours, _layout(ours, weights.words, dropped), (*dropped, *sorted(weights.dropped)))
 
 
-def _from_huggingface(weights: WeightSet, tower: str = "") -> Named:
+def _from_huggingface(weights: WeightSet, tower: str = "", *, siglip: bool = False) -> Named:
     """Translate names; where one of them has no place, all stay as their author's library has them.
 
     Args:
@@ -73,7 +77,7 @@ def _from_huggingface(weights: WeightSet, tower: str = "") -> Named:
     bare, masks = weights.tensors, [name for name in weights.tensors if name.endswith(".position_ids")]
     dropped = tuple(sorted([*masks, *weights.dropped]))
     learned = {tower + name: tensor for name, tensor in bare.items() if name not in masks}
-    renamed, unknown = from_huggingface(learned)
+    renamed, unknown = from_huggingface(learned, siglip=siglip)
     if not unknown:
         return Named(dict(sorted(renamed.items())), "huggingface", dropped)
     own = {

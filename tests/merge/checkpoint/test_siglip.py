@@ -1,6 +1,7 @@
 """SigLIP as transformers' own class saves it, in open_clip's model: transformers is the referee."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -233,3 +234,29 @@ def test_tensors_of_another_shape_keep_their_names(tmp_path: Path) -> None:
     checkpoint = clipmerge.load(tmp_path / "model.safetensors").checkpoints[0]
     assert checkpoint.layout == "transformers"
     assert checkpoint.extra["without_place"] == ("logit_bias",)
+
+
+@pytest.mark.parametrize("part", ["", "vision_model"])
+def test_an_adapter_over_siglip_is_merged_as_by_peft(part: str, folder: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = make()
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "fc1"], init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft calls what transformers has deprecated
+        adapted = peft.get_peft_model(model.get_submodule(part), config)
+        adapted.save_pretrained(tmp_path / "lora")
+        merged = adapted.merge_and_unload()
+    if part:
+        setattr(model, part, merged)
+    model.save_pretrained(tmp_path / "merged")
+    ours = clipmerge.load(tmp_path / "lora", base=folder).state_dict()
+    base, right = (clipmerge.load(path).state_dict() for path in (folder, tmp_path / "merged"))
+    assert any(not torch.equal(base[name], tensor) for name, tensor in right.items())
+    torch.testing.assert_close(ours, right, rtol=0, atol=1e-6)
+
+
+def test_an_image_tower_alone_is_that_part_of_the_model(folder: Path, tmp_path: Path) -> None:
+    make().vision_model.save_pretrained(tmp_path / "tower")
+    whole, part = (clipmerge.load(path).state_dict() for path in (folder, tmp_path / "tower"))
+    image = {name: tensor for name, tensor in whole.items() if name.startswith("visual.")}
+    torch.testing.assert_close(part, image, rtol=0, atol=0)
