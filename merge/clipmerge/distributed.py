@@ -4,9 +4,10 @@ Tensors travel by the device's own backend (NCCL on CUDA). Barriers and objects 
 hours: while one process decodes images or writes a file, NCCL's watchdog would kill the others after ten minutes.
 """
 
+import atexit
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -53,6 +54,14 @@ def start(device: torch.device) -> None:
         _gloo = dist.new_group(backend="gloo", timeout=_PATIENCE)
     else:
         dist.init_process_group("gloo", timeout=_PATIENCE)
+    atexit.register(_leave_gloo)
+
+
+def _leave_gloo() -> None:
+    """Leave gloo's group after an error too: Python may take it down while its threads run, and the process abort."""
+    if dist.is_initialized():
+        with suppress(RuntimeError):
+            dist.destroy_process_group(_gloo)
 
 
 def finish() -> None:
@@ -194,11 +203,21 @@ def any_rank(flag: bool) -> bool:
 class AnyRank:
     """Whether any process has said so, asked again and again by all of them: answered one call late.
 
-    No host then waits for the slowest one at each step. A process that is alone gets its answer at once.
+    No host then waits for the slowest one at each step. A process that is alone gets its answer at once. It is used in
+    a `with`: a process that ended while an answer is on its way, by an error, would be aborted by gloo's own thread.
     """
 
     def __init__(self) -> None:
         self._asked: tuple[Tensor, Any] | None = None
+
+    def __enter__(self) -> "AnyRank":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._asked is not None:
+            with suppress(RuntimeError):  # the others are gone, or too late: it matters no more
+                self._asked[1].wait(timedelta(seconds=10))
+            self._asked = None
 
     def __call__(self, flag: bool) -> bool:
         """Say so or not; return whether any process said so the time before."""

@@ -66,8 +66,7 @@ def train_steps(
     every = 10 if state.device.type == "cuda" else 1
     losses = StepLog(checkpoints.log, loader.split.names, every, steps, sampler.batch * sampler.micro)
     source = loader(sampler.batches(first, steps))
-    any_rank = AnyRank()
-    with interruptions() as interrupted:
+    with interruptions() as interrupted, AnyRank() as any_rank:
         for step in range(first, steps):
             rate = learning_rate(step, peak=settings.lr, warmup=warmup, steps=steps)
             set_learning_rate(optimiser, rate)
