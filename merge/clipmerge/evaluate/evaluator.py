@@ -86,6 +86,9 @@ class Evaluator:
         on_progress: Progress | None = None,
         predictor: Predictor | None = None,
     ) -> None:
+        pair: tuple[Any, Any] = (splits, model)
+        if isinstance(pair[1], Mapping | Split):  # (model, splits), the order of older versions
+            model, splits = pair
         if not isinstance(splits, Mapping | Split):
             raise SelectionError(f"{splits!r} is no split", hint="Evaluator(cm.open_split(DATA), model=…)")
         self.splits: Mapping[str, Split] = dict(splits) if isinstance(splits, Mapping) else {"val": splits}

@@ -249,8 +249,10 @@ def test_checkpoints_are_scored_by_one_call(tiny_spec, digits, tiny_checkpoints,
     assert list(score(weights["ft0"], digits, model=tiny_spec)["ft0"]) == ["val"]
 
 
-def test_the_splits_come_first(tiny_spec, digits):
+def test_the_splits_come_first_and_the_older_order_is_understood(tiny_spec, digits, weights):
+    own, older = Evaluator(digits, tiny_spec), Evaluator(tiny_spec, digits)
+    assert older.score(weights["ft0"]).to_json() == own.score(weights["ft0"]).to_json()
     with pytest.raises(
         SelectionError, match=r"is no split\nhint: Evaluator\(cm.open_split\(DATA\), model=…\)"
     ):
-        Evaluator(tiny_spec, digits)
+        Evaluator("digits", tiny_spec)
