@@ -83,6 +83,7 @@ def finetune(
     with talk.loading():
         from clipmerge import distributed
         from clipmerge.device import describe, resolve_device, resolve_precision
+        from clipmerge.evaluate.setup import as_recorded
         from clipmerge.finetuning.finetune import finetune as run_finetuning
         from clipmerge.weights.weights import load
 
@@ -104,6 +105,8 @@ def finetune(
         name: images.open(name, data, "val", talk, among=among, limit=None) for name, data in held_out.items()
     }
     start = None if base == "none" else load(base)
+    if start is not None and settings.templates is None:
+        shown, scored = ({n: as_recorded(s, start) for n, s in d.items()} for d in (shown, scored))
     model = _model_text(images.model, start)
     say_held_out = f"; held out: {_images_text(scored)}" if scored else ""
     talk.say(

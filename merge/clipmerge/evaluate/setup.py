@@ -24,7 +24,7 @@ from clipmerge.weights.names import lacks_text
 from clipmerge.weights.record import model_record
 from clipmerge.weights.weights import Source, Weights, as_checkpoint
 
-__all__ = ["Given", "Origin", "Setup", "read_head"]
+__all__ = ["Given", "Origin", "Setup", "as_recorded", "read_head"]
 
 HeadKind = Literal["zero-shot", "trained", "file", "captions"]
 Origin = Literal["given", "recorded", "the data's", "default"]
@@ -197,6 +197,24 @@ class Given:
                 hint="score it on the data that the head was trained for",
             )
         return None
+
+
+def as_recorded(split: Split, weights: Weights) -> Split:
+    """Return the split with the prompts and class names that the weights record for its classes; what was given stays.
+
+    Raises:
+        SelectionError: the weights record two kinds of prompts for these classes.
+    """
+    if not split.classes:
+        return split
+    entries = [(entry, places) for entry in _entries([weights]) if (places := _places(entry, split))]
+    classes, classes_from = _class_names(entries, split)
+    templates, templates_from = Given()._templates(entries, split)
+    _refuse_two(classes, f"class names for {split.source}", "--classnames", "names")
+    _refuse_two(templates, f"prompts for {split.source}", "--templates", "templates")
+    if classes_from == "recorded":
+        split = replace(split, classes=classes[0], words=split.words or split.classes)
+    return replace(split, templates=templates[0]) if templates_from == "recorded" else split
 
 
 def read_head(source: Source) -> Weights:

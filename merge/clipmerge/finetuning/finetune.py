@@ -27,6 +27,7 @@ from clipmerge.device import (
 )
 from clipmerge.errors import DeviceError, TrainingError
 from clipmerge.evaluate.heads import average_templates
+from clipmerge.evaluate.setup import as_recorded
 from clipmerge.finetuning.batches import (
     Prompts,
     Sampler,
@@ -77,7 +78,8 @@ def finetune(
     call it; rank 0 writes.
 
     Args:
-        base: where training starts; None trains from scratch, which needs `model`.
+        base: where training starts; None trains from scratch, which needs `model`. The prompts and class names that
+            it records for the images' classes are used unless others are given.
         train: images with labels (or, for flyp, with captions); several sets by name are trained on together, with
             one softmax over all their prompts, drawn by `shares`.
         model: read from the base's metadata where left out.
@@ -104,6 +106,9 @@ def finetune(
         head = None
     sets = {"": train} if isinstance(train, Split) else dict(train)
     held_out = {} if val is None else {"": val} if isinstance(val, Split) else dict(val)
+    base = None if base is None else as_weights(base)
+    if base is not None and settings.templates is None:
+        sets, held_out = ({n: as_recorded(s, base) for n, s in d.items()} for d in (sets, held_out))
     if settings.shots is not None:
         sets = {name: few_shot(split, settings.shots, settings.seed) for name, split in sets.items()}
     train = join(sets) if len(sets) > 1 else next(iter(sets.values()))
@@ -129,7 +134,7 @@ def finetune(
     with float32_matmul(precision), exact, own_seed, less, distributed.explain_lost_peer():
         torch.manual_seed(settings.seed + distributed.rank())  # dropout follows it
         # The model, its images and prompts.
-        base, head = (None if w is None else as_weights(w) for w in (base, head))
+        head = None if head is None else as_weights(head)
         net, spec = starting_model(base, model, settings.seed, device)
         settings = with_defaults(settings, net, from_scratch=base is None)
         probed = next(iter(held_out.values())) if len(held_out) == 1 else None

@@ -1,12 +1,14 @@
 """What each method starts from, what it trains, what it writes."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tests.merge.finetuning.conftest import tensors
 
 from clipmerge.errors import DataError, TrainingError
 from clipmerge.finetuning.batches import tokenizer_of, training_prompts
@@ -305,3 +307,30 @@ def test_images_without_labels_are_refused(tune: Callable[..., Any], train: Any,
         tune(val=replace(val, labels=np.full(len(val), -1)))
     with pytest.raises(DataError, match="other classes than"):
         tune(method="ce", val=replace(val, classes=tuple("abcdefghij")))
+
+
+def test_training_goes_on_with_the_prompts_that_its_base_records(
+    tune: Callable[..., Any], train: Any, val: Any
+) -> None:
+    """A head or a contrast built from other prompts than the base's own would start from a worse model, in silence."""
+    names = tuple(f"number {name}" for name in train.classes)
+    once = tune("once", train=replace(train, classes=names, words=train.classes), templates=["a digit: {}"])
+    again = tune("again", base=once, val=val, method="ce")
+    (entry,) = again.prompts
+    assert entry == {"templates": ["a digit: {}"], "classes": list(names), "words": list(train.classes)}
+    typed = tune(
+        "typed",
+        base=once,
+        method="ce",
+        train=replace(train, classes=names, words=train.classes),
+        templates=["a digit: {}"],
+    )
+    assert tensors(again).keys() == tensors(typed).keys()
+    assert all(np.array_equal(tensors(again)[name], tensors(typed)[name]) for name in tensors(typed))
+
+    (entry,) = tune("given", base=once, templates=["a photo of {}"]).prompts
+    assert entry["templates"] == ["a photo of {}"]
+    (entry,) = tune(
+        "the-datas", base=once, train=replace(train, templates=("{}",), given=frozenset({"templates"}))
+    ).prompts
+    assert entry["templates"] == ["{}"]
