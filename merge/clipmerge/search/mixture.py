@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from clipmerge import distributed
 from clipmerge.data.prompts import prompts
@@ -91,12 +92,39 @@ class Mixture:
         factor = torch.tensor(beta, device=self._device, requires_grad=True)
         rows, images = next(self._images.batches(mine, [(0, len(mine))]))
         named: dict[str, Tensor] = {f"model.{name}": leaf for name, leaf in leaves.items()}
-        logits = functional_call(self._logits, named, (self._images.normalise(images),))
+        with _GradientOfStatistics():
+            logits = functional_call(self._logits, named, (self._images.normalise(images),))
         labels = self._images.labels[rows]
         loss = F.cross_entropy(self._images.covered(factor * logits), labels, reduction="sum") / batch
         by_beta, *by_leaf = torch.autograd.grad(loss, [factor, *leaves.values()], allow_unused=True)
         by_name = {n: g for n, g in zip(leaves, by_leaf, strict=True) if g is not None}
         return by_name, torch.zeros_like(loss) if by_beta is None else by_beta, loss.detach()
+
+
+class _GradientOfStatistics(TorchFunctionMode):
+    """Write BatchNorm's eval mode out: torch's kernel has no gradient by running means and variances."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return (_normalise_by if func is F.batch_norm else func)(*args, **(kwargs or {}))
+
+
+def _normalise_by(
+    x: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Compute what `F.batch_norm` does in eval mode, channel by channel."""
+    factor = (variance + eps).rsqrt() * (1 if weight is None else weight)
+    offset = (0 if bias is None else bias) - mean * factor
+    shape = (-1, *[1] * (x.ndim - 2))
+    return (x * factor.view(shape) + offset.view(shape)).to(x.dtype)
 
 
 class Candidates:

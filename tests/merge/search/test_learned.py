@@ -1,5 +1,6 @@
 """The learned soup: its gradients, its shares, and the soup that they make."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -9,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.conftest import TINY
 from torch.nn import functional as F
 
 from clipmerge.data.split import Split
 from clipmerge.errors import SelectionError
 from clipmerge.evaluate.evaluator import Evaluator
-from clipmerge.model import build_model, eval_transform, get_tokenizer
+from clipmerge.model import build_model, eval_transform, get_tokenizer, resolve_model
 from clipmerge.search import mixture as mixture_module
 from clipmerge.search.coefficients import groups_of
 from clipmerge.search.learned import learned_soup, round_shares
@@ -72,6 +74,32 @@ def test_gradients_are_those_of_the_mixed_model(
     assert torch.allclose(by_share[0], free.grad, rtol=1e-3, atol=1e-5)
     assert beta.grad is not None
     assert by_beta == pytest.approx(beta.grad.item(), rel=1e-4)
+
+
+def test_gradients_reach_the_statistics_of_batch_norm(tmp_path: Path, val: Split) -> None:
+    """Against differences of the mixed ResNet's loss, whose BatchNorm torch itself computes."""
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 64, "patch_size": None}
+    (tmp_path / "resnet.json").write_text(json.dumps({"model_cfg": {**TINY, "vision_cfg": vision}}))
+    spec = resolve_model(tmp_path / "resnet.json")
+    models = []
+    for seed in (0, 1):
+        state = dict(build_model(spec, seed=seed).state_dict())
+        noise = torch.Generator().manual_seed(seed)
+        state |= {n: torch.rand(t.shape, generator=noise) + 0.5 for n, t in state.items() if "running" in n}
+        models.append(from_state_dict(state, f"m{seed}"))
+    judge = Evaluator(val, model=spec)
+    judge.load(models[0])
+    made = Mixture(judge, "val", models, groups_of(models[0].names, "model"))
+    labels = torch.from_numpy(val.labels)
+
+    def loss_at(share: float) -> float:
+        mixed = models[0] * (1 - share) + models[1] * share
+        return float(F.cross_entropy(judge.logits(mixed, "val").double(), labels))
+
+    by_share, _, loss = made.gradients(torch.tensor([[0.6, 0.4]]), 1.0, torch.arange(len(val)))
+    assert loss == pytest.approx(loss_at(0.4), rel=1e-4)
+    slope = (loss_at(0.41) - loss_at(0.39)) / 0.02
+    assert float(by_share[0, 1] - by_share[0, 0]) == pytest.approx(slope, rel=0.05)
 
 
 @pytest.mark.parametrize("per", ["model", "tower", "block", "tensor"])
