@@ -5,7 +5,9 @@ hours: while one process decodes images or writes a file, NCCL's watchdog would 
 """
 
 import atexit
+import gc
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -58,10 +60,17 @@ def start(device: torch.device) -> None:
 
 
 def _leave_gloo() -> None:
-    """Leave gloo's group after an error too: Python may take it down while its threads run, and the process abort."""
+    """Leave gloo's group after an error too.
+
+    The traceback of an error that was printed holds what was trained, and that the group: taken down as late as the
+    interpreter's last objects, while its threads run, it aborts the process, which then ends by -6.
+    """
     if dist.is_initialized():
         with suppress(RuntimeError):
             dist.destroy_process_group(_gloo)
+        for name in ("last_traceback", "last_value", "last_exc"):
+            setattr(sys, name, None)
+        gc.collect()
 
 
 def finish() -> None:
