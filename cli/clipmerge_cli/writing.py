@@ -242,7 +242,7 @@ def load_models(
         vectors: the others are task vectors, though their files do not say so.
         resize: bring the others' positional embeddings to the base's grid.
     """
-    from clipmerge.weights.mistaken import refuse_bare_vectors, refuse_swapped
+    from clipmerge.weights.input_checks import refuse_bare_vectors, refuse_swapped
     from clipmerge.weights.positions import resize_positions
     from clipmerge.weights.weights import load_leaves, placed
 

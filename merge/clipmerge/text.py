@@ -1,16 +1,27 @@
 """Words that messages share: suggestions for a mistyped name, lists that are cut, and the order of names."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
-__all__ = ["and_more", "did_you_mean", "natural", "nearest"]
+__all__ = ["and_more", "did_you_mean", "natural", "nearest", "numbered_twins"]
 
 
 def natural(text: str) -> tuple[list[str | int], str]:
     """Return a key that sorts the numbers in texts as numbers: "class_2" comes before "class_10"."""
     parts = re.split(r"([0-9]+)", text)
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], text
+
+
+def numbered_twins(names: Iterable[str]) -> tuple[str, ...]:
+    """Return names of which none occurs twice: the second "a.jpg" is "a.jpg (2)"."""
+    seen: Counter[str] = Counter()
+    unique = []
+    for name in names:
+        seen[name] += 1
+        unique.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return tuple(unique)
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

@@ -1,6 +1,5 @@
 """Open a DATA text such as `digits#test@rotate:20` as a Split."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from clipmerge.data.shifts import Shift, parse_shift
 from clipmerge.data.split import Split
 from clipmerge.data.stored import refuse, survey
 from clipmerge.errors import DataError
+from clipmerge.text import numbered_twins
 from clipmerge.types import Progress
 
 __all__ = ["open_split", "parse_source"]
@@ -64,7 +64,7 @@ def open_split(
         source=text,
         classes=(),
         labels=np.full(len(index), -1, np.int64),
-        names=_unique(names),
+        names=numbered_twins(names),
         images=raw.images,
         index=index if raw.which is None else np.asarray(raw.which, np.int64)[index],
         groups=None if raw.groups is None else np.asarray(raw.groups, np.int64)[index],
@@ -134,16 +134,6 @@ def _usable(
         raise DataError(f"{split.source}: no image is left to use", hint=hint)
     split = replace(split, skipped=tuple(unusable))
     return split if limit is None else limited(split, limit)
-
-
-def _unique(names: Sequence[str]) -> tuple[str, ...]:
-    """Return names of which none occurs twice: the second "a.jpg" is "a.jpg (2)"."""
-    seen: Counter[str] = Counter()
-    unique = []
-    for name in names:
-        seen[name] += 1
-        unique.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
-    return tuple(unique)
 
 
 def parse_source(text: str) -> tuple[str, str | None, list[Shift]]:

@@ -131,7 +131,7 @@ class Given:
             head = "file"
         elif f"{HEAD}.weight" in weights[0].names:
             head = "trained"
-        entries = [(entry, places) for entry in _entries(weights) if (places := _places(entry, split))]
+        entries = _entries(weights, split)
         classes, classes_from = _class_names(entries, split)
         templates, templates_from = self._templates(entries, split)
         if head == "zero-shot":
@@ -207,7 +207,7 @@ def as_recorded(split: Split, weights: Weights) -> Split:
     """
     if not split.classes:
         return split
-    entries = [(entry, places) for entry in _entries([weights]) if (places := _places(entry, split))]
+    entries = _entries([weights], split)
     classes, classes_from = _class_names(entries, split)
     templates, templates_from = Given()._templates(entries, split)
     _refuse_two(classes, f"class names for {split.source}", "--classnames", "names")
@@ -242,8 +242,10 @@ _Entry = tuple[Mapping[str, Any], tuple[int, ...]]
 """What a checkpoint records of its prompts, and for each of the split's classes the place of that class in it."""
 
 
-def _entries(weights: Iterable[Weights]) -> list[Mapping[str, Any]]:
-    return [entry for each in weights for entry in each.prompts]
+def _entries(weights: Iterable[Weights], split: Split) -> list[_Entry]:
+    """List what the weights record of prompts for the split's classes."""
+    recorded = (entry for each in weights for entry in each.prompts)
+    return [(entry, places) for entry in recorded if (places := _places(entry, split))]
 
 
 def _places(entry: Mapping[str, Any], split: Split) -> tuple[int, ...]:

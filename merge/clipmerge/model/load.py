@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from clipmerge.model.build import build_model
 from clipmerge.model.spec import ModelSpec
+from clipmerge.weights.record import FORMAT, write_record
+from clipmerge.weights.weights import Weights, from_state_dict
 
 if TYPE_CHECKING:
     import torch
-
-    from clipmerge.weights.weights import Weights
 
 __all__ = ["load_weights", "refuse_misfit", "save_model", "weights_of"]
 
@@ -85,9 +85,6 @@ def _without_absent_text(model: "torch.nn.Module", names: Sequence[str]) -> "tor
 
 def weights_of(model: "torch.nn.Module", spec: ModelSpec, name: str = "model") -> "Weights":
     """Return the model's tensors as weights that record which model they are for."""
-    from clipmerge.weights.record import FORMAT, write_record
-    from clipmerge.weights.weights import from_state_dict
-
     record = {"format": FORMAT, "total": 1, "model": spec.to_metadata()}
     return from_state_dict(model.state_dict(), name, write_record(record))
 

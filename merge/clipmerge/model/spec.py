@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from clipmerge.checkpoint.processors import OWN_KEYS
 from clipmerge.errors import ClipmergeWarning, MismatchError, ModelError
 from clipmerge.text import and_more, did_you_mean
+from clipmerge.weights.model_records import combined
 from clipmerge.weights.record import model_record, needs_quick_gelu
-from clipmerge.weights.said import agreed
 
 if TYPE_CHECKING:
     from clipmerge.checkpoint.tensors import Checkpoint
@@ -98,7 +98,7 @@ def resolve_model(model: "str | Path | ModelSpec | None", *weights: "Weights") -
 def _recorded(weights: Sequence["Weights"]) -> tuple[str, Mapping[str, Any], Mapping[str, Any]]:
     """Name, configuration and preprocessing that all the weights agree on."""
     try:
-        said = agreed([(repr(w), record) for w in weights if (record := w.model)])
+        said = combined([(repr(w), record) for w in weights if (record := w.model)])
     except MismatchError as error:
         hint = "score them apart, or name the model that fits all of them with --model"
         raise ModelError(
@@ -130,7 +130,7 @@ def _stated(checkpoints: Sequence["Checkpoint"], preprocess: Mapping[str, Any]) 
         left = {key: value for key, value in own.items() if key not in settled}
         records.append((str(checkpoint.path or checkpoint.name), {"preprocess": left}))
     try:
-        return (agreed(records) or {}).get("preprocess") or {}
+        return (combined(records) or {}).get("preprocess") or {}
     except MismatchError as error:
         raise ModelError(error.message, hint=error.hint) from error
 

@@ -17,7 +17,7 @@ from clipmerge.weights.coefficient import Scalar
 from clipmerge.weights.expression import Applied
 from clipmerge.weights.methods import METHODS
 from clipmerge.weights.parse import parse
-from clipmerge.weights.record import write_record
+from clipmerge.weights.record import FORMAT, write_record
 from clipmerge.weights.weights import Source, Weights, from_state_dict, mean, open_all
 
 if TYPE_CHECKING:
@@ -71,7 +71,11 @@ class Held:
             alone = Weights.of(leaf)
             key = (repr(alone), alone.checkpoints)
             if key not in self._known:
-                record = {"format": 1, "total": alone.kind(), **({"model": m} if (m := alone.model) else {})}
+                record = {
+                    "format": FORMAT,
+                    "total": alone.kind(),
+                    **({"model": m} if (m := alone.model) else {}),
+                }
                 self._known[key] = from_state_dict(alone.state_dict("F32"), "held", write_record(record))
             (held,) = self._known[key].terms
             terms[held] = terms.pop(leaf)

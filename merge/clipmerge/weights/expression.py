@@ -17,9 +17,9 @@ from clipmerge.checkpoint.tensors import Checkpoint, Tensor
 from clipmerge.errors import MismatchError, RecipeError
 from clipmerge.types import Reals
 from clipmerge.weights.coefficient import Coefficient, Scalar, number_text
+from clipmerge.weights.model_records import combined
 from clipmerge.weights.names import absent_parts
 from clipmerge.weights.record import model_record, needs_quick_gelu, prompts_of, read_record
-from clipmerge.weights.said import agreed
 
 TOLERANCE = Fraction(1, 10**6)
 """How far a total may be from 0 or 1: softmaxed coefficients sum to 1 only up to their own rounding."""
@@ -342,7 +342,7 @@ class Expression:
         # The base's own first; among equals not the first listed, so that the order of a soup decides nothing.
         records = [(c, record) for c in self.checkpoints if (record := model_record(c)) is not None]
         records.sort(key=lambda said: (said[0] is not self.base, json.dumps(said[1], sort_keys=True)))
-        said = agreed([(str(c.path or c.name), record) for c, record in records])
+        said = combined([(str(c.path or c.name), record) for c, record in records])
         quick = [c for c in self.checkpoints if needs_quick_gelu(c)]
         if said and quick and isinstance(said.get("config"), dict) and not said["config"].get("quick_gelu"):
             name, plain = str(quick[0].path or quick[0].name), said.get("name")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from clipmerge.checkpoint.index import SUFFIX
 from clipmerge.checkpoint.tensors import Checkpoint
+from clipmerge.text import numbered_twins
 from clipmerge.weights.expression import Leaf
 from clipmerge.weights.weights import Weights
 
@@ -25,12 +26,7 @@ def names_of(weights: Sequence[Weights]) -> list[str]:
         for full, texts in distinct.items():
             if names[full] in clashing:
                 names[full] = texts[min(depth, len(texts) - 1)]
-    seen: Counter[str] = Counter()
-    shown = []
-    for texts in called:
-        seen[name := names[texts[-1]]] += 1
-        shown.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
-    return shown
+    return list(numbered_twins(names[texts[-1]] for texts in called))
 
 
 def _texts(weights: Weights) -> list[str]:

@@ -20,7 +20,7 @@ from clipmerge.weights.check import check
 from clipmerge.weights.coefficient import Coefficient
 from clipmerge.weights.digest import content_digest
 from clipmerge.weights.expression import Applied, Expression, Leaf, checkpoints_of, names_of
-from clipmerge.weights.mistaken import refuse_bare_vectors
+from clipmerge.weights.input_checks import refuse_bare_vectors
 
 Kind = Literal["sum", "agree", "largest"]
 

@@ -226,9 +226,7 @@ def _first_difference(
     return None, ""
 
 
-def _comparer(
-    name: str, tensor: Tensor, reader: Reader, wrong: dict[str, int], *, exact: bool = True
-) -> Sink:
+def _comparer(name: str, tensor: Tensor, reader: Reader, wrong: dict[str, int], *, exact: bool) -> Sink:
     """Takes what was computed, block by block, and counts in `wrong` the elements that are stored differently."""
     lock = Lock()
 

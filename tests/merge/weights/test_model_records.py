@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from clipmerge.checkpoint.configs import from_huggingface_config, to_huggingface_config
 from clipmerge.errors import MismatchError
-from clipmerge.weights.said import _TEXT, _VISION, agreed, differences
+from clipmerge.weights.model_records import _TEXT, _VISION, combined, differences
 from clipmerge.weights.weights import Weights, mean
 
 Point = Callable[..., Weights]
@@ -90,7 +90,7 @@ def test_what_any_checkpoint_says_is_kept_whatever_the_order(parts: list[set[str
         (str(i), {"preprocess": {key: PREPROCESS[key] for key in part}}) for i, part in enumerate(parts)
     ]
     random.shuffle(records)
-    said = agreed(records)
+    said = combined(records)
     assert said is not None
     assert said["preprocess"] == {key: PREPROCESS[key] for key in set().union(*parts)}
 

@@ -23,7 +23,7 @@ _BUILDS_THE_SAME = frozenset({
 })  # fmt: skip
 """Keys that change neither the names of tensors nor what a trained model computes of an image and token ids."""
 
-Said = tuple[str, Mapping[str, Any]]
+NamedRecord = tuple[str, Mapping[str, Any]]
 """Which checkpoint, and its record {"name", "config", "preprocess"}: each part may be missing."""
 
 
@@ -46,7 +46,7 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def agreed(records: Sequence[Said]) -> dict[str, Any] | None:
+def combined(records: Sequence[NamedRecord]) -> dict[str, Any] | None:
     """Put together what checkpoints say of their model; None where none says anything.
 
     Args:

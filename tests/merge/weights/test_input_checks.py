@@ -10,7 +10,7 @@ import pytest
 import clipmerge
 from clipmerge.errors import RecipeError
 from clipmerge.weights.digest import content_digest
-from clipmerge.weights.mistaken import refuse_bare_vectors, refuse_swapped
+from clipmerge.weights.input_checks import refuse_bare_vectors, refuse_swapped
 from clipmerge.weights.parse import parse
 from clipmerge.weights.plan import make_plan
 from clipmerge.weights.verify import verify
