@@ -43,6 +43,7 @@ PUBLIC = [
     "resize_positions",
     "resolve_model",
     "score",
+    "statistics",
     "sweep",
     "uniform_soup",
     "verify",

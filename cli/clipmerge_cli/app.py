@@ -41,6 +41,7 @@ COMMANDS = {
     "convert": (MERGE, "Between layouts: open_clip, Hugging Face."),
     "finetune": (MAKE, "FLYP, cross-entropy, LP-FT, CAR-FT, linear probe, or from scratch."),
     "sweep": (MAKE, "Many finetunings over a search space, ready for a soup."),
+    "statistics": (MAKE, "Take what `fisher` and `regmean` merge by, once for each checkpoint."),
     "evaluate": (LOOK, "Score checkpoints on labelled images."),
     "inspect": (LOOK, "What a checkpoint holds, and what it was merged from."),
     "compare": (LOOK, "How two checkpoints differ, per tower and block."),

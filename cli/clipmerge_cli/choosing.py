@@ -10,7 +10,7 @@ from clipmerge_cli import options as shared
 from clipmerge_cli.groups import arg, opt, refuse_unused
 from clipmerge_cli.options import INPUT, SEARCH, Grid, Several
 from clipmerge_cli.scoring import Choosing, Search, choose, run_search
-from clipmerge_cli.writing import Output, load_models, refuse_mixture
+from clipmerge_cli.writing import Output, load_models, refuse_mixture, without_statistics
 
 if TYPE_CHECKING:
     from clipmerge.search.results import SweepResult
@@ -74,6 +74,7 @@ def soup(
             refuse_unused("without --order random", "seed")
     out.check_usage(needed=kind == "uniform")
 
+    checkpoints = without_statistics(checkpoints, out)
     if base is None:
         weights = clipmerge.load_all(checkpoints, vectors=vectors)
         if out.resize_positions:

@@ -1,4 +1,4 @@
-"""`clipmerge finetune` and `sweep`."""
+"""`clipmerge finetune`, `sweep` and `statistics`."""
 
 import json
 from collections.abc import Mapping
@@ -243,3 +243,66 @@ def sweep(
     else:
         columns = list(rows[0])
         show.table(columns, [[row.get(column) for column in columns] for row in rows])
+
+
+def statistics(
+    *,
+    checkpoints: list[str] = shared.CHECKPOINTS,
+    method: Literal["fisher", "regmean"] = opt(..., "The method that they are for."),
+    data: list[str] = opt(
+        ..., "Images: one for all checkpoints, or one each, in order.", INPUT, metavar="DATA"
+    ),
+    images: Images,
+    count: int = opt(256, "Images to draw.", INPUT, "--images", min=1),
+    towers: Literal["both", "image"] = opt(
+        "both", "image: leave the text tower out, which is then averaged."
+    ),
+    batch_size: int = opt(32, "Images at a time.", None, min=1),
+    seed: int = shared.SEED,
+    device: str = opt("auto", "cpu, cuda, cuda:1, mps; auto: the GPU where there is one."),
+    force: bool = FORCE,
+    talk: Talk,
+) -> None:
+    """Take what a method needs to know of each checkpoint on images, once, and keep it beside the checkpoint.
+
+    fisher: the diagonal of the Fisher information (labels are not used). regmean: the Gram matrices of the inputs of
+    every linear layer. Then the method needs neither images nor a model:
+
+        clipmerge statistics cars.safetensors signs.safetensors --model ViT-B-32 \\
+          --method regmean --data cars/train --data signs/train
+        clipmerge merge "regmean(\\[cars, signs])" cars=cars.safetensors \\
+          signs=signs.safetensors -o both.safetensors
+    """
+    if len(data) not in (1, len(checkpoints)):
+        message = (
+            f"give images once, or for each of the {len(checkpoints)} checkpoints, not {len(data)} times"
+        )
+        raise typer.BadParameter(message, param_hint="--data")
+    with talk.loading():
+        from clipmerge.checkpoint.output import check_target
+        from clipmerge.evaluate.statistics import statistics as take
+        from clipmerge.weights.statistics_files import statistics_path
+
+    for checkpoint in checkpoints:
+        check_target(statistics_path(Path(checkpoint), method), force=force)
+    splits = {text: images.open("data", text, "train", talk, among=("data",)) for text in dict.fromkeys(data)}
+    written = []
+    for checkpoint, text in zip(checkpoints, data * (1 if len(data) > 1 else len(checkpoints)), strict=True):
+        with talk.progress(checkpoint) as on_progress:
+            path = take(
+                checkpoint,
+                splits[text],
+                method=method,
+                model=images.model,
+                images=count,
+                towers=towers,
+                batch_size=batch_size,
+                seed=seed,
+                device=device,
+                force=force,
+                on_progress=on_progress,
+            )
+        written.append(path)
+        talk.say(f"wrote {show.short(path)}: {method} of {min(count, len(splits[text]))} images")
+    if talk.json:
+        show.document({"kind": "statistics", "method": method, "files": written})

@@ -261,6 +261,18 @@ def load_models(
     return [base, *others]
 
 
+def without_statistics(files: list[str], talk: Talk) -> list[str]:
+    """Leave out files of statistics, which lie beside their checkpoints where a glob meets them, and say so."""
+    from clipmerge.weights.methods import METHODS
+    from clipmerge.weights.statistics_files import is_statistics
+
+    ends = tuple(f".{method.statistics}.safetensors" for method in METHODS.values() if method.statistics)
+    left_out = [file for file in files if file.endswith(ends) and is_statistics(file)]
+    if left_out:
+        talk.say(f"left out, as they hold statistics of checkpoints: {', '.join(left_out)}")
+    return [file for file in files if file not in left_out]
+
+
 def refuse_mixture(weights: "Sequence[Weights]") -> None:
     """Refuse task vectors that stand among models."""
     vectors = [w for w in weights if w.kind() == 0]

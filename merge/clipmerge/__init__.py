@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from clipmerge.evaluate.evaluator import score as score
     from clipmerge.evaluate.recalibrate import recalibrate as recalibrate
     from clipmerge.evaluate.score import Score as Score
+    from clipmerge.evaluate.statistics import statistics as statistics
     from clipmerge.evaluate.verify import verify as verify
     from clipmerge.evaluate.zero_shot import with_zero_shot_head as with_zero_shot_head
     from clipmerge.figures.draw import plot as plot
@@ -51,6 +52,7 @@ _NAMES = {
     "evaluate.evaluator": "Evaluator score",
     "evaluate.recalibrate": "recalibrate",
     "evaluate.score": "Score",
+    "evaluate.statistics": "statistics",
     "evaluate.verify": "verify",
     "evaluate.zero_shot": "with_zero_shot_head",
     "figures.draw": "plot",

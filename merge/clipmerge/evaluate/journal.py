@@ -130,5 +130,6 @@ def _recipe(weights: Expression, digest: Callable[[Checkpoint], str]) -> list[li
             operands = [_recipe(operand, digest) for operand in leaf.operands]
             options = json.dumps(dict(leaf.options), sort_keys=True)
             merged = [] if leaf.merged is None else [_recipe(leaf.merged, digest)]
-            terms.append([str(coefficient), leaf.method.name, options, operands, *merged])
+            files = [[digest(file) for file in leaf.statistics]] * bool(leaf.statistics)
+            terms.append([str(coefficient), leaf.method.name, options, operands, *merged, *files])
     return sorted(terms, key=json.dumps)

@@ -70,7 +70,7 @@ def check_save(
         )
     if shard_size is not None:
         raise OutputError("open_clip loads one file from a folder, not shards", hint="leave --shard-size out")
-    inputs = [file for checkpoint in weights.checkpoints for file in checkpoint.files()]
+    inputs = [file for checkpoint in weights.sources for file in checkpoint.files()]
     check_folder(folder, (WEIGHTS, CONFIG, CARD), force=force, inputs=inputs)
     if own := [c for c in weights.checkpoints if c.extra.get("without_place")]:
         raise ModelError(

@@ -18,6 +18,7 @@ from clipmerge.weights.expression import Applied
 from clipmerge.weights.methods import METHODS
 from clipmerge.weights.parse import parse
 from clipmerge.weights.record import FORMAT, write_record
+from clipmerge.weights.statistics_files import statistics_path
 from clipmerge.weights.weights import Source, Weights, from_state_dict, mean, open_all
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Held:
         terms = dict(weights.terms)
         for leaf in leaves:
             alone = Weights.of(leaf)
-            key = (repr(alone), alone.checkpoints)
+            key = (repr(alone), alone.sources)
             if key not in self._known:
                 record = {
                     "format": FORMAT,
@@ -158,7 +159,7 @@ def leaderboard(
     Args:
         tuned: task → its finetuned model; the task is also the split on which scales are chosen.
         methods: such as "ties" or "ties(density=0.1)"; "mean" and "task_arithmetic" too. By default all that take so
-            many models.
+            many models, and whose statistics, where they need some, lie beside all of these.
         test: task → the split to report on; None: report on the tasks' own splits.
 
     Raises:
@@ -170,8 +171,9 @@ def leaderboard(
         )
     start, *others = open_all([base, *tuned.values()])
     models = dict(zip(tuned, (w if w.kind() == 1 else start + w for w in others), strict=True))
-    names = default_methods(len(models)) if methods is None else methods
-    families = {name: family_of(name, start, list(models.values())) for name in names}
+    if methods is None:
+        methods = (*default_methods(len(models)), *methods_with_statistics(list(models.values())))
+    families = {name: family_of(name, start, list(models.values())) for name in methods}
     splits = {task: (test or {}).get(task, task) for task in models}
     with evaluator.together([start, *models.values()]):
         own = {task: evaluator.score(weights, splits[task]) for task, weights in models.items()}
@@ -215,14 +217,25 @@ def means(scores: Scores, own: Scores) -> tuple[float, float]:
 
 
 def default_methods(tasks: int) -> tuple[str, ...]:
-    """Return the rows of a leaderboard of so many models."""
+    """Return the rows of a leaderboard of so many models, but for methods that need statistics."""
     fitting = []
     for name, method in METHODS.items():
         least, most = method.operands
         count = tasks + (name == "model_stock")
-        if least <= count and (most is None or count <= most):
+        if least <= count and (most is None or count <= most) and method.statistics is None:
             fitting.append(name)
     return (*LINEAR, *fitting)
+
+
+def methods_with_statistics(models: Sequence[Weights]) -> tuple[str, ...]:
+    """Return the methods whose statistics lie beside every model."""
+    lone = [model.checkpoints[0].path if len(model.checkpoints) == 1 else None for model in models]
+    return tuple(
+        name
+        for name, method in METHODS.items()
+        if method.statistics
+        and all(path is not None and statistics_path(path, method.statistics).is_file() for path in lone)
+    )
 
 
 def family_of(text: str, base: Weights, models: Sequence[Weights]) -> Callable[[Fraction], Weights]:

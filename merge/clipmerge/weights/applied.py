@@ -21,7 +21,7 @@ from clipmerge.errors import NonFiniteError
 from clipmerge.ops.vectors import mean, total
 from clipmerge.types import Floats, Reals
 from clipmerge.weights.expression import Applied, Expression, Leaf, checkpoints_of
-from clipmerge.weights.names import matrices_of
+from clipmerge.weights.names import is_transposed, matrices_of
 from clipmerge.weights.plan import integer_factors
 
 Read: TypeAlias = Callable[[Checkpoint], Reals]
@@ -114,6 +114,11 @@ def apply_to_tensor(applied: Applied, name: str, shape: tuple[int, ...], read: R
     keywords: dict[str, Any] = {key: applied.options[key] for key in method.options} | {**known.arguments}
     if "name" in method.keywords:
         keywords["name"] = name
+    if "transposed" in method.keywords:
+        keywords["transposed"] = is_transposed(name)
+    if method.statistics is not None:
+        there = all(name in file.tensors for file in applied.statistics)
+        keywords["statistics"] = [read(file) for file in applied.statistics] if there else None
     merged = None
     if applied.merged is not None:
         merged = evaluate(applied.merged, name, shape, read, facts).astype(arrays[0].dtype, copy=False)

@@ -70,6 +70,7 @@ class Method:
         measure: what the function needs to know of the whole model (see `applied.Model`), as keywords.
         grid: first, last and step of the coefficients to try on the result.
         renamed: what an option was called in files written before → its name now.
+        statistics: the kind of statistics of data that it needs of each operand, a checkpoint.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Method:
     measure: Callable[..., Mapping[str, Any]] | None = None
     grid: tuple[str, str, str] = ("0", "1", "0.05")
     renamed: Mapping[str, str] = field(default_factory=dict)
+    statistics: str | None = None
 
     @property
     def all_options(self) -> dict[str, Option]:
@@ -114,12 +116,14 @@ class Applied:
     Attributes:
         options: a value for each of `method.options`, and for shared ones that are not the default.
         merged: what another method made of the operands, where that is given.
+        statistics: of methods that need them, a file of statistics for each operand.
     """
 
     method: Method
     operands: "tuple[Expression, ...]"
     options: Mapping[str, OptionValue]
     merged: "Expression | None" = None
+    statistics: tuple[Checkpoint, ...] = ()
 
     @property
     def inputs(self) -> "tuple[Expression, ...]":
@@ -147,6 +151,11 @@ def checkpoints_of(leaf: Leaf) -> Iterator[Checkpoint]:
     for operand in leaf.inputs:
         for inner in operand.terms:
             yield from checkpoints_of(inner)
+
+
+def statistics_of(leaf: Leaf) -> tuple[Checkpoint, ...]:
+    """List the files of statistics that a leaf and the methods inside it need."""
+    return tuple(file for applied in applied_in([leaf]) for file in applied.statistics)
 
 
 def names_of(leaf: Leaf) -> Set[str]:
@@ -229,6 +238,16 @@ class Expression:
     def checkpoints(self) -> tuple[Checkpoint, ...]:
         """Every checkpoint it reads, each once, in the order written."""
         return tuple(dict.fromkeys(c for leaf in self.terms for c in checkpoints_of(leaf)))
+
+    @property
+    def statistics(self) -> tuple[Checkpoint, ...]:
+        """Every file of statistics that methods need, each once."""
+        return tuple(dict.fromkeys(file for leaf in self.terms for file in statistics_of(leaf)))
+
+    @property
+    def sources(self) -> tuple[Checkpoint, ...]:
+        """Everything that is read: checkpoints, then files of statistics."""
+        return (*self.checkpoints, *self.statistics)
 
     @property
     def streams(self) -> bool:

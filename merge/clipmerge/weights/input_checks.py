@@ -11,9 +11,10 @@ from clipmerge.checkpoint.tensors import Checkpoint, Tensor
 from clipmerge.dtypes import ITEMSIZE, storage_dtype, to_float64
 from clipmerge.errors import RecipeError
 from clipmerge.types import Floats
-from clipmerge.weights.digest import Digests
-from clipmerge.weights.expression import Expression, total_of
+from clipmerge.weights.digest import Digests, content_digest
+from clipmerge.weights.expression import Expression, applied_in, total_of
 from clipmerge.weights.provenance import bases_of
+from clipmerge.weights.statistics_files import statistics_record
 
 TENSORS, ELEMENTS = 32, 16
 """How many matrices of two checkpoints are compared, and how many elements of each: the cosine of unrelated numbers is
@@ -30,7 +31,7 @@ def refuse_bare_vectors(weights: Expression) -> None:
     Raises:
         RecipeError: a checkpoint is a difference by its norm and its cosine with the base (or the first by name).
     """
-    points = [c for c in weights.checkpoints if total_of(c)]
+    points = [c for c in weights.checkpoints if total_of(c) and statistics_record(c) is None]
     reference = weights.reference if weights.reference in points else points[0] if points else None
     if reference is None:
         return
@@ -61,6 +62,31 @@ def refuse_swapped(base: Expression, finetuned: Expression) -> None:
                     "they stand in each other's place",
                     hint="the base comes first, then what was finetuned from it",
                 )
+
+
+def refuse_foreign_statistics(weights: Expression) -> None:
+    """Refuse files of statistics where models are taken, and statistics that were taken of other checkpoints.
+
+    Raises:
+        RecipeError: says which file, and of what it is.
+    """
+    for checkpoint in weights.checkpoints:
+        if (record := statistics_record(checkpoint)) is not None:
+            raise RecipeError(
+                f"{checkpoint.path or checkpoint.name} holds statistics for {record.get('method')}, not a model",
+                hint="leave it out: a method finds it beside its checkpoint",
+            )
+    for applied in (a for a in applied_in(weights.terms) if a.statistics):
+        names = {frozenset(file.tensors) for file in applied.statistics}
+        for operand, file in zip(applied.operands, applied.statistics, strict=True):
+            if (statistics_record(file) or {}).get("of") != content_digest(operand.reference):
+                what = f"{file.path or file.name} was taken of another checkpoint than {operand!r}"
+                raise RecipeError(f"{what}, or of what it was before", hint="take the statistics again")
+        if len(names) > 1:
+            raise RecipeError(
+                f"the statistics of {applied.method.name} are of different tensors",
+                hint="take those of all checkpoints in the same way (--towers)",
+            )
 
 
 def _compare(reference: Checkpoint, other: Checkpoint, reader: Reader) -> None:

@@ -9,14 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from inspect import getdoc
 from math import isfinite
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 from clipmerge.errors import RecipeError
-from clipmerge.ops import matrices, points, vectors
+from clipmerge.ops import matrices, points, statistics, vectors
 from clipmerge.text import did_you_mean
 from clipmerge.weights import measure
 from clipmerge.weights.expression import Applied, E, Expression, Method, Option, OptionValue
 from clipmerge.weights.names import absent_parts
+from clipmerge.weights.statistics_files import statistics_for
 
 _SCOPE = Option(
     "model", "rank entries over the whole model, or each tensor's own", choices=("model", "tensor")
@@ -100,18 +102,38 @@ METHODS: Mapping[str, Method] = {
                 "scale": Option(1.0, "of the models' directions"),
             },
         ),
+        # models and statistics of data in, model out
+        Method(
+            "fisher", statistics.fisher, "points", 1, "entries", statistics="fisher",
+            options={
+                "weights": Option(1.0, "a factor on each model's Fisher information", 0, several=True),
+                "floor": Option(0.0, "the least Fisher information of an entry; 1e-8 in WiSE-FT's code", 0),
+            },
+        ),
+        Method(
+            "regmean", statistics.regmean, "points", 1, statistics="regmean",
+            options={"off_diagonal": Option(0.95, "of the Gram matrices, what all but the diagonal is times", 0, 1)},
+        ),
     )
 }  # fmt: skip
 
 
-def apply(name: str, operands: Sequence[E], merged: E | None = None, **options: OptionValue) -> E:
+def apply(
+    name: str,
+    operands: Sequence[E],
+    merged: E | None = None,
+    statistics: "Sequence[Expression | str | Path] | None" = None,
+    **options: OptionValue,
+) -> E:
     """Apply the named method to `operands`, lazily.
 
     Args:
         merged: what another method made of the operands, for those that work on it.
+        statistics: of methods that need them, a file of statistics for each operand; None: those beside the operands.
 
     Raises:
-        RecipeError: no such method or option, the wrong number of operands, or points where it takes vectors.
+        RecipeError: no such method or option, the wrong number of operands, points where it takes vectors, or no
+            statistics.
     """
     method = METHODS.get(name)
     if method is None:
@@ -144,7 +166,8 @@ def apply(name: str, operands: Sequence[E], merged: E | None = None, **options: 
     if method.takes == "vectors":
         every = _zero_where_missing([*operands, *([] if merged is None else [merged])])
         operands, merged = every[: len(operands)], None if merged is None else every[-1]
-    return type(operands[0]).of(Applied(method, tuple(operands), chosen, merged))
+    files = statistics_for(method, operands, statistics)
+    return type(operands[0]).of(Applied(method, tuple(operands), chosen, merged, files))
 
 
 def _value(method: str, name: str, value: OptionValue, option: Option, operands: int) -> OptionValue:

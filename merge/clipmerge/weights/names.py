@@ -88,6 +88,11 @@ def matrices_of(name: str, shape: Sequence[int], *, fused: bool = False) -> int:
     return 1 if fused or shape[0] % parts else parts
 
 
+def is_transposed(name: str) -> bool:
+    """Return whether a matrix is stored (in, out): open_clip's projections are plain parameters, `x @ proj`."""
+    return name.endswith(("visual.proj", "text_projection"))
+
+
 def depths_of(names: Iterable[str]) -> dict[str, float]:
     """Return how deep each tensor in a block lies, from 0 (the tower's first block) to 1 (its last)."""
     blocks = {name: (tower_of(name), block) for name in names if (block := block_of(name)) is not None}

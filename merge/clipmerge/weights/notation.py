@@ -10,7 +10,7 @@ from clipmerge.weights.expression import Expression, Leaf, OptionValue
 
 def identifiers_of(weights: Expression) -> dict[Checkpoint, str]:
     """Name every checkpoint by a distinct identifier, in an order that does not depend on how they were listed."""
-    ordered = sorted(weights.checkpoints, key=lambda c: (c.name, str(c.path)))
+    ordered = sorted(weights.sources, key=lambda c: (c.name, str(c.path)))
     return dict(zip(ordered, identifiers([c.name for c in ordered]), strict=True))
 
 
@@ -60,6 +60,8 @@ def _leaf_text(leaf: Leaf, names: dict[Checkpoint, str]) -> str:
         return f"vector({names[leaf]})" if "vector" in leaf.extra else names[leaf]
     operands = ", ".join(_text(operand, names) for operand in leaf.operands)
     merged = "" if leaf.merged is None else f", merged={_text(leaf.merged, names)}"
+    files = ", ".join(names[file] for file in leaf.statistics)
+    merged += f", statistics=[{files}]" if files else ""
     options = "".join(f", {key}={_option_text(value)}" for key, value in leaf.options.items())
     return f"{leaf.method.name}([{operands}]{merged}{options})"
 

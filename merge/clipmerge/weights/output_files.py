@@ -60,7 +60,7 @@ def check_save(
     Args:
         model_named: whether the caller says which model it is; without that, the checkpoints must agree on theirs.
     """
-    inputs = [file for checkpoint in weights.checkpoints for file in checkpoint.files()]
+    inputs = [file for checkpoint in weights.sources for file in checkpoint.files()]
     real = check_target(path, force=force, inputs=inputs)
     plan = make_plan(weights, dtype=dtype)
     if not model_named:

@@ -225,6 +225,7 @@ class _Parser(Generic[E]):
             arguments = arguments[0].elts  # f([a, b]) and f(a, b) are one thing
         options: dict[str, OptionValue] = {}
         merged: E | None = None
+        statistics: list[E] | None = None
         for keyword in node.keywords:
             if keyword.arg is None:
                 raise RecipeError(f"{self._source(node)!r} is not part of the notation")
@@ -237,13 +238,21 @@ class _Parser(Generic[E]):
                     raise RecipeError(f"{name} takes weights as merged, not the number {value}")
                 merged = value
                 continue
+            if (
+                name in METHODS
+                and keyword.arg == "statistics"
+                and isinstance(keyword.value, ast.List | ast.Tuple)
+            ):
+                files = [self.value(entry, depth + 1) for entry in keyword.value.elts]
+                statistics = [file for file in files if not isinstance(file, Coefficient)]
+                continue
             options[keyword.arg] = self._option(keyword.arg, keyword.value, depth)
         values = [self.value(argument, depth + 1) for argument in arguments]
         self.at = node
         if name in METHODS:
             shared = {key: v for key, v in self.options.items() if key in METHODS[name].all_options}
             options = {**shared, **options}
-        return _called(name, values, options, merged)
+        return _called(name, values, options, merged, statistics)
 
     def _option(self, name: str, node: ast.expr, depth: int) -> OptionValue:
         """A number, a word in quotes, True, False, None, or a list of numbers."""
@@ -265,7 +274,11 @@ def _small(value: "Value[E]") -> "Value[E]":
 
 
 def _called(
-    name: str, values: "Sequence[Value[E]]", options: Mapping[str, OptionValue], merged: E | None
+    name: str,
+    values: "Sequence[Value[E]]",
+    options: Mapping[str, OptionValue],
+    merged: E | None,
+    statistics: list[E] | None,
 ) -> E:
     if name in _CALLS and options:
         hint = "interpolate(a, b, alpha=0.5)" if name == "interpolate" else None
@@ -281,7 +294,7 @@ def _called(
             raise RecipeError(f"{name} takes weights, not the number {value}")
         operands.append(value)
     if name in METHODS:
-        return apply(name, operands, merged, **options)
+        return apply(name, operands, merged, statistics, **options)
     if not operands:
         raise RecipeError(f"{name} takes at least one checkpoint")
     if name == "vector":

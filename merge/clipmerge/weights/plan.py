@@ -19,8 +19,15 @@ from clipmerge.text import did_you_mean
 from clipmerge.weights.check import check
 from clipmerge.weights.coefficient import Coefficient
 from clipmerge.weights.digest import content_digest
-from clipmerge.weights.expression import Applied, Expression, Leaf, checkpoints_of, names_of
-from clipmerge.weights.input_checks import refuse_bare_vectors
+from clipmerge.weights.expression import (
+    Applied,
+    Expression,
+    Leaf,
+    checkpoints_of,
+    names_of,
+    statistics_of,
+)
+from clipmerge.weights.input_checks import refuse_bare_vectors, refuse_foreign_statistics
 
 Kind = Literal["sum", "agree", "largest"]
 
@@ -52,8 +59,8 @@ class Step:
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
-        """Every checkpoint whose tensor of this name is read."""
-        used = (c for _, leaf in self.terms for c in checkpoints_of(leaf))
+        """Every checkpoint, and file of statistics, whose tensor of this name is read."""
+        used = (c for _, leaf in self.terms for c in (*checkpoints_of(leaf), *statistics_of(leaf)))
         return tuple(dict.fromkeys(c for c in used if self.name in c.tensors))
 
     @property
@@ -132,6 +139,7 @@ def make_plan(weights: Expression, *, dtype: str | None = None) -> Plan:
     """
     dtype = float_dtype(dtype)
     check(weights, dtype=dtype)
+    refuse_foreign_statistics(weights)
     refuse_bare_vectors(weights)
     reference, ordered = weights.reference, _canonical(weights)
     held = {leaf: names_of(leaf) for leaf in ordered.terms}
@@ -145,7 +153,7 @@ def make_plan(weights: Expression, *, dtype: str | None = None) -> Plan:
         )
         for name in weights.names
     }
-    return Plan(steps, weights.checkpoints)
+    return Plan(steps, weights.sources)
 
 
 def _step(
@@ -198,7 +206,7 @@ def _canonical(weights: Expression) -> Expression:
     # renaming a file would change its soup. So the bytes themselves decide.
     if len(weights.terms) < 3 and all(isinstance(leaf, Checkpoint) for leaf in weights.terms):
         return weights
-    return _sorted(weights, _content_keys(weights.checkpoints))[1]
+    return _sorted(weights, _content_keys(weights.sources))[1]
 
 
 def _sorted(weights: Expression, keys: Mapping[Checkpoint, str]) -> tuple[str, Expression]:
@@ -208,14 +216,23 @@ def _sorted(weights: Expression, keys: Mapping[Checkpoint, str]) -> tuple[str, E
         if isinstance(leaf, Checkpoint):
             key = keys[leaf]
         else:
-            operands = [_sorted(operand, keys) for operand in leaf.operands]
+            files = leaf.statistics or (None,) * len(leaf.operands)
+            operands = [
+                (*_sorted(operand, keys), file) for operand, file in zip(leaf.operands, files, strict=True)
+            ]
             if leaf.method.symmetric and not any(isinstance(v, tuple) for v in leaf.options.values()):
                 operands.sort(key=itemgetter(0))
             merged = None if leaf.merged is None else _sorted(leaf.merged, keys)
-            inside = [*(k for k, _ in operands), *([] if merged is None else [f"merged={merged[0]}"])]
+            inside = [*(k for k, _, _ in operands), *([] if merged is None else [f"merged={merged[0]}"])]
+            inside += [keys[file] for _, _, file in operands if file is not None]
             key = f"{leaf.method.name}{sorted(leaf.options.items())}({', '.join(inside)})"
-            vectors = tuple(operand for _, operand in operands)
-            leaf = Applied(leaf.method, vectors, leaf.options, None if merged is None else merged[1])
+            leaf = Applied(
+                leaf.method,
+                tuple(operand for _, operand, _ in operands),
+                leaf.options,
+                None if merged is None else merged[1],
+                tuple(file for _, _, file in operands if file is not None),
+            )
         parts.append((key, str(coefficient), leaf, coefficient))  # equal contents: coefficients decide
     parts.sort(key=lambda part: part[:2])
     text = " + ".join(f"{coefficient}*{key}" for key, coefficient, _, _ in parts)

@@ -25,6 +25,7 @@ from clipmerge.weights.positions import resize_positions, resized
 from clipmerge.weights.provenance import HEAD_OF, Parent, is_original, parents_of
 from clipmerge.weights.record import read_record, recalibrated
 from clipmerge.weights.run import execute
+from clipmerge.weights.statistics_files import statistics_record
 from clipmerge.weights.weights import Weights, as_checkpoint, load, load_leaf
 
 Rebuild: TypeAlias = Callable[[Mapping[str, Any], Weights], Weights]
@@ -168,7 +169,7 @@ def _find(
                     other = resized(other, checkpoint)
                 # A parent may lack a tower that another has, or have one that a task vector leaves out.
                 theirs = {(name, tensor.shape) for name, tensor in other.tensors.items()}
-                if theirs <= shapes or shapes <= theirs:
+                if theirs <= shapes or shapes <= theirs or statistics_record(other) is not None:
                     digest = content_digest(other, on_progress)
                     files = {**{p.name: path for p in recorded if p.digest == digest}, **files}
     return files

@@ -112,8 +112,8 @@ class Weights(Expression):
         record = partial(file_metadata, self, dtype=dtype, extra=metadata)
         # Digests that are not known are taken from the bytes as they stream by, so the header that holds them is
         # written last. All digests are equally long: with any text in their place it has its final size.
-        wanted = Digests(self.checkpoints if digests else ())
-        known = wanted.finish() if wanted.complete else dict.fromkeys(self.checkpoints, "0" * 64)
+        wanted = Digests(self.sources if digests else ())
+        known = wanted.finish() if wanted.complete else dict.fromkeys(self.sources, "0" * 64)
         files = output_files(target, record(digests=known if digests else None))
         targets = [(file.path, file.size) for file in files]
         options: dict[str, Any] = {"force": force, "fsync": fsync, "superseded": target.superseded}

@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,10 @@ from clipmerge.errors import RecipeError
 from clipmerge.ops import vectors
 from clipmerge.weights import blocks
 from clipmerge.weights import weights as face
+from clipmerge.weights.digest import content_digest
 from clipmerge.weights.methods import METHODS, apply
+from clipmerge.weights.names import is_transposed
+from clipmerge.weights.record import write_record
 from clipmerge.weights.weights import Weights
 
 Point = Callable[..., Weights]
@@ -82,8 +86,23 @@ def merged(name: str, made: list[Model], point: Point, arrays: Callable[..., Any
     base, *others = [point(f"m{i}", **tensors) for i, tensors in enumerate(made)]
     method = METHODS[name]
     operands = [base, *others] if method.takes == "points" else [other - base for other in others]
+    if method.statistics:
+        options["statistics"] = [statistics(name, point, o, made[i]) for i, o in enumerate(operands)]
     result = apply(name, operands[: method.operands[1]], **options)
     return arrays(result if method.gives else base + result, "F64")
+
+
+def statistics(name: str, point: Point, of: Any, tensors: Model) -> Any:
+    """Numbers that statistics could have, by what they are of."""
+    if name == "fisher":
+        held = {k: v**2 + 0.1 for k, v in tensors.items()}
+    else:
+        matrices = {k: v for k, v in tensors.items() if v.ndim == 2}
+        turned = {k: v.T if is_transposed(k) else v for k, v in matrices.items()}
+        held = {k: v.T @ v + np.eye(v.shape[1]) for k, v in turned.items()}
+    file = point("of", **{k: np.asarray(v, "f4") for k, v in held.items()}).checkpoints[0]
+    about = {"method": name, "of": content_digest(of.checkpoints[0])}
+    return Weights.of(replace(file, metadata=write_record({"statistics": about})))
 
 
 def farthest(one: Model, other: Model) -> float:

@@ -1,0 +1,193 @@
+"""Statistics of data: against a loop over images by hand, kept beside checkpoints, refused where they do not fit."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+import clipmerge as cm
+from clipmerge.data.pixels import mean_and_std, pixels
+from clipmerge.errors import RecipeError
+from clipmerge.weights.parse import parse
+from clipmerge_cli.app import main
+
+DATA = "digits#train[:6]"
+
+
+@pytest.fixture
+def pair(tiny_checkpoints: Any, tiny_spec: Any, tmp_path: Path) -> list[Path]:
+    """Two checkpoints that know their model, alone in a folder."""
+    paths = []
+    for name in ("ft0", "ft1"):
+        paths.append(tmp_path / f"{name}.safetensors")
+        cm.load(tiny_checkpoints[name]).save(paths[-1], metadata={"model": tiny_spec.to_metadata()})
+    return paths
+
+
+def read(path: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = load_file(path)
+    return tensors
+
+
+def model_and_images(path: Path) -> tuple[Any, torch.Tensor, Any]:
+    spec = cm.resolve_model(None, cm.load(path))
+    net: Any = cm.build_model(spec)
+    cm.load(path).load_into(net)
+    split = cm.open_split(DATA)
+    images = torch.from_numpy(pixels(split, spec.preprocess)).float() / 255
+    mean, std = mean_and_std(spec.preprocess, "cpu")
+    return net.eval(), (images - mean) / std, split
+
+
+def test_fisher_information_is_the_mean_of_squared_gradients_of_single_images(pair: list[Path]) -> None:
+    from open_clip import get_tokenizer
+
+    stored = read(cm.statistics(pair[0], DATA, method="fisher", templates=["a {}."]))
+    net, images, split = model_and_images(pair[0])
+    tokens = get_tokenizer("ViT-B-32", context_length=32)([f"a {name}." for name in split.classes])
+    draw = torch.Generator().manual_seed(0)
+    sums: dict[str, torch.Tensor] = {}
+    for image in images:
+        net.zero_grad()
+        head = net.encode_text(tokens, normalize=True)
+        logits = net.logit_scale.exp() * net.encode_image(image[None], normalize=True) @ head.T
+        answer = torch.multinomial(logits.detach().softmax(-1)[0], 1, generator=draw)
+        (-logits.log_softmax(-1)[0, answer]).sum().backward()
+        for name, parameter in net.named_parameters():
+            sums[name] = sums.get(name, torch.zeros(())) + parameter.grad**2 / len(images)
+    assert stored.keys() == sums.keys()
+    for name, value in sums.items():
+        torch.testing.assert_close(stored[name], value, rtol=2e-3, atol=1e-4 * float(value.max()) + 1e-12)
+
+
+def test_gram_matrices_are_those_of_every_layers_inputs(pair: list[Path]) -> None:
+    stored = read(cm.statistics(pair[0], DATA, method="regmean", batch_size=4))
+    net, images, _ = model_and_images(pair[0])
+    with torch.no_grad():
+        pooled = net.visual.ln_post(_trunk(net, images))
+    seen = {"visual.proj": pooled.T @ pooled}
+
+    def keep(name: str, module: Any) -> None:
+        def hook(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            rows = inputs[0].reshape(-1, inputs[0].shape[-1])
+            seen[name] = seen.get(name, torch.zeros(())) + rows.T @ rows
+
+        module.register_forward_pre_hook(hook)
+
+    tower = net.visual.transformer.resblocks
+    for i, block in enumerate(tower):
+        keep(f"visual.transformer.resblocks.{i}.attn.in_proj_weight", block.attn)
+        keep(f"visual.transformer.resblocks.{i}.mlp.c_fc.weight", block.mlp.c_fc)
+        keep(f"visual.transformer.resblocks.{i}.mlp.c_proj.weight", block.mlp.c_proj)
+    with torch.no_grad():
+        net.encode_image(images)
+    assert seen.keys() <= stored.keys()
+    for name, value in seen.items():
+        torch.testing.assert_close(stored[name], value, rtol=1e-4, atol=1e-4 * float(value.abs().max()))
+    linear = {n for n, t in net.state_dict().items() if t.ndim == 2 and "embedding" not in n}
+    assert stored.keys() == linear  # attention's output projections and the text tower too
+
+
+def _trunk(net: Any, images: torch.Tensor) -> torch.Tensor:
+    """Return the class token before the last norm, by the tower's own parts and attention written out."""
+    visual = net.visual
+    x = visual.conv1(images).flatten(2).transpose(1, 2)
+    x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], 1) + visual.positional_embedding
+    x = visual.ln_pre(x)
+    for block in visual.transformer.resblocks:
+        attention, y = block.attn, block.ln_1(x)
+        q, k, v = (
+            F.linear(y, attention.in_proj_weight, attention.in_proj_bias).unflatten(-1, (3, 2, 8)).unbind(2)
+        )
+        scores = torch.einsum("blhd,bmhd->bhlm", q, k) / 8**0.5
+        mixed = torch.einsum("bhlm,bmhd->blhd", scores.softmax(-1), v).flatten(2)
+        x = x + attention.out_proj(mixed)
+        x = x + block.mlp(block.ln_2(x))
+    return x[:, 0]
+
+
+def test_the_attention_that_is_watched_computes_what_torch_does(pair: list[Path]) -> None:
+    from clipmerge.evaluate.linear_inputs import LinearInputs
+
+    net, images, _ = model_and_images(pair[0])
+    tokens = torch.randint(1, 400, (3, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = net.encode_image(images), net.encode_text(tokens)
+        with LinearInputs(net) as inputs:
+            watched = net.encode_image(images), net.encode_text(tokens)
+    for one, other in zip(plain, watched, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert "transformer.resblocks.0.attn.out_proj.weight" in inputs.sums
+
+
+@pytest.mark.parametrize("method", ["fisher", "regmean"])
+def test_methods_find_statistics_and_verify_computes_them_again(pair: list[Path], method: Any) -> None:
+    for path in pair:
+        assert cm.statistics(path, DATA, method=method).name == f"{path.stem}.{method}.safetensors"
+    names = {path.stem: cm.load(path) for path in pair}
+    merged = parse(f"{method}([ft0, ft1])", names).save(pair[0].with_name("merged.safetensors"))
+    turned = getattr(cm, method)([names["ft1"], names["ft0"]]).save(pair[0].with_name("turned.safetensors"))
+    assert all(torch.equal(tensor, read(turned)[name]) for name, tensor in read(merged).items())
+    assert cm.verify(merged).status == "verified"
+    tensors, (a, b) = read(merged), map(read, pair)
+    (of_a, of_b) = (read(path.with_name(f"{path.stem}.{method}.safetensors")) for path in pair)
+    name = "visual.transformer.resblocks.1.mlp.c_fc.weight"
+    x, y, f, g = (t[name].double().numpy() for t in (a, b, of_a, of_b))
+    if method == "fisher":
+        known = f + g > 0
+        expected = np.where(known, (f * x + g * y) / np.where(known, f + g, 1), (x + y) / 2)
+    else:
+        f, g = (0.95 * s + 0.05 * np.diag(np.diag(s)) for s in (f, g))
+        expected = (x @ f + y @ g) @ np.linalg.inv(f + g)
+    assert tensors[name].numpy() == pytest.approx(expected, abs=1e-6)
+    rest = "visual.conv1.weight" if method == "regmean" else "token_embedding.weight"
+    if method == "regmean":
+        assert torch.equal(tensors[rest], (a[rest].double() + b[rest].double()).div(2).float())
+
+
+def test_what_does_not_fit_is_refused(pair: list[Path]) -> None:
+    weights = [cm.load(path) for path in pair]
+    with pytest.raises(RecipeError, match=r"no ft0\.fisher\.safetensors beside it") as refusal:
+        cm.fisher(weights)
+    assert "clipmerge statistics --method fisher" in str(refusal.value.hint)
+    files = [cm.statistics(path, DATA, method="fisher") for path in pair]
+    with pytest.raises(RecipeError, match="was taken of another checkpoint"):
+        cm.fisher(weights, statistics=files[::-1]).state_dict()
+    with pytest.raises(RecipeError, match="takes checkpoints, whose statistics were taken"):
+        cm.fisher([cm.mean(weights), weights[0]])
+    with pytest.raises(RecipeError, match="holds statistics for fisher, not a model"):
+        cm.mean([weights[0], cm.load(files[0])]).state_dict()
+    with pytest.raises(RecipeError, match="is statistics for fisher, which regmean needs"):
+        cm.regmean(weights, statistics=files)
+    shutil.copy(pair[1], pair[0])
+    with pytest.raises(RecipeError, match="or of what it was before"):
+        cm.fisher([cm.load(pair[0]), weights[1]]).state_dict()
+
+
+def test_the_command_takes_them_and_soups_leave_them_out(pair: list[Path], capsys: Any) -> None:
+    files = [str(path) for path in pair]
+    assert main(["statistics", *files, "--method", "fisher", "--data", DATA, "--images", "4"]) == 0
+    assert "ft1.fisher.safetensors" in capsys.readouterr().err
+    folder = pair[0].parent
+    every = sorted(str(path) for path in folder.glob("*.safetensors"))
+    assert main(["soup", *every, "-o", str(folder / "soup.safetensors"), "--quiet"]) == 0
+    assert (
+        json.loads(_inspected(folder / "soup.safetensors", capsys))["record"]["notation"]
+        == "mean([ft0, ft1])"
+    )
+    named = [f"{path.stem}={path}" for path in pair]
+    assert main(["merge", "fisher([ft0, ft1])", *named, "-o", str(folder / "f.safetensors")]) == 0
+    assert main(["statistics", *files, "--method", "fisher", "--data", DATA]) == 1
+    assert "exists" in capsys.readouterr().err
+
+
+def _inspected(path: Path, capsys: Any) -> str:
+    capsys.readouterr()
+    assert main(["inspect", str(path), "--json"]) == 0
+    return str(capsys.readouterr().out)
