@@ -17,6 +17,7 @@ PUBLIC = [
     "Evaluator",
     "Score",
     "Weights",
+    "adamerging",
     "best_id",
     "best_mean",
     "build_model",

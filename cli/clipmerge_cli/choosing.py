@@ -13,7 +13,7 @@ from clipmerge_cli.scoring import Choosing, Search, choose, run_search
 from clipmerge_cli.writing import Output, load_models, refuse_mixture, without_statistics
 
 if TYPE_CHECKING:
-    from clipmerge.search.results import SweepResult
+    from clipmerge.search.results import SoupResult, SweepResult
     from clipmerge.search.rules import Rule
     from clipmerge.types import Progress
     from clipmerge.weights.weights import Weights
@@ -263,7 +263,12 @@ def add(
     scale: float | None = shared.scale_option("0.4"),
     val: list[str] | None = opt(None, "With auto: each task's images, in order.", INPUT, metavar="DATA"),
     scales: Grid = shared.SCALES,
-    per: Literal["all", "task", "tower", "block"] = opt("all", "With auto: what has its own scale.", SEARCH),
+    adamerging: bool = opt(False, "Learn the scales on the images, without their labels.", SEARCH),
+    per: Literal["all", "task", "tower", "block", "tensor"] = opt(
+        "all", "What has its own scale, where scales are chosen or learned.", SEARCH
+    ),
+    steps: int = opt(500, "AdaMerging: steps of Adam.", SEARCH, min=1),
+    lr: float = opt(1e-3, "AdaMerging: Adam's learning rate.", SEARCH),
     refine: bool = shared.REFINE,
 ) -> None:
     """Add what finetuned checkpoints learned to their base: base + scale * sum of (finetuned - base).
@@ -275,33 +280,52 @@ def add(
           --scale 0.4 -o both.safetensors
         clipmerge add base.safetensors cars.safetensors dtd.safetensors --scale auto \\
           --val cars/val --val dtd/val -o both.safetensors
+        clipmerge add base.safetensors cars.safetensors dtd.safetensors --adamerging \\
+          --per tensor --val cars/val --val dtd/val -o both.safetensors
         clipmerge add vit-b-32.safetensors cars_encoder.pt \\
           --base zeroshot_encoder.pt \\
           -o added.safetensors
     """
     tasks = len(finetuned)
+    if adamerging:
+        refuse_unused(
+            "with --adamerging, which learns the scales", "scale", "scales", "refine", "method", "budget"
+        )
+        scale = None
+    else:
+        refuse_unused("without --adamerging", "steps", "lr")
+        if per == "tensor":
+            raise typer.BadParameter("one scale a tensor is learned: --adamerging", param_hint="--per")
     if scale is not None and val:
         raise typer.BadParameter("--val is for --scale auto", param_hint="--val")
     if scale is None and len(val or []) != tasks:
-        message = f"--scale auto needs one --val for each task: {tasks}, not {len(val or [])}"
+        how = "--adamerging" if adamerging else "--scale auto"
+        message = f"{how} needs one --val for each task: {tasks}, not {len(val or [])}"
         raise typer.BadParameter(message, param_hint="--val")
     if refine and per != "all":
         raise typer.BadParameter("--refine is for one scale", param_hint="--refine")
-    if scale is None and per == "all":
+    if scale is None and per == "all" and not adamerging:
         refuse_unused("without --per task, tower or block", Several)
     start, *tuned = load_models(base, *finetuned, origin=origin, vectors=vectors, resize=out.resize_positions)
     splits = shared.named(val or [], "--val", [w.checkpoints[-1].name for w in tuned])
     vector = sum((w - start for w in tuned[1:]), tuned[0] - start)
 
-    def search(evaluator: "clipmerge.Evaluator", *, on_progress: "Progress | None") -> "SweepResult":
+    def search(
+        evaluator: "clipmerge.Evaluator", *, on_progress: "Progress | None"
+    ) -> "SweepResult | SoupResult":
         from clipmerge.search.coefficients import search_coefficients, task_family
         from clipmerge.search.sweep import reference_scores, sweep_scale
 
         models = dict(zip(splits, tuned, strict=True))
+        if adamerging:
+            groups: Any = "model" if per in ("all", "task") else per
+            learn = partial(clipmerge.adamerging, start, models, evaluator, per=groups, steps=steps, lr=lr)
+            return learn(batch_size=choosing.batch_size or 16, seed=several.seed, on_progress=on_progress)
         if per == "all":
             sums = partial(sweep_scale, lambda x: start + x * vector, models, evaluator)
             return sums(grid=scales, refine=refine, on_progress=on_progress)
         rule = clipmerge.normalised_mean(reference_scores(models, evaluator))
+        assert per != "tensor"  # refused above
         names, family = task_family(start, models, per)
         low, high = min(scales), max(scales)
         share = min(max(1 / tasks, low), high)  # each part of a task vector starts at its task's share

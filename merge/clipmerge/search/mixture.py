@@ -43,6 +43,7 @@ class Mixture:
 
     Args:
         groups: patterns of names; the first that matches a tensor decides which row of shares it takes.
+        like: a mixture of the same checkpoints on another split, which this one shares its parameters with.
 
     Attributes:
         groups, models: how many rows and columns the shares have. size: images.
@@ -54,39 +55,50 @@ class Mixture:
         split: str,
         weights: Sequence[Weights],
         groups: Sequence[str],
+        like: "Mixture | None" = None,
     ) -> None:
         predictor = evaluator.predictor
         self.groups, self.models = len(groups), len(weights)
         self.size = len(evaluator.splits[split])
         self._device, self._precision = predictor.device, predictor.precision
         self._images = predictor.device_split(split)
-        self._candidates = Candidates(weights, groups, predictor.resident.module.state_dict(), self._device)
-        self._candidates.keep()
+        if like is None:
+            known = predictor.resident.module.state_dict()
+            self._candidates = Candidates(weights, groups, known, self._device)
+            self._candidates.keep()
+        else:
+            self._candidates = like._candidates
         head, tokens = _head_of(predictor, split, self._candidates)
         classes = len(evaluator.splits[split].classes)
         self._logits = _Logits(predictor.resident.module, *head, tokens, classes, predictor.precision)
 
     def gradients(
-        self, shares: "Float[Tensor, 'groups models']", beta: float, indices: "Int[Tensor, ' batch']"
+        self,
+        shares: "Float[Tensor, 'groups models']",
+        beta: float,
+        indices: "Int[Tensor, ' batch']",
+        *,
+        labelled: bool = True,
     ) -> "tuple[Float[Tensor, 'groups models'], float, float]":
         """Compute the loss's gradient by share and by temperature, and the loss, over a batch.
 
         Args:
             shares: rows sum to 1. indices: into the split's images.
+            labelled: the loss is the cross-entropy with the labels, else the entropy of the answers; a batch's mean.
         """
         sums = torch.zeros(shares.numel() + 2, dtype=torch.float64, device=self._device)
         mine = indices[distributed.rank() :: distributed.world()].numpy()
         if len(mine):
             with out_of_memory_hint("use a smaller --batch-size"), float32_matmul(self._precision):
                 self._candidates.mix(shares)
-                by_name, by_beta, loss = self._backward(beta, mine, len(indices))
+                by_name, by_beta, loss = self._backward(beta, mine, len(indices), labelled)
                 sums[:-2] = self._candidates.products(by_name).flatten()
                 sums[-2], sums[-1] = by_beta, loss
         sums = distributed.all_reduce_sum(sums).cpu()
         return sums[:-2].view_as(shares).float(), float(sums[-2]), float(sums[-1])
 
     def _backward(
-        self, beta: float, mine: "np.ndarray[Any, np.dtype[np.int64]]", batch: int
+        self, beta: float, mine: "np.ndarray[Any, np.dtype[np.int64]]", batch: int, labelled: bool
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         leaves = {name: nn.Parameter(tensor) for name, tensor in self._candidates.mixed.items()}
         factor = torch.tensor(beta, device=self._device, requires_grad=True)
@@ -94,8 +106,11 @@ class Mixture:
         named: dict[str, Tensor] = {f"model.{name}": leaf for name, leaf in leaves.items()}
         with _GradientOfStatistics():
             logits = functional_call(self._logits, named, (self._images.normalise(images),))
-        labels = self._images.labels[rows]
-        loss = F.cross_entropy(self._images.covered(factor * logits), labels, reduction="sum") / batch
+        logits = self._images.covered(factor * logits)
+        if labelled:
+            loss = F.cross_entropy(logits, self._images.labels[rows], reduction="sum") / batch
+        else:
+            loss = torch.special.entr(logits.softmax(dim=-1)).sum() / batch
         by_beta, *by_leaf = torch.autograd.grad(loss, [factor, *leaves.values()], allow_unused=True)
         by_name = {n: g for n, g in zip(leaves, by_leaf, strict=True) if g is not None}
         return by_name, torch.zeros_like(loss) if by_beta is None else by_beta, loss.detach()

@@ -143,9 +143,10 @@ class SoupResult(_Shown):
         coefficients: of a learned soup, name (or group, then name) → share.
         temperature: the factor on a learned soup's logits that was learned beside its shares.
         images: {"scored", "saved"}: images through a model, and spared by early stopping and the journal.
+        transductive: whether test images, without their labels, were learned on.
     """
 
-    kind: Literal["uniform_soup", "greedy_soup", "learned_soup", "greedy_ensemble"]
+    kind: Literal["uniform_soup", "greedy_soup", "learned_soup", "greedy_ensemble", "adamerging"]
     soup: Weights | None
     ingredients: tuple[str, ...]
     names: tuple[str, ...]
@@ -157,6 +158,7 @@ class SoupResult(_Shown):
     coefficients: Mapping[str, Any] | None = None
     temperature: float | None = None
     images: Mapping[str, int] | None = None
+    transductive: bool = False
 
     @property
     def weights(self) -> Weights:
@@ -173,7 +175,8 @@ class SoupResult(_Shown):
         """Return one row per candidate, in the order of their turns; or a learned soup's shares."""
         title = self.kind.replace("_", " ")
         if self.coefficients is not None:
-            return shares_table(self.coefficients, self.temperature)
+            named = title + " on test images (transductive)" * self.transductive
+            return shares_table(self.coefficients, self.temperature, named)
         if not self.history or self.score is None:
             return Table(("checkpoint",), tuple((name,) for name in self.names), title)
         # McNemar's test compares top-1 answers, whatever the metric.
@@ -196,12 +199,15 @@ class SoupResult(_Shown):
             "history": [step.to_json() for step in self.history],
         }
         extras = {"coefficients": self.coefficients, "temperature": self.temperature, "images": self.images}
+        extras |= {"transductive": True} if self.transductive else {}
         return document | {key: value for key, value in extras.items() if value is not None}
 
 
-def shares_table(coefficients: Mapping[str, Any], temperature: float | None) -> Table:
-    """Show a learned soup's shares: all of them where they fit on a screen, else their range over the groups."""
-    title = "learned soup" if temperature is None else f"learned soup; logits times {temperature:.4g}"
+def shares_table(
+    coefficients: Mapping[str, Any], temperature: float | None, title: str = "learned soup"
+) -> Table:
+    """Show learned shares: all of them where they fit on a screen, else their range over the groups."""
+    title += "" if temperature is None else f"; logits times {temperature:.4g}"
     rows = list(coefficients.values())
     if not isinstance(rows[0], Mapping):
         pairs = tuple((name, f"{share:.4f}") for name, share in coefficients.items())
