@@ -41,6 +41,7 @@ PUBLIC = [
     "plot",
     "progress_bar",
     "recalibrate",
+    "regmean_plus",
     "resize_positions",
     "resolve_model",
     "score",

@@ -275,6 +275,8 @@ def _record(result: "Result", evaluator: "clipmerge.Evaluator", data: Mapping[st
 
     names = [re.sub(r"[^:#@]*/(?=[^/#@])", "", text) for text in data.values()]
     facts: dict[str, Any] = {"by": result.kind, "data": ", ".join(names)}
+    if isinstance(result, SoupResult) and result.transductive:
+        facts["transductive"] = True
     if isinstance(result, SoupResult) and result.score:
         score = result.score
         facts |= {"metric": score.metric, "value": score.value, "n": score.n}
@@ -301,7 +303,10 @@ def _remarks(result: "Result", coefficient: str | None) -> Iterator[str]:
     if isinstance(result, SoupResult):
         counts = f"{len(result.ingredients)} of {len(result.names)} checkpoints"
         uniform = result.kind == "uniform_soup"
-        yield f"uniform soup (no --greedy): {counts}" if uniform else f"kept {counts}"
+        if result.kind != "adamerging":
+            yield f"uniform soup (no --greedy): {counts}" if uniform else f"kept {counts}"
+        elif result.transductive:
+            yield "transductive: it has learned on test images, so scores on them say nothing of others"
         if score := result.score:
             right = (
                 f"{score.correct} of {score.n} right"

@@ -19,14 +19,14 @@ from clipmerge.errors import DataError, SelectionError
 from clipmerge.evaluate.heads import average_templates, class_logits, encode_text
 from clipmerge.evaluate.linear_inputs import LinearInputs
 from clipmerge.evaluate.setup import Given
-from clipmerge.model import build_model, get_tokenizer, load_weights
+from clipmerge.model import ModelSpec, build_model, get_tokenizer, load_weights
 from clipmerge.types import Progress
 from clipmerge.weights.digest import content_digest
 from clipmerge.weights.names import tower_of
 from clipmerge.weights.statistics_files import KEY, statistics_path
 from clipmerge.weights.weights import Source, Weights, as_checkpoint, as_weights, from_state_dict
 
-__all__ = ["statistics"]
+__all__ = ["Sample", "Towers", "statistics"]
 
 Towers = Literal["both", "image"]
 MOST_PROMPTS = 2048
@@ -79,7 +79,7 @@ def statistics(
         )
     path = Path(output) if output is not None else statistics_path(origin.path or Path(), method)
     split = data if isinstance(data, Split) else open_split(data, role="train", on_progress=on_progress)
-    sample = _Sample.of(
+    sample = Sample.of(
         weights, split, Given(model, templates), images, seed, resolve_device(device), on_progress
     )
     with out_of_memory_hint("use a smaller --batch-size"), float32_matmul("fp32"):
@@ -94,7 +94,7 @@ def statistics(
 
 
 @dataclass(frozen=True)
-class _Sample:
+class Sample:
     """A model in memory, images for it, and the prompts of their classes.
 
     Attributes:
@@ -103,6 +103,7 @@ class _Sample:
     """
 
     net: Any
+    spec: ModelSpec
     pixels: np.ndarray[Any, Any]
     normalise: Callable[[np.ndarray[Any, Any]], Tensor]
     tokens: Tensor | None
@@ -120,7 +121,7 @@ class _Sample:
         seed: int,
         device: torch.device,
         on_progress: Progress | None,
-    ) -> "_Sample":
+    ) -> "Sample":
         setup = given.setup([weights], "data", split)
         net: Any = build_model(setup.spec, device)
         load_weights(net, weights)
@@ -135,6 +136,7 @@ class _Sample:
             tokens = get_tokenizer(setup.spec)(list(split.captions or ())).to(device)
         return cls(
             net.eval(),
+            setup.spec,
             decoded,
             lambda batch: normalise(torch.from_numpy(np.ascontiguousarray(batch)).to(device), *moments),
             tokens,
@@ -147,9 +149,14 @@ class _Sample:
         for start in range(0, len(self.pixels), size):
             yield self.normalise(self.pixels[start : start + size])
 
+    def prompt_batches(self, size: int) -> Iterator[Tensor]:
+        """Yield the distinct prompts' tokens."""
+        if self.tokens is not None:
+            yield from torch.split(torch.unique(self.tokens, dim=0), size)
+
 
 def _fisher(
-    sample: _Sample, towers: Towers, batch_size: int, seed: int, on_progress: Progress | None
+    sample: Sample, towers: Towers, batch_size: int, seed: int, on_progress: Progress | None
 ) -> dict[str, Tensor]:
     """Compute the diagonal of the Fisher information: gradients are squared image by image, never of a batch's sum."""
     net, tokens = sample.net, sample.tokens
@@ -186,7 +193,7 @@ def _fisher(
 
 @torch.no_grad()
 def _gram(
-    sample: _Sample, towers: Towers, batch_size: int, seed: int, on_progress: Progress | None
+    sample: Sample, towers: Towers, batch_size: int, seed: int, on_progress: Progress | None
 ) -> dict[str, Tensor]:
     """Compute XᵀX of the inputs of every linear layer."""
     net = sample.net
@@ -199,8 +206,8 @@ def _gram(
                 on_progress(
                     "inputs of layers", min(done * batch_size, len(sample.pixels)), len(sample.pixels)
                 )
-        if sample.tokens is not None and towers == "both":
-            for tokens in torch.split(torch.unique(sample.tokens, dim=0), batch_size):
+        if towers == "both":
+            for tokens in sample.prompt_batches(batch_size):
                 encode_text(net, tokens)
     sums: dict[str, Tensor] = inputs.sums
     return sums

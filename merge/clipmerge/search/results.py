@@ -175,8 +175,9 @@ class SoupResult(_Shown):
         """Return one row per candidate, in the order of their turns; or a learned soup's shares."""
         title = self.kind.replace("_", " ")
         if self.coefficients is not None:
-            named = title + " on test images (transductive)" * self.transductive
-            return shares_table(self.coefficients, self.temperature, named)
+            title += " on test images (transductive)" * self.transductive
+            word = "scale" if self.kind == "adamerging" else "share"
+            return shares_table(self.coefficients, self.temperature, title, word)
         if not self.history or self.score is None:
             return Table(("checkpoint",), tuple((name,) for name in self.names), title)
         # McNemar's test compares top-1 answers, whatever the metric.
@@ -204,14 +205,17 @@ class SoupResult(_Shown):
 
 
 def shares_table(
-    coefficients: Mapping[str, Any], temperature: float | None, title: str = "learned soup"
+    coefficients: Mapping[str, Any],
+    temperature: float | None,
+    title: str = "learned soup",
+    word: str = "share",
 ) -> Table:
     """Show learned shares: all of them where they fit on a screen, else their range over the groups."""
     title += "" if temperature is None else f"; logits times {temperature:.4g}"
     rows = list(coefficients.values())
     if not isinstance(rows[0], Mapping):
         pairs = tuple((name, f"{share:.4f}") for name, share in coefficients.items())
-        return Table(("checkpoint", "share"), pairs, title)
+        return Table(("checkpoint", word), pairs, title)
     names = tuple(rows[0])
     if len(names) <= _MOST_COLUMNS and len(rows) <= _MOST_ROWS:
         cells = tuple((group, *(f"{row[n]:.4f}" for n in names)) for group, row in coefficients.items())
@@ -220,7 +224,7 @@ def shares_table(
     ranges = tuple(
         (name, *(f"{x:.4f}" for x in (sum(s) / len(s), min(s), max(s)))) for name, s in shares.items()
     )
-    return Table(("checkpoint", "mean share", "lowest", "highest"), ranges, f"{title}; {len(rows)} groups")
+    return Table(("checkpoint", f"mean {word}", "lowest", "highest"), ranges, f"{title}; {len(rows)} groups")
 
 
 # -- coefficients chosen -----------------------------------------------------------------------------------

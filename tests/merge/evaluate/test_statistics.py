@@ -191,3 +191,41 @@ def _inspected(path: Path, capsys: Any) -> str:
     capsys.readouterr()
     assert main(["inspect", str(path), "--json"]) == 0
     return str(capsys.readouterr().out)
+
+
+def test_regmean_plus_merges_one_block_behind_the_other(pair: list[Path]) -> None:
+    """Written out for the image tower: the second block's inputs are what the merged first one gives."""
+    merged = cm.regmean_plus(pair, [DATA, "digits#train[:9]@invert"], batch_size=4)
+    got = merged.state_dict()
+    assert merged.model == cm.load(pair[0]).model
+    mean = cm.mean([cm.load(path) for path in pair]).state_dict()
+    nets = [model_and_images(path)[0] for path in pair]
+    spec = cm.resolve_model(None, cm.load(pair[0]))
+    moments = mean_and_std(spec.preprocess, "cpu")
+    xs = []
+    for data in (DATA, "digits#train[:9]@invert"):
+        images = torch.from_numpy(pixels(cm.open_split(data), spec.preprocess)).float() / 255
+        net: Any = cm.build_model(spec)
+        net.load_state_dict(mean)
+        x = net.visual.conv1((images - moments[0]) / moments[1]).flatten(2).transpose(1, 2)
+        x = torch.cat([net.visual.class_embedding.expand(len(x), 1, -1), x], 1)
+        xs.append(net.visual.ln_pre(x + net.visual.positional_embedding).detach())
+    out: Any = cm.build_model(spec)
+    out.load_state_dict(got)
+    for i in range(2):
+        name = f"visual.transformer.resblocks.{i}.attn.in_proj_weight"
+        grams, layers = [], []
+        for net, x in zip(nets, xs, strict=True):
+            rows = net.visual.transformer.resblocks[i].ln_1(x).detach().flatten(0, 1).double().numpy()
+            square = rows.T @ rows
+            grams.append(0.95 * square + 0.05 * np.diag(np.diag(square)))
+            layers.append(net.state_dict()[name].double().numpy())
+        expected = sum(w @ g for w, g in zip(layers, grams, strict=True)) @ np.linalg.inv(sum(grams))
+        assert got[name].numpy() == pytest.approx(expected, abs=2e-5)
+        xs = [out.visual.transformer.resblocks[i](x).detach() for x in xs]
+    assert torch.equal(got["visual.conv1.weight"], mean["visual.conv1.weight"])
+    for name in ("transformer.resblocks.0.mlp.c_proj.weight", "visual.proj"):
+        assert not torch.allclose(got[name], mean[name], rtol=0, atol=1e-6)
+    alone = cm.regmean_plus([pair[0], pair[0]], [DATA, DATA]).state_dict()
+    for name, tensor in cm.load(pair[0]).state_dict().items():
+        torch.testing.assert_close(alone[name], tensor, rtol=1e-5, atol=1e-6)
