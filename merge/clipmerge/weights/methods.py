@@ -260,6 +260,7 @@ def describe(method: Method) -> dict[str, Any]:
     }
     kinds = {"vectors": "task vectors → task vector", "points": "models → model"}
     merged = ["merged=their sum"] if method.takes_merged else []
+    merged += ["statistics=those beside the models"] if method.statistics else []
     return {
         "name": method.name,
         "takes": kinds[method.takes],
