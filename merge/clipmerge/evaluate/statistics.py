@@ -53,7 +53,8 @@ def statistics(
 
     "fisher": the diagonal of the Fisher information, the mean over images of the squared gradient of the
     log-likelihood of a class that is drawn from the model's own answer; labels are not looked at. "regmean": XᵀX of
-    every linear layer's inputs, of the image tower on images, and of the text tower on the prompts of their classes.
+    every linear layer's inputs, of the image tower on images, and of the text tower on the prompts of their classes;
+    what is no linear layer (convolutions, embeddings, a ResNet's attention pool) has none and is averaged.
 
     Args:
         data: images; of a path the part "train".
