@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clipmerge.checkpoint import safetensors
-from clipmerge.checkpoint.adapters import is_adapter, read_adapter
+from clipmerge.checkpoint.adapters import CONFIG, is_adapter, read_adapter
 from clipmerge.checkpoint.configs import model_beside, repository
 from clipmerge.checkpoint.index import METADATA, SUFFIX, read_index
 from clipmerge.checkpoint.layouts import to_open_clip
@@ -47,6 +47,8 @@ _BESIDE = re.compile(
     re.IGNORECASE,
 )
 """How trainers call what they leave beside the weights."""
+_SHARD = re.compile(r"-\d{5}-of-(?!00001\b)\d{5}\.(?:safetensors|bin)$")
+"""What transformers calls the shards of one checkpoint."""
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -91,9 +93,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if file.is_dir():
         stem = repository(file / "x")
         file = checkpoint_in(file)
+    elif _SHARD.search(file.name):
+        raise CheckpointError(f"{file} is one shard of a checkpoint", hint=f"give the folder, {file.parent}")
     metadata, groups, saved = _read(file)
     first: Mapping[str, Tensor] = next(iter(groups.values()), {})
-    if is_adapter(first):
+    if is_adapter(first) or (file.stem == "adapter_model" and file.with_name(CONFIG).is_file()):
         return read_adapter(file, place, stem, first)
     where = place if file.name == METADATA else file
     chosen = choose_set(str(where), groups, choice)
@@ -165,6 +169,9 @@ def checkpoint_in(folder: Path) -> Path:
             inside = sorted(each.name for each in folder.iterdir() if each.is_dir() and _looks_like_one(each))
             hint = f"give one of the folders in it: {and_more(inside)}" if inside else hint
         raise CheckpointError(f"{folder} holds no checkpoint", hint=hint)
+    if any(map(_SHARD.search, files)):
+        hint = "fetch it too (model.safetensors.index.json); it says which shard holds what"
+        raise CheckpointError(f"{folder} holds shards of a checkpoint without their index", hint=hint)
     if len(files) > 1:
         raise CheckpointError(
             f"{folder} holds {len(files)} checkpoints: {and_more(files)}",

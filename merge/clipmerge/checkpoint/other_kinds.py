@@ -14,9 +14,12 @@ _KINDS = (
      "merge it into its base with the library that made it (peft: merge_and_unload), and give the whole model"),
     (r"(?:^|\.)(?:exp_avg|exp_avg_sq|momentum_buffer|max_exp_avg_sq)$", "an optimiser's state",
      "give the file with the weights, which usually lies beside it"),
-    (r"\.(?:qweight|qzeros|g_idx|SCB|absmax|quant_map|quant_state\.\w+|weight_scale(?:_inv)?|weight_zero_point"
-     r"|weight\._data|weight\._scale|weight_packed)$|\.weight\.(?:absmax|quant_map)$", "quantised weights",
+    (r"\.(?:qweight|qzeros|g_idx|SCB|absmax|quant_map|quant_state\.\w+|(?:weight|input)_scale(?:_inv)?|weight_zero_point"
+     r"|scale_(?:weight|input)|W_q|zero_point|weight\._data|weight\._scale|weight_packed)$|^scaled_fp8$"
+     r"|\.weight\.(?:absmax|quant_map)$", "quantised weights",
      "load it with the library that quantised it, and save it in a float dtype; integers cannot be averaged"),
+    (r"\.(?:weight|bias)_mask$", "weights that are still being pruned",
+     "apply the masks (torch.nn.utils.prune.remove) and save it again; a mean of masks prunes nothing"),
     (r"(?:^|\.)_?flat_param(?:_\d+)?$", "the flattened parameters of one FSDP process",
      "save the model with FSDP's full state dict, or give the distributed checkpoint's folder"),
 )  # fmt: skip

@@ -6,9 +6,12 @@ preprocessing under two keys of our own: "steps" (how the image is resized and c
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import isfinite
 from typing import Any
 
+MAX_EDGE = 1 << 14
+"""Pixels: a model of larger images is a mistake in its file."""
 OWN_KEYS = ("steps", "unread")
 BY_STEPS = "steps"
 """The resize_mode of what open_clip's three modes cannot do."""
@@ -53,6 +56,8 @@ def from_processor(processor: Mapping[str, Any], model_type: str) -> dict[str, A
         **_DEFAULTS.get(family, {}),
         **{key: value for key, value in processor.items() if value is not None},
     }
+    if wrong := _malformed(says):
+        return {"unread": f"{wrong} = {str(says[wrong])[:80]!r}"}
     asked = [key for key in _UNREAD if says.get(key)]
     if asked or (family not in _DEFAULTS and named):
         return {"unread": f"{word or family} with {', '.join(asked)}" if asked else str(word)}
@@ -124,6 +129,32 @@ def for_open_clip(preprocess: Mapping[str, Any]) -> dict[str, Any]:
     if cfg.get("interpolation") not in (None, "bilinear", "bicubic", "random"):
         cfg["interpolation"] = "bicubic"
     return cfg
+
+
+def _malformed(says: Mapping[str, Any]) -> str | None:
+    """Return the first field whose value cannot mean what the field is for; None where all can."""
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+    def is_edge(value: Any) -> bool:
+        return value is None or (is_number(value) and 0 < value <= MAX_EDGE)
+
+    def edges(value: Any) -> Iterable[Any]:
+        return value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else [value]
+
+    def channels(value: Any) -> Sequence[Any]:
+        return value if isinstance(value, list) and len(value) == 3 else [value]
+
+    checks: dict[str, Callable[[Any], bool]] = {
+        "size": lambda value: all(map(is_edge, edges(value))),
+        "crop_size": lambda value: all(map(is_edge, edges(value))),
+        "resample": is_number,
+        "rescale_factor": lambda value: is_number(value) and value > 0,
+        "image_mean": lambda value: all(map(is_number, channels(value))),
+        "image_std": lambda value: all(is_number(each) and each > 0 for each in channels(value)),
+    }
+    return next((key for key, check in checks.items() if key in says and not check(says[key])), None)
 
 
 def _scale(says: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,6 +45,27 @@ def test_shards_are_one_checkpoint(kind: str, small: StateDict, tmp_path: Path, 
     assert open_checkpoint(index).name in ("model", "pytorch_model")
 
 
+def test_a_shard_by_itself_is_no_checkpoint(small: StateDict, tmp_path: Path) -> None:
+    index = shard(tmp_path, small)
+    with pytest.raises(CheckpointError, match="one shard of a checkpoint") as caught:
+        open_checkpoint(tmp_path / "model-00002-of-00003.safetensors")
+    assert str(tmp_path) in str(caught.value.hint)
+    index.unlink()
+    with pytest.raises(CheckpointError, match="without their index"):
+        open_checkpoint(tmp_path)
+    save_file(dict(small), tmp_path / "model-00001-of-00001.safetensors")  # all there is
+    assert len(open_checkpoint(tmp_path / "model-00001-of-00001.safetensors").tensors)
+
+
+def test_peft_without_factors_is_refused_by_its_kind(small: StateDict, tmp_path: Path) -> None:
+    tuned = {f"base_model.model.{name}": t for name, t in small.items() if "ln_" in name}
+    save_file(tuned, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LN_TUNING"}')
+    with pytest.raises(CheckpointError, match="of the kind 'LN_TUNING'") as caught:
+        open_checkpoint(tmp_path)
+    assert "merge_and_unload" in str(caught.value.hint)
+
+
 @pytest.mark.parametrize(
     "evil", ["../a.safetensors", "/etc/passwd", "a/../../b", "..", "", "a\\b", "C:x", "a\0b", 3]
 )

@@ -237,6 +237,13 @@ OTHER_KINDS: dict[str, tuple[Callable[[StateDict], Any], str]] = {
     ),
     "bitsandbytes 4 bit": (lambda _: tensors(visual__a__weight__absmax=(4,)), "quantised weights"),
     "GPTQ": (lambda _: tensors(visual__a__qweight=(4, 4), visual__a__scales=(4,)), "quantised weights"),
+    "fp8 with scales": (lambda _: tensors(visual__a__weight=(4, 4), visual__a__scale_weight=(1,)), "quantised weights"),
+    "fp8 with an activation's scale": (lambda _: tensors(visual__a__input_scale=(1,)), "quantised weights"),
+    "torch's dynamic int8": (
+        lambda _: {"visual.a.scale": torch.tensor(1.0), "visual.a.zero_point": torch.tensor(0)}, "quantised weights",
+    ),
+    "HQQ": (lambda _: tensors(visual__a__W_q=(4, 4)), "quantised weights"),
+    "pruned": (lambda _: tensors(a__weight_orig=(4, 4), a__weight_mask=(4, 4)), "still being pruned"),
     "integers": (lambda _: {"a.weight": torch.ones(2, 2, dtype=torch.uint8)}, "quantised weights"),
 }  # fmt: skip
 

@@ -225,3 +225,26 @@ def test_decoded_pixels_take_the_steps_and_are_kept_apart(tmp_path: Path) -> Non
     right = theirs(document)(IMAGES, return_tensors="np")["pixel_values"]
     assert np.array_equal(ours, right)
     assert not np.array_equal(pixels(split, spec_of(plain).preprocess, cache=tmp_path), ours)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"resample": [3]},
+        {"rescale_factor": "0.5"},
+        {"rescale_factor": 0},
+        {"size": {"height": "a", "width": 16}},
+        {"size": -3},
+        {"size": True},
+        {"crop_size": 10**9},
+        {"image_mean": "x"},
+        {"image_mean": [0.5]},
+        {"image_mean": [float("nan")] * 3},
+        {"image_std": [0, 0.5, 0.5]},
+    ],
+    ids=str,
+)
+def test_a_value_that_means_nothing_is_named_and_never_used(wrong: dict[str, Any]) -> None:
+    """Merging needs no images and goes on; scoring refuses by this text."""
+    ((field, value),) = wrong.items()
+    assert from_processor({**CLIP, **wrong}, "clip") == {"unread": f"{field} = {str(value)!r}"}
