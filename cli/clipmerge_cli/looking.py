@@ -263,9 +263,9 @@ def compare(
 ) -> None:
     """How far apart checkpoints are, by tower and block, before they are merged.
 
-    Of two: the distance, which is the norm of A - B divided by the norm of A. With --base their task vectors: norms,
-    cosines, sign conflicts, the share of exact zeros; and warnings of what would spoil a merge. With --data the
-    barrier between two: how far scores fall below the line between the ends.
+    Of two: the distance, which is the norm of A - B divided by the norm of A, over the towers that both have. With
+    --base their task vectors: norms, cosines, sign conflicts, the share of exact zeros; and warnings of what would
+    spoil a merge. With --data the barrier between two: how far scores fall below the line between the ends.
 
         clipmerge compare cars.safetensors dtd.safetensors --base zs.safetensors
         clipmerge compare cars.safetensors dtd.safetensors svhn.safetensors \\

@@ -138,6 +138,8 @@ class Given:
             _refuse_two(classes, f"class names for {name}", "--classnames", "names")
             _refuse_two(templates, f"prompts for {name}", "--templates", "templates")
         needs_text = head in ("zero-shot", "captions")
+        if needs_text and any(each.extra.get("without_place") for each in weights[0].checkpoints):
+            raise ModelError(f"{weights[0]!r} cannot be scored", hint=weights[0].hint_of_misfit())
         if needs_text and lacks_text(weights[0].names) and self.text_tower is None:
             raise ModelError(
                 f"{weights[0]!r} has no text tower, which {name} is scored by",

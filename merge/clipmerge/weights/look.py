@@ -199,6 +199,8 @@ def compare(
 ) -> Comparison:
     """Measure relative distances of `b` from `a`, and with a base the cosines of their task vectors.
 
+    Where one of them lacks whole towers or heads (an encoder beside a model), the others are compared.
+
     Raises:
         MismatchError: names or shapes differ.
     """
@@ -207,7 +209,10 @@ def compare(
     for other in others:
         if (difference := first - other).terms:
             check(Weights(difference.terms, first.base))
-    names = [name for name in first.names if first.tensor(name).is_float]
+    shared = set(first.names).intersection(
+        *(other.names for other in others)
+    )  # an encoder lacks whole towers
+    names = [name for name in first.names if name in shared and first.tensor(name).is_float]
     parts, differing, done = [], [], 0
     whole = np.zeros(8)
     with Reader([c for w in operands for c in w.checkpoints]) as reader, np.errstate(all="ignore"):

@@ -210,10 +210,11 @@ class Weights(Expression):
         if problems:
             raise ModelError(
                 "the weights do not fit the model:\n  " + and_more(problems, SHOWN, "\n  "),
-                hint=self._hint_of_misfit(),
+                hint=self.hint_of_misfit(),
             )
 
-    def _hint_of_misfit(self) -> str:
+    def hint_of_misfit(self) -> str:
+        """Say why these weights fit no model of open_clip's, where reading them said it."""
         for checkpoint in self.checkpoints:
             if names := checkpoint.extra.get("without_place"):
                 return (

@@ -141,6 +141,9 @@ def test_why_a_model_cannot_be_scored_is_said(tmp_path: Path) -> None:
         "keeps its own names, as open_clip has no place for 'vision_model.embeddings.patch_embedding.weight'"
         in str(caught.value.hint)
     )
+    with pytest.raises(ModelError, match="cannot be scored") as caught:
+        clipmerge.Evaluator({"digits": clipmerge.open_split("digits#test", limit=20)}).setup(weights)
+    assert "it can be merged, not scored" in str(caught.value.hint)
     with pytest.raises(ModelError, match="keeps its own names, as open_clip has no such model") as caught:
         save_folder(weights, tmp_path / "out")
     assert "config.json" in str(caught.value.hint)

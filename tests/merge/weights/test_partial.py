@@ -9,6 +9,7 @@ import pytest
 
 from clipmerge.errors import MismatchError
 from clipmerge.weights.check import check, left_alone
+from clipmerge.weights.look import compare
 from clipmerge.weights.names import absent_parts
 from clipmerge.weights.parse import parse
 from clipmerge.weights.verify import verify
@@ -177,3 +178,13 @@ def test_which_names_are_whole_towers(
     names: list[str], missing: list[str], parts: tuple[str, ...] | None
 ) -> None:
     assert absent_parts(set(missing), names) == parts
+
+
+def test_an_encoder_is_compared_by_the_towers_that_it_has(models: dict[str, Weights], lack: str) -> None:
+    held = len(LACKS[lack])
+    for a, b in (("full", "va"), ("va", "full")):
+        found = compare(models[a], models[b])
+        assert (found.whole.tensors, found.whole.largest) == (held, 1.0)
+        assert set(found.differing) == set(LACKS[lack])
+    cosine = compare(models["va"], models["vb"], models["full"]).whole
+    assert (cosine.tensors, cosine.cosine) == (held, pytest.approx(1.0))
