@@ -174,7 +174,7 @@ def _show(summary: Summary, model: Mapping[str, Any] | None, *, tensors: bool) -
         "layout": summary.layout,
         "dtypes": show.counts(summary.dtypes),
         "size": size(summary.nbytes),
-        "model": str(model.get("name")) if model else "not recorded",
+        "model": str(model.get("name") or "a tower, without a name") if model else "not recorded",
         "digest": summary.digest or "not computed",
         "not finite": f"{sum(bad.values())} values in {len(bad)} tensors: {listed}" if bad else none,
     }

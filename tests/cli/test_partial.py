@@ -190,3 +190,18 @@ def test_encoders_and_adapters_are_chosen_on_images(
     assert main(shown) == 0
     out = capsys.readouterr().out
     assert all(f" {name} " in out for name in names)
+
+
+def test_a_towers_folder_is_inspected_without_a_models_name(
+    files: dict[str, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tower = {name: tensor for name, tensor in files["va"].items() if name.startswith("visual.")}
+    Path("tower").mkdir()
+    save_file(tower, "tower/model.safetensors")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    record = {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 4, **sizes}
+    Path("tower/config.json").write_text(json.dumps(record))
+    assert main(["inspect", "tower"]) == 0
+    out = capsys.readouterr().out
+    assert "a tower, without a name" in out
+    assert "None" not in out
