@@ -220,7 +220,8 @@ def patch(
     Several tasks: one checkpoint finetuned on all of them (joint), one per task patched in turn (sequential: each
     should have been finetuned from the model patched before it), or all coefficients searched together (parallel).
     The paper's sequential way is patch, finetune --base patched.safetensors on the next task, and patch again with
-    the tasks patched so far: the last line below.
+    the tasks patched so far: the last line below. Each command's --keep counts from its own BASE, so that over several
+    commands what may be lost adds up; with --mode sequential it counts from the first.
 
         clipmerge patch base.safetensors cars.safetensors --patch cars/val \\
           --supported images/val -o out.safetensors

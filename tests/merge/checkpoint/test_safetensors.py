@@ -130,6 +130,9 @@ def test_missing_and_unreadable_paths_are_named(tmp_path: Path) -> None:
         open_checkpoint("a\0b")
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         open_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="- does not exist") as refusal:
+        open_checkpoint("-")
+    assert "none is read from standard input" in str(refusal.value.hint)
 
 
 @pytest.mark.parametrize(
