@@ -209,7 +209,11 @@ def patch(
     vectors: bool = shared.VECTORS,
     mode: Mode | None = opt(None, "How several tasks are patched; default: by their number.", SEARCH),
     keep: float | None = opt(
-        None, "Points of score that the supported tasks may lose at most.", SEARCH, min=0, max=100
+        None,
+        "Points of score that the supported tasks may lose against BASE at most.",
+        SEARCH,
+        min=0,
+        max=100,
     ),
     alphas: Grid = shared.grid_option("0:1:0.05", "Alphas to try, as START:STOP:STEP or a list."),
     refine: bool = shared.REFINE,
@@ -220,8 +224,7 @@ def patch(
     Several tasks: one checkpoint finetuned on all of them (joint), one per task patched in turn (sequential: each
     should have been finetuned from the model patched before it), or all coefficients searched together (parallel).
     The paper's sequential way is patch, finetune --base patched.safetensors on the next task, and patch again with
-    the tasks patched so far: the last line below. Each command's --keep counts from its own BASE, so that over several
-    commands what may be lost adds up; with --mode sequential it counts from the first.
+    the tasks patched so far: the last line below.
 
         clipmerge patch base.safetensors cars.safetensors --patch cars/val \\
           --supported images/val -o out.safetensors

@@ -82,7 +82,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         if not hub.is_reference(text):
             if not any(mark in file.name for mark in "*?["):
                 piped = "checkpoints are files or folders; none is read from standard input"
-                raise CheckpointError(f"{file} does not exist", hint=piped if text == "-" else "check the path")
+                raise CheckpointError(
+                    f"{file} does not exist", hint=piped if text == "-" else "check the path"
+                )
             beside = file.parent.iterdir() if file.parent.is_dir() else ()
             if any(fnmatch.fnmatch(each.name, file.name) for each in beside):
                 hint = "leave out the quotes, so that the shell puts the files in its place"
