@@ -42,6 +42,7 @@ PUBLIC = [
     "progress_bar",
     "recalibrate",
     "regmean_plus",
+    "report_page",
     "resize_positions",
     "resolve_model",
     "score",

@@ -46,6 +46,7 @@ COMMANDS = {
     "inspect": (LOOK, "What a checkpoint holds, and what it was merged from."),
     "compare": (LOOK, "How two checkpoints differ, per tower and block."),
     "verify": (LOOK, "Recompute a merged file from its parents."),
+    "report": (LOOK, "One HTML page of everything that a folder holds."),
 }
 """Command → its panel and what `clipmerge --help` says about it, without importing it."""
 

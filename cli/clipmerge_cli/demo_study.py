@@ -162,7 +162,8 @@ class Study:
         (self.folder / "commands.sh").write_text(steps.script(str(best.file), self.pace), encoding="utf-8")
         models = [row.to_json(best) for row in self.rows]
         facts = {"model": steps.MODEL, "splits": steps.SPLITS, "models": models, **self.documents}
-        draw.plot(comparison(facts), self.folder / "comparison.png")
+        facts["comparison"] = comparison(facts)
+        draw.plot(facts["comparison"], self.folder / "comparison.png")
         write_json(facts, self.folder / RESULTS)
 
     # -- what they share ---------------------------------------------------------------------------------
@@ -223,8 +224,11 @@ def comparison(results: Mapping[str, Any]) -> dict[str, Any]:
     for model in results["models"]:
         if "shifts" in model:
             both = {"test": model["scores"]["test"], "shifts": model["shifts"]}
-            rows.append({"role": model["role"], "scores": {name: s["value"] for name, s in both.items()},
-                         "intervals": {name: s["interval"] for name, s in both.items()}})  # fmt: skip
+            scores = {name: score["value"] for name, score in both.items()}
+            intervals = {name: score["interval"] for name, score in both.items()}
+            rows.append(
+                {"name": model["name"], "role": model["role"], "scores": scores, "intervals": intervals}
+            )
     n = results["models"][0]["scores"]["test"]["n"]
     labels = {"test": f"{n} test digits", "shifts": f"mean over {len(steps.SHIFTS)} changes of them"}
     return {

@@ -17,6 +17,7 @@ from clipmerge.errors import CheckpointError
 from clipmerge.evaluate.metrics import METRICS
 from clipmerge.evaluate.score import Score
 from clipmerge.evaluate.verify import verify as verify_file
+from clipmerge.report.page import report_page
 from clipmerge.report.scores import check_scores_file, mean_scores, save_scores, scores_by_data
 from clipmerge.text import and_more
 from clipmerge.weights.labels import names_of
@@ -387,3 +388,29 @@ def _hint(verdict: Verdict) -> str:
     if verdict.status == "differs":
         return "the file or its record was changed after it was written; merge again"
     return "only files that clipmerge wrote, with digests, can be verified"
+
+
+def report(
+    *,
+    folder: Path = arg("DIR", "Where results lie: JSON documents, merged files, commands.sh."),
+    output: Path | None = opt(
+        None, "The page; default: DIR/report.html.", OUTPUT, "--output", "-o", metavar="FILE"
+    ),
+    title: str | None = opt(None, "Its title; default: the folder's name.", OUTPUT),
+    force: bool = FORCE,
+    talk: Talk,
+) -> None:
+    """Write one HTML page of every result below a folder, which needs no network and no other file.
+
+    It shows what commands print with --json, the records in merged files, and commands.sh: tables that sort, curves
+    with their values, expressions and digests behind the rows.
+
+        clipmerge soup ckpts/*.safetensors --greedy --val images/val \\
+          -o runs/soup.safetensors --json > runs/soup.json
+        clipmerge report runs/
+    """
+    page = report_page(folder, output, title=title, force=force, on_remark=talk.say)
+    if talk.json:
+        show.document({"kind": "report", "output": page})
+        return
+    talk.say(f"wrote {show.short(page)}")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from clipmerge.model import build_model as build_model
     from clipmerge.model import resolve_model as resolve_model
     from clipmerge.progress import progress_bar as progress_bar
+    from clipmerge.report.page import report_page as report_page
     from clipmerge.search.adamerging import adamerging as adamerging
     from clipmerge.search.ensemble import greedy_ensemble as greedy_ensemble
     from clipmerge.search.learned import learned_soup as learned_soup
@@ -62,6 +63,7 @@ _NAMES = {
     "finetuning.finetune": "finetune",
     "model": "build_model resolve_model",
     "progress": "progress_bar",
+    "report.page": "report_page",
     "search.adamerging": "adamerging",
     "search.ensemble": "greedy_ensemble",
     "search.learned": "learned_soup",
