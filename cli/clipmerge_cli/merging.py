@@ -192,6 +192,9 @@ def leaderboard(
     method: list[str] | None = opt(
         None, "Run this one, such as 'ties(density=0.1)'; repeat.", metavar="METHOD"
     ),
+    scales: Grid | None = shared.grid_option(
+        None, "Scales that every method tries; default: each method's own."
+    ),
 ) -> None:
     """Run merging methods on the same task vectors and print their scores, absolute and normalised.
 
@@ -218,7 +221,7 @@ def leaderboard(
         evaluator,
         bars,
     ):
-        board = run(start, models, evaluator, method, test=reported, on_progress=bars)
+        board = run(start, models, evaluator, method, test=reported, grid=scales, on_progress=bars)
     if not show.is_first():
         return
     if talk.json:

@@ -111,10 +111,11 @@ def test_a_leaderboard(
     files = [str(tiny_checkpoints[name]) for name in ("base", "ft0", "ft1")]
     data = [*("--val", "digits#val"), *("--val", "digits#val@rotate:20")]
     data += [*("--test", "digits"), *("--test", "digits@rotate:20")]
-    methods = ["--method", "mean", "--method", "ties(density=0.5)"]
+    methods = ["--method", "mean", "--method", "ties(density=0.5)", "--scales", "0.25,0.75"]
     board = json.loads(run(capsys, "leaderboard", *files, *data, *methods, *scoring, "--json")[0])
     assert [entry["name"] for entry in board["entries"][:2]] == ["zero-shot", "finetuned"]
     assert {entry["name"] for entry in board["entries"][2:]} == {"mean", "ties(density=0.5)"}
+    assert {entry["scale"] for entry in board["entries"]} <= {None, 0.25, 0.75}
     assert (board["reported"], board["tasks"]) == ("test", ["ft0", "ft1"])
     out, _ = run(capsys, "leaderboard", *files, *data[:4], *methods[:2], *scoring)
     assert "normalised" in out

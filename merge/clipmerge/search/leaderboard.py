@@ -152,6 +152,7 @@ def leaderboard(
     methods: Sequence[str] | None = None,
     *,
     test: Mapping[str, str] | None = None,
+    grid: Sequence[Scalar] | None = None,
     on_progress: Progress | None = None,
 ) -> Leaderboard:
     """Run methods on the same task vectors, each with the scale that suits it, and compare their models.
@@ -161,6 +162,7 @@ def leaderboard(
         methods: such as "ties" or "ties(density=0.1)"; "mean" and "task_arithmetic" too. By default all that take so
             many models, and whose statistics, where they need some, lie beside all of these.
         test: task → the split to report on; None: report on the tasks' own splits.
+        grid: the scales that every method of task vectors tries, by default its own, as in `search_scale`.
 
     Raises:
         SelectionError: no task, or no such method.
@@ -192,7 +194,9 @@ def leaderboard(
         for name, family in families.items():
             weights, scale, hold = family(Fraction(1)), None, Held()
             if _free(name):
-                result = search_scale(family, models, evaluator, hold=hold, on_progress=on_progress)
+                result = search_scale(
+                    family, models, evaluator, grid=grid, hold=hold, on_progress=on_progress
+                )
                 weights, scale = result.weights, result.coefficient
             ranked.append(entry(name, weights, scale, hold(weights)))
         ranked.sort(key=lambda entry: -entry.normalised)

@@ -120,6 +120,16 @@ def test_scales_are_chosen_on_other_images_than_are_reported(
     assert (board.reported, board.table().title[:14]) == ("test", "on test images")
 
 
+def test_a_grid_is_that_of_every_method_of_task_vectors(
+    models: list[Weights], evaluator: cm.Evaluator
+) -> None:
+    base, a, b = models
+    board = leaderboard(base, {"a": a, "b": b}, evaluator, ["mean", "ties", "iso_c"], grid=(0.125, 0.375))
+    scales = {entry.name: entry.scale for entry in board.entries[2:]}
+    assert scales.pop("mean") is None
+    assert set(scales.values()) <= {0.125, 0.375}
+
+
 def test_what_runs_by_default_takes_so_many_models(models: list[Weights]) -> None:
     assert default_methods(1)[:3] == ("mean", "task_arithmetic", "ties")
     assert ("slerp" in default_methods(2), "slerp" in default_methods(3)) == (True, False)
