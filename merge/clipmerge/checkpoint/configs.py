@@ -11,7 +11,15 @@ from clipmerge.checkpoint.safetensors import read_json
 from clipmerge.checkpoint.siglip import from_siglip_config, preprocessing_of, to_siglip_config
 
 MAX_CONFIG = 1 << 20
-_ACTIVATIONS = {"quick_gelu": True, "gelu": False}
+_TANH = {"approximate": "tanh"}
+_ACTIVATIONS: Mapping[str, tuple[bool, Mapping[str, str]]] = {
+    "quick_gelu": (True, {}),
+    "gelu": (False, {}),
+    **dict.fromkeys(
+        ("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), (False, _TANH)
+    ),  # one formula, three names
+}
+"""transformers' activation → open_clip's quick_gelu, which both towers share, and its act_kwargs, a tower's own."""
 _TEXT = {
     "context_length": ("max_position_embeddings", 77),
     "vocab_size": ("vocab_size", 49408),
@@ -92,7 +100,7 @@ def from_huggingface_config(config: Mapping[str, Any], folder: Path | None = Non
     if config.get("model_type") != "clip" or not exact:
         return None
     try:
-        quick = {_ACTIVATIONS[part.get("hidden_act", "quick_gelu")] for part in (text, vision)}
+        activations = [_ACTIVATIONS[part.get("hidden_act", "quick_gelu")] for part in (vision, text)]
         image = {word: vision.get(theirs, default) for word, (theirs, default) in _VISION.items()}
         words = {word: text.get(theirs, default) for word, (theirs, default) in _TEXT.items()}
         image["head_width"] = image["width"] // vision.get("num_attention_heads", 12)
@@ -100,8 +108,11 @@ def from_huggingface_config(config: Mapping[str, Any], folder: Path | None = Non
         words["mlp_ratio"] = text.get("intermediate_size", 2048) / words["width"]
     except (KeyError, TypeError, ZeroDivisionError):
         return None
+    for part, (_, kwargs) in zip((image, words), activations, strict=True):
+        part |= {"act_kwargs": dict(kwargs)} if kwargs else {}
     sizes = {"embed_dim": config.get("projection_dim", 512), "vision_cfg": image, "text_cfg": words}
-    return {**sizes, "quick_gelu": quick.pop()} if len(quick) == 1 else None
+    (quick, _), (other, _) = activations
+    return {**sizes, "quick_gelu": quick} if quick == other else None
 
 
 def from_tower_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -131,8 +142,10 @@ def to_huggingface_config(model: Mapping[str, Any]) -> dict[str, Any] | None:
         return siglip
     vision, text = {"patch_size": 16, **model.get("vision_cfg", {})}, model.get("text_cfg", {})
     known = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
-    unknown_vision = vision.keys() - _VISION.keys() - {"mlp_ratio", "head_width"}
-    if model.keys() - known or unknown_vision or text.keys() - _TEXT.keys() - {"mlp_ratio"}:
+    unknown_vision = vision.keys() - _VISION.keys() - {"mlp_ratio", "head_width", "act_kwargs"}
+    if model.keys() - known or unknown_vision or text.keys() - _TEXT.keys() - {"mlp_ratio", "act_kwargs"}:
+        return None
+    if any((part.get("act_kwargs") or _TANH) != _TANH for part in (vision, text)):
         return None
     if not isinstance(vision.get("layers", 12), int):  # a ResNet has a list of them
         return None
@@ -140,7 +153,8 @@ def to_huggingface_config(model: Mapping[str, Any]) -> dict[str, Any] | None:
     def tower(part: Mapping[str, Any], words: Mapping[str, tuple[str, int]]) -> dict[str, Any]:
         sizes = {theirs: part.get(word, default) for word, (theirs, default) in words.items()}
         wide = int(sizes["hidden_size"] * part.get("mlp_ratio", 4.0))
-        act = "quick_gelu" if model.get("quick_gelu") else "gelu"
+        exact = "quick_gelu" if model.get("quick_gelu") else "gelu"
+        act = "gelu_pytorch_tanh" if part.get("act_kwargs") else exact
         return {**sizes, "intermediate_size": wide, "hidden_act": act, "projection_dim": model["embed_dim"]}
 
     image = tower(vision, _VISION)

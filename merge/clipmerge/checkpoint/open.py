@@ -14,7 +14,7 @@ from clipmerge.checkpoint.configs import model_beside, repository
 from clipmerge.checkpoint.index import METADATA, SUFFIX, read_index
 from clipmerge.checkpoint.layouts import to_open_clip
 from clipmerge.checkpoint.other_kinds import refuse_other_kinds
-from clipmerge.checkpoint.sets import choose_set
+from clipmerge.checkpoint.sets import AVERAGED, RAW, choose_set
 from clipmerge.checkpoint.tensors import Checkpoint, Tensor, identifiers
 from clipmerge.errors import CheckpointError
 from clipmerge.text import and_more
@@ -94,6 +94,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         extra["reference"] = text
     place = file
     if file.is_dir():
+        place = file = _snapshot(file) or file
         stem = repository(file / "x")
         file = checkpoint_in(file)
     elif _SHARD.search(file.name):
@@ -103,6 +104,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if is_adapter(first) or (file.stem == "adapter_model" and file.with_name(CONFIG).is_file()):
         return read_adapter(file, place, stem, first)
     where = place if file.name == METADATA else file
+    if (unnamed := saved.pop("without_names", None)) and choice in (None, AVERAGED):
+        raise CheckpointError(
+            f"{where} holds weights as trained and an average of them, {unnamed}, that has no names to go by",
+            hint=f"take the first by {where}#{RAW}; or put the average into the model (torch_ema's copy_to) and save "
+            "its state_dict()",
+        )
     chosen = choose_set(str(where), groups, choice)
     refuse_other_kinds(where, chosen.tensors, saved.get("saved", {}))
     named = to_open_clip(chosen)
@@ -183,6 +190,19 @@ def checkpoint_in(folder: Path) -> Path:
     return folder / files[0]
 
 
+def _snapshot(folder: Path) -> Path | None:
+    """Return the snapshot that a repository's folder in the Hub's cache stands for: its main one, or the only one."""
+    if not folder.name.startswith("models--"):
+        return None
+    main = folder / "refs" / "main"
+    with suppress(OSError, UnicodeDecodeError):
+        if main.is_file() and re.fullmatch(r"[0-9a-f]{40}", commit := main.read_text().strip()):
+            return folder / "snapshots" / commit
+        commits = list((folder / "snapshots").iterdir())
+        return commits[0] if len(commits) == 1 else None
+    return None
+
+
 def _looks_like_one(folder: Path) -> bool:
     names = [entry.name for entry in folder.iterdir()]
     return METADATA in names or any(name.endswith(SUFFIXES) for name in names)
@@ -202,12 +222,19 @@ def _head(path: Path) -> bytes:
 
 def _unknown(path: Path, head: bytes) -> CheckpointError:
     """What a file that is no checkpoint most likely is."""
+    twins = (path.with_name(name) for name in PREFERRED if name != path.name and path.name in PREFERRED)
+    whole = next((twin.name for twin in twins if twin.is_file() and twin.stat().st_size > len(head)), None)
+    instead = f", or give {whole}, which lies beside it" if whole else ""
     if not head:
-        return CheckpointError(f"{path} is empty", hint="fetch or save it again")
+        return CheckpointError(f"{path} is empty", hint=f"fetch or save it again{instead}")
     if head.startswith(b"version https://git-lfs"):
-        return CheckpointError(f"{path} is a git-lfs pointer, not the file", hint="run `git lfs pull`")
+        return CheckpointError(
+            f"{path} is a git-lfs pointer, not the file", hint=f"run `git lfs pull`{instead}"
+        )
     if head.lstrip()[:1] == b"<":
-        return CheckpointError(f"{path} is a web page, not a checkpoint", hint="download the file itself")
+        return CheckpointError(
+            f"{path} is a web page, not a checkpoint", hint=f"download the file itself{instead}"
+        )
     if path.suffix == ".safetensors":
         safetensors.read_header(path)
     return CheckpointError(

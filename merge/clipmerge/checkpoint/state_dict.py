@@ -52,7 +52,8 @@ def find_state_dicts(
 
     Returns:
         Tensors by name, by the key under which they were saved ("" where there is none), those that training scripts
-        call the model's first; and the "class" of a module, and what was "saved" beside the weights.
+        call the model's first; and the "class" of a module, what was "saved" beside the weights, and the key of an
+        average "without_names".
     """
     if isinstance(root, Stub):
         tensors = _of_module(root, members)
@@ -65,6 +66,9 @@ def find_state_dicts(
     direct = {_name("", name): value for name, value in root.items() if _is_tensor(value)}
     known = {key: nested.pop(key) for key in sorted(nested, key=_rank) if _rank(key) < len(WRAPPERS)}
     groups = known | ({"": direct} if direct else {}) | nested
+    unnamed = next(_without_names(root), None)
+    if not groups and unnamed:
+        raise Malformed(f"{unnamed} holds an average without names, as torch_ema saves it")
     if not groups:
         if "param_groups" in root or any(isinstance(n, str) and n.startswith("optim") for n in root):
             raise Malformed("it holds an optimiser's state, not weights")
@@ -72,6 +76,7 @@ def find_state_dicts(
     first = next(iter(groups))
     owner = root.get(first.partition(".")[0])
     extra = {"class": owner.path} if isinstance(owner, Stub) else {}
+    extra |= {"without_names": unnamed} if unnamed else {}
     return groups, extra | ({"saved": _plain(root)} if first else {})
 
 
@@ -101,6 +106,14 @@ def _nested(root: dict[Any, Any]) -> Iterator[tuple[str, dict[str, AnyTensor]]]:
                     yield _name(prefix, name), tensors
                 elif depth < MAX_NESTED:
                     waiting.append((_name(prefix, name), value, depth + 1))
+
+
+def _without_names(root: dict[Any, Any]) -> Iterator[str]:
+    """Yield the key of every list of averaged weights that has no names: torch_ema keeps `shadow_params` so."""
+    for prefix, inside in (("", root), *((f"{k}.", v) for k, v in root.items() if isinstance(v, dict))):
+        shadow = inside.get("shadow_params")
+        if isinstance(shadow, list) and shadow and all(map(_is_tensor, shadow)):
+            yield f"{str(prefix)[:200]}shadow_params"
 
 
 def _of_module(root: Stub, members: Mapping[str, frozenset[str]] | None) -> dict[str, AnyTensor]:

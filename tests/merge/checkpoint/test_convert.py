@@ -163,6 +163,15 @@ def test_configurations_agree_with_the_published_ones() -> None:
     back = from_huggingface_config(huge)
     assert back is not None
     assert to_huggingface_config(back) == huge
+    tanh = {**b32, "vision_config": {"hidden_act": "gelu_new"}, "text_config": {"hidden_act": "gelu"}}
+    found = from_huggingface_config(tanh)
+    assert found is not None
+    assert (found["vision_cfg"]["act_kwargs"], found["quick_gelu"]) == ({"approximate": "tanh"}, False)
+    assert "act_kwargs" not in found["text_cfg"]
+    written = to_huggingface_config(found)
+    assert written is not None
+    assert written["vision_config"]["hidden_act"] == "gelu_pytorch_tanh"
+    assert written["text_config"]["hidden_act"] == "gelu"
     for other in ("RN50", "coca_ViT-B-32", "convnext_base"):
         assert to_huggingface_config(open_clip.get_model_config(other)) is None
 

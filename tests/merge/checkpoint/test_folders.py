@@ -266,6 +266,35 @@ def test_a_model_is_called_after_its_repository(small: StateDict, tmp_path: Path
     assert open_checkpoint(folder).name == "CLIP_ViT_B_32"
 
 
+def test_a_repository_of_the_cache_is_its_main_snapshot(
+    small: StateDict, tmp_path: Path, assert_same: Same
+) -> None:
+    other = snapshot(tmp_path, small).parent
+    root = other.parent
+    assert_same(open_checkpoint(root), small)  # the only one
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    (other / "0123abc").rename(other / commit)
+    (other / "newer").mkdir()
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        open_checkpoint(root)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(commit)
+    opened = open_checkpoint(root)
+    assert (opened.name, opened.extra["model"]["name"]) == ("CLIP_ViT_B_32", "CLIP-ViT-B-32")
+    (root / "refs" / "main").write_text("../../..")
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        open_checkpoint(root)
+
+
+@pytest.mark.parametrize("broken", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"<html>"])
+def test_a_good_file_beside_a_broken_one_is_named(broken: bytes, small: StateDict, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(broken)
+    torch.save(dict(small), tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is ") as refusal:
+        open_checkpoint(tmp_path)
+    assert str(refusal.value.hint).endswith(", or give pytorch_model.bin, which lies beside it")
+
+
 def test_a_link_to_a_model_still_says_what_it_is(small: StateDict, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     save_file(dict(small), tmp_path / "run" / "model.safetensors")

@@ -278,3 +278,27 @@ def test_counters_of_wrappers_are_left_out(
         {**small, name: torch.ones(3, 3)}, tmp_path / "b.pt"
     )  # a tensor of a model that happens to be called so
     assert name in open_checkpoint(tmp_path / "b.pt").tensors
+
+
+def test_an_average_without_names_is_not_passed_over(
+    small: StateDict, tmp_path: Path, assert_same: Same
+) -> None:
+    """torch_ema saves a list, in the order of the model's parameters."""
+    shadow = {
+        "decay": 0.99,
+        "num_updates": 7,
+        "shadow_params": list(small.values()),
+        "collected_params": None,
+    }
+    path = tmp_path / "a.pt"
+    torch.save({"model": dict(small), "ema": shadow}, path)
+    for choice in ("", "#ema"):
+        with pytest.raises(
+            CheckpointError, match=r"an average of them, ema\.shadow_params, that has no names"
+        ) as refusal:
+            open_checkpoint(f"{path}{choice}")
+        assert f"{path}#raw" in str(refusal.value.hint)
+    assert_same(open_checkpoint(f"{path}#raw"), small)
+    torch.save(shadow, path)
+    with pytest.raises(CheckpointError, match="shadow_params holds an average without names"):
+        open_checkpoint(path)

@@ -52,6 +52,29 @@ def test_a_clip_model_computes_the_same_in_open_clip(clip: Any, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
+    ("vision", "text"),
+    [("gelu_pytorch_tanh", "gelu_new"), ("gelu", "gelu_pytorch_tanh"), ("gelu_fast", "gelu")],
+)
+def test_each_tower_keeps_its_own_activation(vision: str, text: str, tmp_path: Path) -> None:
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(0)
+    towers = {"text_config": {**TEXT, "hidden_act": text}, "vision_config": {**VISION, "hidden_act": vision}}
+    clip = CLIPModel(CLIPConfig(**towers, projection_dim=12)).eval()
+    weights = clipmerge.load(saved(clip, tmp_path / "clip"))
+    model = weights.load_into(build_model(resolve_model(None, weights))).eval()
+    image, words = 30 * torch.randn(2, 3, 16, 16), torch.randint(2, 98, (2, 8))
+    words[:, -1] = 98
+    with torch.no_grad():
+        theirs = clip(input_ids=words, pixel_values=image)
+        for ours, right in (
+            (model.encode_image(image, normalize=True), theirs.image_embeds),
+            (model.encode_text(words, normalize=True), theirs.text_embeds),
+        ):
+            torch.testing.assert_close(ours, right, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
     ("name", "tower"),
     [
         ("CLIPVisionModelWithProjection", "vision"), ("CLIPTextModelWithProjection", "text"),
