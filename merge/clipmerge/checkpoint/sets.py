@@ -21,9 +21,10 @@ RAW, AVERAGED = "raw", "ema"
 
 _MODEL = re.compile(
     r"(?:^|\.)(?:visual\.|(?:vision_model|text_model)\.(?:e|post|final|head)|text\.(?:token_e|transformer|positional_e)"
-    r"|token_embedding\.weight|transformer\.resblocks\.)"
+    r"|(?<!embeddings\.)token_embedding\.weight|transformer\.resblocks\.)"
 )
-"""Where the names of a CLIP begin: what stands before is an attribute of whatever held the model."""
+"""Where the names of a CLIP begin: what stands before is an attribute of whatever held the model, but for `embeddings`,
+which is a part of transformers' text towers."""
 _AVERAGED = re.compile(r"(?:^|[._])(?:ema|swa|averaged?|shadow|polyak)(?:[._]|$)", re.IGNORECASE)
 _BOOKKEEPING = frozenset(
     {"n_averaged", "initted", "step", "num_updates", "decay", "ema_decay", "global_step"}

@@ -110,6 +110,11 @@ def lacks_text(names: Collection[str]) -> bool:
     return not any(name.startswith(("transformer.", "text.")) for name in names)
 
 
+def is_text_alone(names: Collection[str]) -> bool:
+    """Return whether the names are those of a text tower without an image tower."""
+    return not lacks_text(names) and not any(name.startswith("visual.") for name in names)
+
+
 @lru_cache(maxsize=65536)
 def matches(pattern: str, name: str) -> bool:
     """Return whether the pattern picks the name."""

@@ -103,6 +103,26 @@ def test_one_tower_is_that_part_of_the_model(name: str, tower: str, clip: Any, t
     assert (both.model or {})["config"] == config
 
 
+@pytest.mark.parametrize("name", ["CLIPTextModel", "SiglipTextModel", "CLIPTextModelWithProjection"])
+def test_a_text_tower_that_was_never_part_of_a_model_is_one(name: str, tmp_path: Path) -> None:
+    """transformers 5 saves it without the tower's name before the tensors' names."""
+    import transformers
+
+    config = getattr(transformers, name.removesuffix("Model").removesuffix("ModelWithProjection") + "Config")
+    text = {**TEXT, "bos_token_id": 1, "eos_token_id": 2}
+    folder = saved(getattr(transformers, name)(config(**text)), tmp_path / "text")
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.layout == "huggingface"
+    assert {n for n in checkpoint.tensors if "resblocks" not in n} >= {
+        f"{'text.' * name.startswith('Siglip')}{n}"
+        for n in ("token_embedding.weight", "positional_embedding")
+    }
+    with pytest.raises(ModelError, match="is a text tower, which no image can be scored by"):
+        clipmerge.Evaluator({"digits": clipmerge.open_split("digits#test", limit=20)}).setup(
+            clipmerge.load(folder)
+        )
+
+
 def siglip(seed: int) -> Any:
     from transformers import SiglipConfig, SiglipModel
 
