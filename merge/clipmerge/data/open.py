@@ -1,6 +1,7 @@
 """Open a DATA text such as `digits#test@rotate:20` as a Split."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -97,8 +98,11 @@ def _part_and_limit(part: str | None, text: str) -> tuple[str | None, float | in
     if part is None or not part.endswith("]"):
         return part, None
     name, _, most = part[:-1].partition("[")
-    if most.startswith(":") and most.endswith("%"):
-        return name, fraction_of(most[1:])
+    if most == ":100%":
+        return name, None
+    with suppress(DataError):
+        if most.startswith(":") and most.endswith("%"):
+            return name, fraction_of(most[1:])
     if most.startswith(":") and most[1:].isdigit() and int(most[1:]):
         return name, int(most[1:])
     raise DataError(f"{text}: [{most}] is no share of the images", hint="write #train[:30%] or #train[:500]")

@@ -160,7 +160,8 @@ class Split:
         """List (item, the first item with the same content); an image's further captions are not counted."""
         first, seen, pairs = dict[bytes, int](), set[int](), list[tuple[int, int]]()
         for i, (key, stored) in enumerate(zip(self.keys, self.index.tolist(), strict=True)):
-            if stored not in seen and (original := first.setdefault(key.tobytes(), i)) != i:
+            further = self.captions is not None and stored in seen
+            if not further and (original := first.setdefault(key.tobytes(), i)) != i:
                 pairs.append((i, original))
             seen.add(stored)
         return tuple(pairs)

@@ -176,3 +176,8 @@ def test_images_that_are_there_twice_are_counted_and_said(tmp_path: Path) -> Non
         "2 images have the content of another, 1 of them with another class: cat/copy.png is cat/0.png",
     )
     assert len(open_split("digits#val").duplicates) == 0
+    lines = ("path,label", "s/cat/0.png,cat", "s/cat/1.png,cat", "s/cat/0.png,dog")
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    assert [remark[:57] for remark in open_split(tmp_path / "t.csv").remarks] == [
+        "1 image has the content of another, 1 of them with another"[:57]
+    ]

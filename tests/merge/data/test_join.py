@@ -64,6 +64,7 @@ def test_a_part_of_a_set_is_named_where_the_set_is() -> None:
     assert set(np.bincount(third.labels)) <= {len(third) // 10, len(third) // 10 + 1}
     assert len(open_split("digits#train[:50]@blur:1")) == 50
     assert len(open_split("digits#train[:50]", limit=20)) == 20
-    for wrong in ("digits#train[:0]", "digits#train[30%]", "digits#train[:x]"):
+    assert len(open_split("digits#train[:100%]")) == len(open_split("digits#train"))
+    for wrong in ("digits#train[:0]", "digits#train[:0%]", "digits#train[30%]", "digits#train[:x]"):
         with pytest.raises(DataError, match="no share of the images"):
             open_split(wrong)
