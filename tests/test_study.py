@@ -71,6 +71,7 @@ def test_a_result_counts_once_its_command_stands_beside_it(
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         ran.append(command)
+        (tmp_path / "w/a.safetensors").touch()
         return subprocess.CompletedProcess(command, 0, stdout='{"n": 1}', stderr="")
 
     monkeypatch.setattr(study.subprocess, "run", run)
@@ -81,9 +82,12 @@ def test_a_result_counts_once_its_command_stands_beside_it(
     assert len(ran) == 1
     mine.run([("a/b", ["soup", "z", "-o", "w/a.safetensors"])])  # another command under the same name
     assert len(ran) == 2
-    (tmp_path / "results/a/b.sh").unlink()  # stopped before the command was written
+    (tmp_path / "w/a.safetensors").unlink()  # what it wrote is gone
     mine.run([("a/b", ["soup", "z", "-o", "w/a.safetensors"])])
     assert len(ran) == 3
+    (tmp_path / "results/a/b.sh").unlink()  # stopped before the command was written
+    mine.run([("a/b", ["soup", "z", "-o", "w/a.safetensors"])])
+    assert len(ran) == 4
 
 
 def test_the_readme_and_the_command_know_every_chapter() -> None:

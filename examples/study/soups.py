@@ -69,11 +69,13 @@ def run(study: Study) -> None:
         table = {"zero-shot": scores[study.base], "best single model": scores[best]}
         table |= {f"{kind} soup": scores[file] for kind, file in files.items()}
         table["greedy ensemble"] = _ensemble(study, s, _files(members, pools[s]), [task, *shifts])
+        pool = [_summary(scores[file]) for file in pools[s]]
+        rows.setdefault("mean of the finetunings", []).append({k: mean(p[k] for p in pool) for k in pool[0]})
         for name, row in table.items():
             rows.setdefault(name, []).append(_summary(row))
         chosen.append(
             {
-                "pool": [_summary(scores[file]) for file in pools[s]],
+                "pool": pool,
                 **{k: _summary(v) for k, v in table.items()},
             }
         )
@@ -149,7 +151,10 @@ def _chapter(study: Study, task: str, rows: dict[str, list[Scores]], chosen: lis
         name: {key: [row[key] for row in found] for key in ("id", "shifts")} for name, found in rows.items()
     }
     best, greedy, uniform = (shown[name] for name in ("best single model", "greedy soup", "uniform soup"))
+    average = shown["mean of the finetunings"]
     claims = [
+        claim("the uniform soup beats its average ingredient, in distribution", uniform["id"], average["id"]),
+        claim("… and under shift", uniform["shifts"], average["shifts"]),
         claim("the greedy soup beats the best single model, in distribution", greedy["id"], best["id"]),
         claim("… and under shift", greedy["shifts"], best["shifts"]),
         claim("the uniform soup beats the best single model under shift", uniform["shifts"], best["shifts"]),
@@ -181,7 +186,7 @@ def _chapter(study: Study, task: str, rows: dict[str, list[Scores]], chosen: lis
             "points": [[p["id"], p["shifts"], f"trial {i}"] for i, p in enumerate(first["pool"])],
         }
     ]
-    series += [{"label": name, "points": [[first[name]["id"], first[name]["shifts"], name]]} for name in rows]
+    series += [{"label": name, "points": [[first[name]["id"], first[name]["shifts"], name]]} for name in rows if name in first]
     setting = study.setting["soups"]
     study.write_chapter(
         1,

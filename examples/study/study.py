@@ -93,13 +93,14 @@ class Study:
         texts = [str(word) for word in words]
         result, script = self.folder / "results" / f"{name}.json", self.folder / "results" / f"{name}.sh"
         line = shlex.join(["clipmerge", *texts]) + "\n"
-        if not (result.is_file() and script.is_file() and script.read_text(encoding="utf-8") == line):
+        outputs = [self.folder / texts[i + 1] for i, word in enumerate(texts) if word == "-o"]
+        known = script.is_file() and script.read_text(encoding="utf-8") == line
+        if not (known and all(path.exists() for path in (result, *outputs))):
             started = perf_counter()
             again = ["--force"] if "-o" in texts and texts[0] != "sweep" else []
             command = [sys.executable, "-m", "clipmerge", *texts, *again, "--json", "--quiet"]
-            for index, word in enumerate(texts):
-                if word == "-o":
-                    (self.folder / texts[index + 1]).parent.mkdir(parents=True, exist_ok=True)
+            for path in outputs:
+                path.parent.mkdir(parents=True, exist_ok=True)
             # Commands of one thread each, side by side, are faster than one command on all cores.
             environment = {"OMP_NUM_THREADS": "1", **os.environ}
             done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
