@@ -6,9 +6,6 @@ from typing import Any
 from arithmetic import finetune_tasks, tuned
 from study import SEEDS_NOTE, Study, claim, claims_table, half_width, interval, weights
 
-STATISTICS = ("fisher", "regmean")
-"""Methods that go by statistics of each task's own training images, which a command takes first."""
-
 
 def run(study: Study) -> None:
     """Run the leaderboard for each number of tasks and each seed."""
@@ -17,7 +14,7 @@ def run(study: Study) -> None:
     if "only" not in setting:
         study.run(
             (f"methods/{kind}-{task}-{seed}", _statistics(study, kind, task, seed))
-            for kind in STATISTICS
+            for kind in setting["statistics"]
             for seed in study.seeds
             for task in tasks
         )
@@ -42,12 +39,8 @@ def run(study: Study) -> None:
 
 
 def _statistics(study: Study, kind: str, task: str, seed: int) -> list[Any]:
-    images = [
-        "--data",
-        study.source(task, "train", study.setting["methods"]["statistics"]),
-        "--templates",
-        study.template(task),
-    ]
+    source = study.source(task, "train", study.setting["methods"]["statistics"][kind])
+    images = ["--data", source, "--templates", study.template(task)]
     return ["statistics", weights(tuned(task, seed)), "--method", kind, *images, "--force"]
 
 

@@ -186,7 +186,11 @@ def _chapter(study: Study, task: str, rows: dict[str, list[Scores]], chosen: lis
             "points": [[p["id"], p["shifts"], f"trial {i}"] for i, p in enumerate(first["pool"])],
         }
     ]
-    series += [{"label": name, "points": [[first[name]["id"], first[name]["shifts"], name]]} for name in rows if name in first]
+    series += [
+        {"label": name, "points": [[first[name]["id"], first[name]["shifts"], name]]}
+        for name in rows
+        if name in first
+    ]
     setting = study.setting["soups"]
     study.write_chapter(
         1,
