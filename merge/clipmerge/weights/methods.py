@@ -217,20 +217,27 @@ def _zero_where_missing(vectors: Sequence[E]) -> list[E]:
     ]
 
 
-def function_of(method: Method) -> Callable[..., Expression]:
+def function_of(
+    method: Method, open_all: Callable[[list[Any]], Sequence[Expression]]
+) -> Callable[..., Expression]:
     """Make the Python function of a method: `slerp(a, b, 0.3)`, `ties([a - zs, b - zs], density=0.2)`.
 
-    It takes its operands one by one or as one list, then its options by position or by name.
+    It takes its operands one by one or as one list, then its options by position or by name. A path stands for the
+    checkpoint there; a text by itself is one as long as the method lacks operands.
+
+    Args:
+        open_all: what opens the paths among operands.
     """
 
-    def call(*arguments: Expression | Sequence[Expression] | OptionValue, **options: Any) -> Expression:
-        operands: list[Expression] = []
+    def call(*arguments: Any, **options: Any) -> Expression:
+        operands: list[Any] = []
         values: list[Any] = []
         for argument in arguments:
-            if isinstance(argument, Expression):
+            is_path = isinstance(argument, str) and not values and len(operands) < method.operands[0]
+            if isinstance(argument, Expression | Path) or is_path:
                 operands.append(argument)
             elif isinstance(argument, Sequence) and not isinstance(argument, str):
-                operands += argument  # type: ignore[arg-type]
+                operands += argument
             else:
                 values.append(argument)
         if len(values) > len(method.options):
@@ -238,8 +245,8 @@ def function_of(method: Method) -> Callable[..., Expression]:
         if not operands:
             raise RecipeError(f"{method.name} takes at least {method.operands[0]} operands, not 0")
         positional = dict(zip(method.options, values, strict=False))
-        made: Expression = apply(method.name, operands, **positional, **options)
-        return made
+        merged: Expression = apply(method.name, open_all(operands), **positional, **options)
+        return merged
 
     call.__name__ = call.__qualname__ = method.name
     call.__doc__ = method.function.__doc__

@@ -227,7 +227,7 @@ class Weights(Expression):
 def __getattr__(name: str) -> Callable[..., Weights]:
     """The function of each method of the table: `slerp(a, b, 0.3)`, `model_stock([base, a, b])`."""
     if name in METHODS:
-        return function_of(METHODS[name])  # type: ignore[return-value] # Weights in, Weights out
+        return function_of(METHODS[name], open_all)  # type: ignore[return-value] # Weights in, Weights out
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

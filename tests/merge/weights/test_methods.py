@@ -4,12 +4,14 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from clipmerge.errors import RecipeError
+import clipmerge as cm
+from clipmerge.errors import CheckpointError, RecipeError
 from clipmerge.ops import vectors
 from clipmerge.weights import blocks
 from clipmerge.weights import weights as face
@@ -56,6 +58,25 @@ def test_what_is_refused(
         apply(name, [point(f"m{i}") for i in range(count)], **options)
     assert refused.value.message == message
     assert (refused.value.hint or "").startswith(hint or "")
+
+
+def test_a_path_stands_for_the_checkpoint_there(
+    point: Point, arrays: Callable[..., Any], tmp_path: Path
+) -> None:
+    a, b = (point(name, x=np.array([[1.0, 2.0], [3.0, i]], np.float32)) for i, name in enumerate("ab"))
+    for weights, name in ((a, "a"), (b, "b"), (b - a, "v")):
+        weights.save(tmp_path / f"{name}.safetensors")
+    one, two = (str(tmp_path / f"{name}.safetensors") for name in "ab")
+    right = arrays(cm.slerp(a, b, 0.25))["x"]
+    for merged in (
+        cm.slerp(one, two, 0.25),
+        cm.slerp(Path(one), Path(two), alpha=0.25),
+        cm.slerp([one, b], 0.25),
+    ):
+        np.testing.assert_array_equal(arrays(merged)["x"], right)
+    assert cm.ties([tmp_path / "v.safetensors", b - a], density=0.5).kind() == 0
+    with pytest.raises(CheckpointError, match="does not exist"):
+        cm.slerp(str(tmp_path / "gone.safetensors"), b, 0.25)
 
 
 def test_vectors_are_no_points(point: Point) -> None:
