@@ -290,7 +290,6 @@ def add(
           --base zeroshot_encoder.pt \\
           -o added.safetensors
     """
-    tasks = len(finetuned)
     if adamerging:
         refuse_unused(
             "with --adamerging, which learns the scales", "scale", "scales", "refine", "method", "budget"
@@ -300,12 +299,8 @@ def add(
         refuse_unused("without --adamerging", "steps", "lr")
         if per == "tensor":
             raise typer.BadParameter("one scale a tensor is learned: --adamerging", param_hint="--per")
-    if scale is not None and val:
-        raise typer.BadParameter("--val is for --scale auto", param_hint="--val")
-    if scale is None and len(val or []) != tasks:
-        how = "--adamerging" if adamerging else "--scale auto"
-        message = f"{how} needs one --val for each task: {tasks}, not {len(val or [])}"
-        raise typer.BadParameter(message, param_hint="--val")
+    how = "--adamerging" if adamerging else "--scale auto"
+    shared.check_images(len(val or []), automatic=scale is None, tasks=len(finetuned), how=how)
     if refine and per != "all":
         raise typer.BadParameter("--refine is for one scale", param_hint="--refine")
     if scale is None and per == "all" and not adamerging:
@@ -332,7 +327,7 @@ def add(
         assert per != "tensor"  # refused above
         names, family = task_family(start, models, per)
         low, high = min(scales), max(scales)
-        share = min(max(1 / tasks, low), high)  # each part of a task vector starts at its task's share
+        share = min(max(1 / len(tuned), low), high)  # each part of a task vector starts at its task's share
         how = {"rule": rule, "low": low, "high": high, "start": share, **vars(several)}
         return search_coefficients(family, names, evaluator, on_progress=on_progress, **how)
 

@@ -55,10 +55,7 @@ def analogy(
         clipmerge analogy base.safetensors --a A --b B --c C --scale auto \\
           --val images/val -o out.safetensors
     """
-    if scale is not None and val:
-        raise typer.BadParameter("--val is for --scale auto", param_hint="--val")
-    if scale is None and not val:
-        raise typer.BadParameter("--scale auto needs held-out images: --val DATA", param_hint="--val")
+    shared.check_images(int(val is not None), automatic=scale is None)
     from clipmerge.search.rules import mean_of
 
     models = load_models(base, a, b, c, vectors=vectors, resize=out.resize_positions)
@@ -123,8 +120,10 @@ def merge(
         recipe, checkpoints=checkpoints, base=base or recipe.base, resize_positions=out.resize_positions
     )
     options = {key: True for key, wanted in (("fused", fused), ("equalise", equalise)) if wanted}
-    if scale is None and val:
-        raise typer.BadParameter("--val is for --scale auto", param_hint="--val")
+    value = None if scale is None else shared.scale(scale)
+    automatic = scale is not None and value is None
+    if not (automatic and out.dry_run):
+        shared.check_images(len(val or []), automatic=automatic)
     first = {name: getattr(out, name) or getattr(recipe, name) for name in ("output", "dtype", "shard_size")}
     out = replace(out, **first)
     if scale is None:
@@ -134,17 +133,12 @@ def merge(
         out.merge(weights, model=choosing.model, remark=remark)
         return
     names = load_named(recipe.checkpoints, recipe.base, resize=out.resize_positions)
-    value = shared.scale(scale)
     family = scaled(recipe.expression, names, options)
     if value is not None:
         out.merge(family(value), model=choosing.model)
         return
     splits = shared.named(val or [], "--val")
-    if not splits or out.dry_run:
-        if not out.dry_run:
-            raise typer.BadParameter(
-                "--scale auto needs held-out images: --val NAME=DATA", param_hint="--val"
-            )
+    if out.dry_run:
         out.merge(family(1), model=choosing.model, remark="scale is chosen on images; the plan shows 1")
         return
     from clipmerge.search.leaderboard import search_scale

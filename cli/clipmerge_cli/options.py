@@ -255,6 +255,26 @@ def scale(text: str) -> float | None:
     return float(value)
 
 
+def check_images(
+    images: int, *, automatic: bool, tasks: int | None = None, how: str = "--scale auto"
+) -> None:
+    """Refuse --val where nothing is chosen on it, and a choice without the images that it needs.
+
+    Args:
+        images: how many times --val was given.
+        tasks: how many are needed; None: at least one.
+        how: the option that chooses.
+    """
+    if images and not automatic:
+        raise typer.BadParameter("--val is for --scale auto", param_hint="--val")
+    if not automatic or images == tasks or (tasks is None and images):
+        return
+    message = f"{how} needs held-out images: --val DATA"
+    if tasks is not None:
+        message = f"{how} needs one --val for each task: {tasks}, not {images}"
+    raise typer.BadParameter(message, param_hint="--val")
+
+
 def one_number(text: str, option: str) -> float:
     """Return `"1"` as `1.0`; anything else is wrong usage of the option."""
     try:

@@ -88,7 +88,7 @@ def test_the_free_number_is_chosen_on_images(
     ("args", "code", "message"),
     [
         (["zs + a - zs", "--val", "a=digits"], 2, "--val is for --scale auto"),
-        ([TIES, "--scale", "auto"], 2, "--scale auto needs held-out images: --val NAME=DATA"),
+        ([TIES, "--scale", "auto"], 2, "--scale auto needs held-out images: --val DATA"),
         ([TIES, "--scale", "auto", "--val", "c=digits"], 2, "'c' is no checkpoint of the expression"),
         ([TIES, "--scale", "much"], 2, "neither a number nor auto"),
         ([TIES], 1, "there is no checkpoint 'scale'"),
