@@ -156,18 +156,19 @@ def inspect(
         more = {"all_tensors": [dict(zip(keys, row, strict=True)) for row in listing]} if tensors else {}
         show.document({**summary.to_json(), "model": weights.model, **more})
         return
-    _show(summary, weights.model, tensors=tensors)
+    _show(summary, weights.model, why=checkpoint.extra.get("untranslated"), tensors=tensors)
     if tensors:
         rows = [(n, dtype, "×".join(map(str, shape)) or "scalar", bad) for n, dtype, shape, bad in listing]
         show.table(("tensor", "dtype", "shape", "not finite"), rows)
 
 
-def _show(summary: Summary, model: Mapping[str, Any] | None, *, tensors: bool) -> None:
+def _show(summary: Summary, model: Mapping[str, Any] | None, *, why: str | None, tensors: bool) -> None:
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 10_000)
     console.print(tree(summary.name, summary.record))
     print()
     bad = summary.nonfinite or {}
     listed = and_more([f"{name} ({count})" for name, count in bad.items()], 5)
+    unknown = f"none of open_clip's: {why}" if why else "not recorded"
     none = "not counted" if summary.nonfinite is None else "none"
     facts = {
         "file": summary.path or summary.name,
@@ -175,7 +176,7 @@ def _show(summary: Summary, model: Mapping[str, Any] | None, *, tensors: bool) -
         "layout": summary.layout,
         "dtypes": show.counts(summary.dtypes),
         "size": size(summary.nbytes),
-        "model": str(model.get("name") or "a tower, without a name") if model else "not recorded",
+        "model": str(model.get("name") or "a tower, without a name") if model else unknown,
         "digest": summary.digest or "not computed",
         "not finite": f"{sum(bad.values())} values in {len(bad)} tensors: {listed}" if bad else none,
     }

@@ -10,6 +10,7 @@ import clipmerge
 from clipmerge.checkpoint import convert as convert_checkpoint
 from clipmerge.checkpoint.tensors import Checkpoint
 from clipmerge.errors import RecipeError
+from clipmerge.text import and_more
 from clipmerge.weights.methods import METHODS, describe
 from clipmerge.weights.parse import names_in, parse
 from clipmerge.weights.recipe import Recipe, load_named, read_recipe
@@ -301,7 +302,7 @@ def convert(
         show.document({"kind": "convert", **facts})
         return
     if dropped:
-        talk.say(f"left out, as {to} has no place for them: {', '.join(dropped)}")
+        talk.say(f"left out, as {to} has no place for them: {and_more(dropped)}")
     talk.say(f"{source.layout} → {to}, {len(source.tensors)} tensors")
     if said is None:
         talk.say(UNKNOWN_MODEL)

@@ -39,6 +39,8 @@ _VISION = {
 def model_beside(path: Path) -> dict[str, Any] | None:
     """Read what the folder that `path` lies in says of its model: {"name", "config", "preprocess"}, each where known.
 
+    Where a CLIP's or SigLIP's configuration makes no model of open_clip's, "untranslated" says why.
+
     Where `path` is a link and nothing lies beside it, the folder that it leads to is asked.
 
     Raises:
@@ -68,7 +70,8 @@ def _record(path: Path) -> dict[str, Any] | None:
         processor = preprocessing_of(theirs)
     preprocess = from_processor(processor, str(theirs.get("model_type", "")))
     if config is None:
-        known = {"config": tower, "preprocess": preprocess}
+        why = None if tower else why_untranslated(theirs)
+        known = {"config": tower, "preprocess": preprocess, "untranslated": why}
         return {key: value for key, value in known.items() if value} or None
     return {"name": repository(path), "config": config, "preprocess": preprocess}
 
@@ -129,6 +132,25 @@ def from_tower_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     parts = {f"{tower}_config": own, f"{({'vision', 'text'} - {tower}).pop()}_config": other}
     whole = from_huggingface_config({"model_type": "clip", **parts})
     return whole and {"quick_gelu": whole["quick_gelu"], f"{tower}_cfg": whole[f"{tower}_cfg"]}
+
+
+def why_untranslated(config: Mapping[str, Any]) -> str | None:
+    """Say why a CLIP's or SigLIP's config.json makes no model of open_clip's; None where it is of another kind."""
+    defaults = {"clip": ("quick_gelu", 1e-5), "siglip": ("gelu_pytorch_tanh", 1e-6)}
+    usual, epsilon = defaults.get(str(config.get("model_type")), ("", 0.0))
+    if not usual:
+        return None
+    towers = [_tower(config, word) or {} for word in ("vision", "text")]
+    acts = [str(part.get("hidden_act", usual)) for part in towers]
+    if unknown := [act for act in acts if act not in _ACTIVATIONS]:
+        return f"its config.json has hidden_act {unknown[0][:40]!r}, which open_clip has not"
+    if len({_ACTIVATIONS[act][0] for act in acts}) > 1:
+        return (
+            f"its config.json has {acts[0]} in the image tower and {acts[1]} in the text tower, "
+            "but open_clip has QuickGELU in both or in none"
+        )
+    other = [eps for part in towers if (eps := part.get("layer_norm_eps", epsilon)) != epsilon]
+    return f"its config.json has {f'layer_norm_eps {other[0]}' if other else 'sizes'} that open_clip has not"
 
 
 def _tower(config: Mapping[str, Any], tower: str) -> dict[str, Any] | None:

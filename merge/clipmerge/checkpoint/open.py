@@ -47,6 +47,8 @@ _BESIDE = re.compile(
     re.IGNORECASE,
 )
 """How trainers call what they leave beside the weights."""
+_POINTER = 1024
+"""Bytes: more than a git-lfs pointer has, less than any model."""
 _SHARD = re.compile(r"-\d{5}-of-(?!00001\b)\d{5}\.(?:safetensors|bin)$")
 """What transformers calls the shards of one checkpoint."""
 
@@ -62,8 +64,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Returns:
         The checkpoint. What a reader understood besides stands in `extra`: "model" (the record of a configuration
         beside the weights), "saved" (epoch, name … of a training checkpoint), "class" (of a pickled module), "dropped"
-        (names left out), "without_place" (names for which open_clip has none, so that all kept their own), "set" (which
-        of several sets of weights was chosen), "reference" (`hf-hub:…` or `model:tag`, where it was fetched by one).
+        (names left out), "without_place" (names for which open_clip has none, so that all kept their own),
+        "untranslated" (why the configuration beside it makes no model of open_clip's), "set" (which of several sets of
+        weights was chosen), "reference" (`hf-hub:…` or `model:tag`, where it was fetched by one).
 
     Raises:
         CheckpointError: there is nothing to read there, or it breaks its format's rules.
@@ -94,12 +97,18 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         extra["reference"] = text
     place = file
     if file.is_dir():
-        place = file = _snapshot(file) or file
+        place = file = _snapshot(file)
         stem = repository(file / "x")
         file = checkpoint_in(file)
     elif _SHARD.search(file.name):
         raise CheckpointError(f"{file} is one shard of a checkpoint", hint=f"give the folder, {file.parent}")
-    metadata, groups, saved = _read(file)
+    try:
+        metadata, groups, saved = _read(file)
+    except CheckpointError as error:
+        if not (twin := _twin(file)):
+            raise
+        hint = f"{error.hint or 'fetch it again'}, or give {twin.name}, which lies beside it"
+        raise type(error)(error.message, hint=hint) from error
     first: Mapping[str, Tensor] = next(iter(groups.values()), {})
     if is_adapter(first) or (file.stem == "adapter_model" and file.with_name(CONFIG).is_file()):
         return read_adapter(file, place, stem, first)
@@ -123,6 +132,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         # A configuration of open_clip's is none of a model that open_clip has no place for.
         kept = ("name", "config", "preprocess") if not named.without_place else ("preprocess",)
         extra["model"] = {key: record[key] for key in kept if key in record}
+        extra |= {"untranslated": record["untranslated"]} if "untranslated" in record else {}
     if named.dropped:
         extra["dropped"] = named.dropped
     return Checkpoint(identifiers([stem])[0], named.tensors, metadata, named.layout, place, extra)
@@ -190,17 +200,30 @@ def checkpoint_in(folder: Path) -> Path:
     return folder / files[0]
 
 
-def _snapshot(folder: Path) -> Path | None:
-    """Return the snapshot that a repository's folder in the Hub's cache stands for: its main one, or the only one."""
-    if not folder.name.startswith("models--"):
-        return None
-    main = folder / "refs" / "main"
+def _snapshot(folder: Path) -> Path:
+    """Return the snapshot that a repository's folder in the Hub's cache stands for: its main one, or the only one.
+
+    Any other folder stands for itself.
+
+    Raises:
+        CheckpointError: there are several snapshots, and refs/main names none of them.
+    """
+    inside = folder / "snapshots"
+    if not (folder.name.startswith("models--") and inside.is_dir()):
+        return folder
     with suppress(OSError, UnicodeDecodeError):
-        if main.is_file() and re.fullmatch(r"[0-9a-f]{40}", commit := main.read_text().strip()):
-            return folder / "snapshots" / commit
-        commits = list((folder / "snapshots").iterdir())
-        return commits[0] if len(commits) == 1 else None
-    return None
+        commit = (folder / "refs" / "main").read_text().strip()
+        if re.fullmatch(r"[0-9a-f]{40}", commit) and (inside / commit).is_dir():
+            return inside / commit
+    snapshots = sorted(each for each in inside.iterdir() if each.is_dir())
+    if len(snapshots) == 1:
+        return snapshots[0]
+    if snapshots:
+        raise CheckpointError(
+            f"{folder} holds {len(snapshots)} snapshots, and refs/main names none of them",
+            hint=f"give one of them: {and_more([str(each) for each in snapshots])}",
+        )
+    return folder
 
 
 def _looks_like_one(folder: Path) -> bool:
@@ -220,21 +243,20 @@ def _head(path: Path) -> bytes:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
 
 
+def _twin(path: Path) -> Path | None:
+    """Return another file of the folder that holds one model's weights by its name, and more than a few bytes."""
+    twins = (path.with_name(name) for name in PREFERRED if name != path.name and path.name in PREFERRED)
+    return next((twin for twin in twins if twin.is_file() and twin.stat().st_size > _POINTER), None)
+
+
 def _unknown(path: Path, head: bytes) -> CheckpointError:
     """What a file that is no checkpoint most likely is."""
-    twins = (path.with_name(name) for name in PREFERRED if name != path.name and path.name in PREFERRED)
-    whole = next((twin.name for twin in twins if twin.is_file() and twin.stat().st_size > len(head)), None)
-    instead = f", or give {whole}, which lies beside it" if whole else ""
     if not head:
-        return CheckpointError(f"{path} is empty", hint=f"fetch or save it again{instead}")
+        return CheckpointError(f"{path} is empty", hint="fetch or save it again")
     if head.startswith(b"version https://git-lfs"):
-        return CheckpointError(
-            f"{path} is a git-lfs pointer, not the file", hint=f"run `git lfs pull`{instead}"
-        )
+        return CheckpointError(f"{path} is a git-lfs pointer, not the file", hint="run `git lfs pull`")
     if head.lstrip()[:1] == b"<":
-        return CheckpointError(
-            f"{path} is a web page, not a checkpoint", hint=f"download the file itself{instead}"
-        )
+        return CheckpointError(f"{path} is a web page, not a checkpoint", hint="download the file itself")
     if path.suffix == ".safetensors":
         safetensors.read_header(path)
     return CheckpointError(

@@ -70,7 +70,9 @@ def choose_set(where: str, groups: Mapping[str, Mapping[str, Tensor]], choice: s
     sets = [one for key, tensors in groups.items() for one in _split(key, tensors)] or [WeightSet("")]
     main = sets[0]
     # A criterion's or a discriminator's tensors in the same file are not another set of the model's.
-    sets = [main, *(one for one in sets[1:] if _is_same_model(one.tensors, main.tensors))]
+    others = [one for one in sets[1:] if not _is_same_model(one.tensors, main.tensors)]
+    main.dropped += [".".join(filter(None, (one.key, name))) for one in others for name in one.tensors]
+    sets = [one for one in sets if one not in others]
     names = _names(sets)
     if choice is None and len(sets) == 1:
         return main

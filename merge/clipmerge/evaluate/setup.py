@@ -20,7 +20,7 @@ from clipmerge.model import ModelSpec, resolve_model
 from clipmerge.text import and_more
 from clipmerge.types import Ints
 from clipmerge.weights.labels import names_of
-from clipmerge.weights.names import is_text_alone, lacks_text
+from clipmerge.weights.names import lacks_text, lone_tower
 from clipmerge.weights.record import model_record
 from clipmerge.weights.weights import Source, Weights, as_checkpoint
 
@@ -140,7 +140,7 @@ class Given:
         needs_text = head in ("zero-shot", "captions")
         if needs_text and any(each.extra.get("without_place") for each in weights[0].checkpoints):
             raise ModelError(f"{weights[0]!r} cannot be scored", hint=weights[0].hint_of_misfit())
-        if is_text_alone(weights[0].names):
+        if lone_tower(weights[0].names) == "a text tower":
             raise ModelError(
                 f"{weights[0]!r} is a text tower, which no image can be scored by",
                 hint="give the whole model, or for its text tower alone: --text-tower with an image encoder",

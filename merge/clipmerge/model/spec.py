@@ -11,6 +11,7 @@ from clipmerge.checkpoint.processors import OWN_KEYS
 from clipmerge.errors import ClipmergeWarning, MismatchError, ModelError
 from clipmerge.text import and_more, did_you_mean
 from clipmerge.weights.model_records import combined
+from clipmerge.weights.names import lone_tower
 from clipmerge.weights.record import model_record, needs_quick_gelu
 
 if TYPE_CHECKING:
@@ -110,9 +111,20 @@ def _recorded(weights: Sequence["Weights"]) -> tuple[str, Mapping[str, Any], Map
     if name is not None and not isinstance(config, Mapping):
         known, config, _ = _named(str(name))
         return known, config, {**_common_preprocess(known), **((said or {}).get("preprocess") or {})}
-    lacking = "record theirs" if not config else "record all of theirs: one tower is not a model"
+    checkpoints = [c for w in weights for c in w.checkpoints]
+    if untranslated := [(c, why) for c in checkpoints if (why := c.extra.get("untranslated"))]:
+        (checkpoint, why), *_ = untranslated
+        message = f"{checkpoint.path or checkpoint.name} is no model of open_clip's: {why}"
+        raise ModelError(message, hint="it can be merged and inspected, not scored or finetuned")
+    for each in weights:
+        if (alone := lone_tower(each.names)) is not None:
+            raise ModelError(
+                f"{each!r} is {alone} alone, and no model is named",
+                hint="give the whole model; or name it (--model), an open_clip name such as ViT-B-32, where another "
+                "checkpoint brings the other tower",
+            )
     raise ModelError(
-        f"no model is named, and the checkpoints do not {lacking}",
+        "no model is named, and the checkpoints do not record theirs",
         hint="name it (--model): an open_clip name such as ViT-B-32, or an open_clip JSON config",
     )
 

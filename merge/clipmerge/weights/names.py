@@ -15,11 +15,15 @@ PARTS = {
     "visual": "image tower",
     "visual.proj": "image projection",
     "text": "text tower",
+    "text_projection": "text projection",
     "transformer.*": "text transformer",
     "head": "classification head",
     "other": "logit scale",
 }
 """What a checkpoint may lack as a whole: pattern → in words."""
+
+_PROJECTIONS = {"visual": ("visual.proj", "text"), "text": ("text_projection", "visual")}
+"""Tower → its projection, and the other tower: one that is published alone may lack both."""
 
 IMAGE_POSITIONS, TEXT_POSITIONS = (
     "visual.positional_embedding",
@@ -54,7 +58,7 @@ def absent_parts(missing: Set[str], names: Collection[str]) -> tuple[str, ...] |
     """Return the patterns of `PARTS` that `missing` consists of; None where a tensor inside a tower is among it.
 
     Encoders are published without their text tower, or with all of it but the transformer (wise-ft, model-soups,
-    task_vectors); Hugging Face's CLIPVisionModel has no projection either.
+    task_vectors); Hugging Face's CLIPVisionModel and CLIPTextModel have no projection either.
 
     Args:
         names: all names of the model, the missing ones included.
@@ -66,8 +70,12 @@ def absent_parts(missing: Set[str], names: Collection[str]) -> tuple[str, ...] |
             absent.append(tower)
         elif tower == "text" and gone and gone == {name for name in whole if name.startswith("transformer.")}:
             absent.append("transformer.*")
-        elif gone == {"visual.proj"} and all(tower_of(name) != "text" or name in missing for name in names):
-            absent.append("visual.proj")
+        elif (
+            (projection := _PROJECTIONS.get(tower))
+            and gone == {projection[0]}
+            and all(tower_of(name) != projection[1] or name in missing for name in names)
+        ):
+            absent.append(projection[0])
         elif gone:
             return None
     return tuple(absent) if {"visual", "text", "transformer.*", "head"} & set(absent) else None
@@ -110,9 +118,12 @@ def lacks_text(names: Collection[str]) -> bool:
     return not any(name.startswith(("transformer.", "text.")) for name in names)
 
 
-def is_text_alone(names: Collection[str]) -> bool:
-    """Return whether the names are those of a text tower without an image tower."""
-    return not lacks_text(names) and not any(name.startswith("visual.") for name in names)
+def lone_tower(names: Collection[str]) -> str | None:
+    """Return "an image tower" or "a text tower" where the names are those of one tower alone."""
+    towers = {tower_of(name) for name in names} - {"other"}
+    return (
+        {"visual": "an image tower", "text": "a text tower"}.get(towers.pop()) if len(towers) == 1 else None
+    )
 
 
 @lru_cache(maxsize=65536)

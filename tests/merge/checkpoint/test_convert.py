@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from clipmerge.checkpoint.configs import from_huggingface_config, to_huggingface_config
+from clipmerge.checkpoint.configs import from_huggingface_config, to_huggingface_config, why_untranslated
 from clipmerge.checkpoint.convert import convert, convert_folder
 from clipmerge.checkpoint.open import open_checkpoint
 from clipmerge.errors import CheckpointError, MismatchError, OutputError
@@ -177,19 +177,27 @@ def test_configurations_agree_with_the_published_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "why"),
     [
-        {"model_type": "blip"},
-        {"text_config": None},
-        {"text_config": {"hidden_act": "relu"}, "vision_config": {"hidden_act": "relu"}},
-        {"vision_config": {"hidden_act": "gelu"}},
-        {"vision_config": {"layer_norm_eps": 1e-6}},
-        {"vision_config": {"hidden_size": "768"}},
-        {"vision_config": {"hidden_size": 0}},
-        {"vision_config": {"num_attention_heads": 0}},
-        {"vision_config": {"hidden_act": ["gelu"]}},
+        ({"model_type": "blip"}, None),
+        ({"text_config": None}, "has sizes that"),
+        ({"text_config": {"hidden_act": "relu"}, "vision_config": {"hidden_act": "relu"}}, "has hidden_act 'relu'"),
+        ({"vision_config": {"hidden_act": "gelu"}}, "has gelu in the image tower and quick_gelu in the text tower"),
+        ({"text_config": {"hidden_act": "gelu_new"}}, "has quick_gelu in the image tower and gelu_new in the text"),
+        ({"vision_config": {"layer_norm_eps": 1e-6}}, "has layer_norm_eps 1e-06"),
+        ({"vision_config": {"hidden_size": "768"}}, "has sizes that"),
+        ({"vision_config": {"hidden_size": 0}}, "has sizes that"),
+        ({"vision_config": {"num_attention_heads": 0}}, "has sizes that"),
+        ({"vision_config": {"hidden_act": ["gelu"]}}, "has hidden_act"),
+        ({"model_type": "siglip", "vision_config": {"hidden_act": "relu"}}, "has hidden_act 'relu'"),
+        ({"model_type": "siglip", "text_config": {"layer_norm_eps": 1e-5}, "vision_config": {"num_channels": 1}},
+         "has layer_norm_eps 1e-05"),
     ],
-)
-def test_configurations_that_open_clip_has_no_model_for_give_none(change: dict[str, Any]) -> None:
+)  # fmt: skip
+def test_configurations_that_open_clip_has_no_model_for_give_none_and_say_why(
+    change: dict[str, Any], why: str | None
+) -> None:
     base: dict[str, Any] = {"model_type": "clip", "text_config": {}, "vision_config": {}}
     assert from_huggingface_config({**base, **change}) is None
+    told = why_untranslated({**base, **change})
+    assert told is None if why is None else why in str(told)

@@ -275,24 +275,32 @@ def test_a_repository_of_the_cache_is_its_main_snapshot(
     commit = "0123456789abcdef0123456789abcdef01234567"
     (other / "0123abc").rename(other / commit)
     (other / "newer").mkdir()
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
-        open_checkpoint(root)
     (root / "refs").mkdir()
     (root / "refs" / "main").write_text(commit)
     opened = open_checkpoint(root)
     assert (opened.name, opened.extra["model"]["name"]) == ("CLIP_ViT_B_32", "CLIP-ViT-B-32")
     (root / "refs" / "main").write_text("../../..")
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+    with pytest.raises(
+        CheckpointError, match="holds 2 snapshots, and refs/main names none of them"
+    ) as several:
         open_checkpoint(root)
+    assert str(other / commit) in str(several.value.hint)
 
 
-@pytest.mark.parametrize("broken", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"<html>"])
-def test_a_good_file_beside_a_broken_one_is_named(broken: bytes, small: StateDict, tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(broken)
+@pytest.mark.parametrize(
+    "broken", ["", "version https://git-lfs.github.com/spec/v1\n", "<html>", 5, 300, 1200]
+)
+def test_a_good_file_beside_a_broken_one_is_named(
+    broken: str | int, small: StateDict, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(dict(small), path)
+    path.write_bytes(broken.encode() if isinstance(broken, str) else path.read_bytes()[:broken])
     torch.save(dict(small), tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is ") as refusal:
-        open_checkpoint(tmp_path)
-    assert str(refusal.value.hint).endswith(", or give pytorch_model.bin, which lies beside it")
+    for place in (path, tmp_path):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors (is|holds) ") as refusal:
+            open_checkpoint(place)
+        assert str(refusal.value.hint).endswith(", or give pytorch_model.bin, which lies beside it")
 
 
 def test_a_link_to_a_model_still_says_what_it_is(small: StateDict, tmp_path: Path) -> None:

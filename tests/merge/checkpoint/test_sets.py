@@ -177,7 +177,9 @@ def test_what_is_no_other_set_of_the_model_asks_nothing(
 ) -> None:
     beside = {"criterion": {"weight": torch.ones(3)}, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}}
     torch.save({"state_dict": dict(small), **beside}, tmp_path / "a.pt")
-    assert_same(open_checkpoint(tmp_path / "a.pt"), small)
+    checkpoint = open_checkpoint(tmp_path / "a.pt")
+    assert_same(checkpoint, small)
+    assert checkpoint.extra["dropped"] == ("criterion.weight",)  # said by convert
     with pytest.raises(CheckpointError, match=r"has no weights 'ema': it holds one set of weights") as caught:
         open_checkpoint(f"{tmp_path}/a.pt#ema")
     assert caught.value.hint == "leave out #ema"

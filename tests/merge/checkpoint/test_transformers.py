@@ -103,24 +103,61 @@ def test_one_tower_is_that_part_of_the_model(name: str, tower: str, clip: Any, t
     assert (both.model or {})["config"] == config
 
 
-@pytest.mark.parametrize("name", ["CLIPTextModel", "SiglipTextModel", "CLIPTextModelWithProjection"])
-def test_a_text_tower_that_was_never_part_of_a_model_is_one(name: str, tmp_path: Path) -> None:
-    """transformers 5 saves it without the tower's name before the tensors' names."""
+@pytest.mark.parametrize(
+    ("name", "sizes", "alone"),
+    [
+        ("CLIPTextModel", TEXT, "a text tower"), ("CLIPTextModelWithProjection", TEXT, "a text tower"),
+        ("CLIPVisionModel", VISION, "an image tower"),
+        ("SiglipTextModel", TEXT, "a text tower"), ("SiglipVisionModel", VISION, "an image tower"),
+    ],
+)  # fmt: skip
+def test_a_tower_that_never_had_another_is_one(
+    name: str, sizes: dict[str, Any], alone: str, tmp_path: Path
+) -> None:
+    """Its names begin without the tower's: no prefix of embeddings may take them for another set of weights."""
     import transformers
 
-    config = getattr(transformers, name.removesuffix("Model").removesuffix("ModelWithProjection") + "Config")
-    text = {**TEXT, "bos_token_id": 1, "eos_token_id": 2}
-    folder = saved(getattr(transformers, name)(config(**text)), tmp_path / "text")
-    checkpoint = open_checkpoint(folder)
+    torch.manual_seed(0)
+    part = getattr(transformers, name)(
+        getattr(transformers, name.partition("Model")[0] + "Config")(**sizes)
+    ).eval()
+    weights = clipmerge.load(saved(part, tmp_path / name))
+    (checkpoint,) = weights.checkpoints
     assert checkpoint.layout == "huggingface"
-    assert {n for n in checkpoint.tensors if "resblocks" not in n} >= {
-        f"{'text.' * name.startswith('Siglip')}{n}"
-        for n in ("token_embedding.weight", "positional_embedding")
-    }
-    with pytest.raises(ModelError, match="is a text tower, which no image can be scored by"):
-        clipmerge.Evaluator({"digits": clipmerge.open_split("digits#test", limit=20)}).setup(
-            clipmerge.load(folder)
-        )
+    assert sum(t.numel for t in checkpoint.tensors.values()) == sum(p.numel() for p in part.parameters())
+    with pytest.raises(ModelError, match=f"{name} is {alone} alone, and no model is named"):
+        resolve_model(None, weights)
+    if alone == "a text tower":
+        digits = clipmerge.Evaluator({"digits": clipmerge.open_split("digits#test", limit=20)})
+        with pytest.raises(ModelError, match="is a text tower, which no image can be scored by"):
+            digits.setup(weights)
+
+
+def test_a_text_tower_is_a_task_vector_over_its_whole_base(clip: Any, tmp_path: Path) -> None:
+    from transformers import CLIPTextModel
+
+    full = clipmerge.load(saved(clip, tmp_path / "whole"))
+    text = CLIPTextModel.from_pretrained(tmp_path / "whole")
+    with torch.no_grad():
+        text.get_parameter("final_layer_norm.bias" if hasattr(text, "final_layer_norm") else
+                           "text_model.final_layer_norm.bias").add_(2)  # fmt: skip
+    both = full + 0.5 * (clipmerge.load(saved(text, tmp_path / "text")) - full)
+    before, after = full.state_dict(), both.state_dict()
+    assert before.keys() == after.keys()
+    torch.testing.assert_close(after.pop("ln_final.bias"), before["ln_final.bias"] + 1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+
+def test_what_open_clip_has_no_activation_for_says_so(clip: Any, tmp_path: Path) -> None:
+    from transformers import CLIPConfig, CLIPModel
+
+    mixed = CLIPConfig(text_config={**TEXT, "hidden_act": "gelu"}, vision_config=VISION, projection_dim=12)
+    weights = clipmerge.load(saved(CLIPModel(mixed), tmp_path / "mixed"))
+    with pytest.raises(
+        ModelError, match="quick_gelu in the image tower and gelu in the text tower"
+    ) as refusal:
+        resolve_model(None, weights)
+    assert refusal.value.hint == "it can be merged and inspected, not scored or finetuned"
 
 
 def siglip(seed: int) -> Any:

@@ -168,6 +168,9 @@ def test_a_tensor_missing_inside_a_tower_is_an_error(point: Point, gone: str) ->
         (["visual.a", "transformer.c", "ln_final.weight"], ["transformer.c"], ("transformer.*",)),
         (["visual.a", "transformer.c", "transformer.d", "ln_final.weight"], ["transformer.c"], None),
         (["visual.a", "visual.proj", "text_projection"], ["visual.proj"], None),  # with its text tower
+        (["visual.a", "ln_final.weight", "text_projection"], ["visual.a", "text_projection"],
+         ("visual", "text_projection")),  # CLIPTextModel
+        (["visual.a", "ln_final.weight", "text_projection"], ["text_projection"], None),
         (["visual.a", "logit_scale"], ["logit_scale"], None),
         (["visual.a", "classification_head.weight", "classification_head.bias"],
          ["classification_head.weight", "classification_head.bias"], ("head",)),
