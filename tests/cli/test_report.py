@@ -22,6 +22,7 @@ def test_what_commands_leave_stands_on_the_page(
     tiny_model_file: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     scoring = ["--model", str(tiny_model_file)]
     base, first, second = (str(tiny_checkpoints[name]) for name in ("base", "ft0", "ft1"))
@@ -39,9 +40,10 @@ def test_what_commands_leave_stands_on_the_page(
         "patched": ["patch", base, first, *patch, *scoring],
         "parallel": ["patch", base, first, second, "--mode", "parallel", *several, "--budget", "4", *scoring],
         "board": ["leaderboard", base, first, second, *two, "--method", "mean", "--method", "ties", *scoring],
-        "scores": ["evaluate", base, first, "--data", "test=digits#test[:40]", *scoring],
+        "scores": ["evaluate", base, "uniform.safetensors", "--data", "test=digits#test[:40]", *scoring],
     }
     documents: dict[str, Any] = {}
+    monkeypatch.chdir(tmp_path)
     for name, command in commands.items():
         out, _ = run(capsys, *command, "--json", "--quiet")
         documents[name] = json.loads(out)
@@ -55,7 +57,7 @@ def test_what_commands_leave_stands_on_the_page(
     assert shown == set(commands)
     assert "<h1>Mine &amp; yours</h1>" in page
     assert "clipmerge soup &#39;a b&#39;" in page
-    assert "<dd>mean([ft0, ft1])</dd>" in page
+    assert page.count("<dd>mean([ft0, ft1])</dd>") == 2  # behind the file, and behind the row of its scores
     (value,) = documents["scores"]["checkpoints"][1]["scores"].values()
     assert f">{100 * value['value']:.10g}</td>" in page
     best = documents["board"]["entries"][2]

@@ -124,15 +124,18 @@ def read_chapter(document: Document, name: str) -> Chapter:
         need(isinstance(found, str), f"{key} is no text")
         return str(found)
 
+    def row(found: list[Any] | Document, columns: int) -> Row:
+        cells = listed(found, "cells", object) if isinstance(found, Mapping) else found
+        details = found.get("details", {}) if isinstance(found, Mapping) else {}
+        need(len(cells) == columns, f"a row has {len(cells)} cells under {columns} columns")
+        need(all(map(_is_cell, cells)), "a cell is no text, number or null")
+        need(isinstance(details, Mapping), "a row's details is no object")
+        return Row(tuple(cells), tuple((str(key), str(value)) for key, value in details.items()))
+
     def table(found: Document) -> Table:
         columns = tuple(listed(found, "columns", str))
-        rows = listed(found, "rows", list)
-        for row in rows:
-            need(len(row) == len(columns), f"a row has {len(row)} cells under {len(columns)} columns")
-            need(all(_is_cell(cell) for cell in row), "a cell is no text, number or null")
-        return Table(
-            text(found, "caption"), columns, tuple(Row(tuple(row)) for row in rows), text(found, "note")
-        )
+        rows = [row(one, len(columns)) for one in listed(found, "rows", (list, Mapping))]
+        return Table(text(found, "caption"), columns, tuple(rows), text(found, "note"))
 
     def point(found: list[Any]) -> Point:
         fits = len(found) in (2, 3) and all(_is_number(value) for value in found[:2])

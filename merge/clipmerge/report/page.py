@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
@@ -100,7 +100,8 @@ def _documents(folder: Path, remark: Callable[[str], None]) -> Iterable[Chapter]
             document = _read(path)
             if not isinstance(document, Mapping):
                 continue
-            yield from chapters_of(document, name.removesuffix(".json"))
+            for chapter in chapters_of(document, name.removesuffix(".json")):
+                yield _with_provenance(chapter, folder)
         except OutputError as error:
             remark(f"passed over: {error.message}")
 
@@ -118,32 +119,47 @@ def _read(path: Path) -> Any:
 
 
 def _merged_files(folder: Path) -> Chapter | None:
-    """Return a chapter of the merged files below a folder: their notation, and behind each its parents' digests."""
-    rows = []
-    for path, name in _below(folder, "*.safetensors"):
-        try:
-            record = read_record(read_header(path)[0])
-        except ClipmergeError:
-            continue
-        if is_original(record):
-            continue
-        parents = parents_of(record)
-        model = record.get("model")
-        behind = [
-            ("notation", str(record.get("notation"))),
-            ("written by", f"clipmerge {record.get('version')}"),
-        ]
-        if isinstance(model, Mapping):
-            behind.append(("model", str(model.get("name"))))
-        behind += [(f"parent {p.name}", f"{p.file or 'in memory'}, {_digest(p.digest)}") for p in parents]
-        behind.append(("check it", f"clipmerge verify {name} --parents ."))
-        rows.append(Row((name, str(record.get("notation")), len(parents)), tuple(behind)))
-    if not rows:
+    """Return a chapter of the merged files below a folder, with how each was made."""
+    known = [
+        (name, made) for path, name in _below(folder, "*.safetensors") if (made := _provenance(path, name))
+    ]
+    if not known:
         return None
-    table = Table(
-        "Merged files", ("file", "made of", "parents"), tuple(rows), "Each file carries this record."
-    )
+    rows = tuple(Row((name, made[0][1]), made) for name, made in known)
+    table = Table("Merged files", ("file", "made of"), rows, "Each file carries this record.")
     return Chapter(title="Files", tables=(table,))
+
+
+def _provenance(path: Path, name: str) -> tuple[tuple[str, str], ...]:
+    """Say how a merged file was made: its notation, its parents' digests, how to check it; () of any other file."""
+    try:
+        record = read_record(read_header(path)[0])
+    except ClipmergeError:
+        return ()
+    if is_original(record):
+        return ()
+    model = record.get("model")
+    return (
+        ("notation", str(record.get("notation"))),
+        ("written by", f"clipmerge {record.get('version')}"),
+        *((("model", str(model.get("name"))),) if isinstance(model, Mapping) else ()),
+        *((f"parent {p.name}", f"{p.file or 'in memory'}, {_digest(p.digest)}") for p in parents_of(record)),
+        ("check it", f"clipmerge verify {name} --parents ."),
+    )
+
+
+def _with_provenance(chapter: Chapter, folder: Path) -> Chapter:
+    """Put behind each row that names a merged file below the folder how that file was made."""
+
+    def more(row: Row) -> Row:
+        name = dict(row.details).get("file", "")
+        path = folder / name
+        if not name.endswith(".safetensors") or ".." in path.parts or not path.is_file():
+            return row
+        return replace(row, details=(*row.details, *_provenance(path, name)))
+
+    tables = (replace(table, rows=tuple(map(more, table.rows))) for table in chapter.tables)
+    return replace(chapter, tables=tuple(tables))
 
 
 def _digest(digest: str | None) -> str:

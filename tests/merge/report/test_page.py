@@ -28,7 +28,12 @@ CHAPTER: dict[str, Any] = {
         {
             "caption": "Scores",
             "columns": ["method", "mean, %", "note"],
-            "rows": [["b", 9.5, ""], ["a", "74.3 ± 1.0", "best"], ["c", None, ""], ["d", -3, ""]],
+            "rows": [
+                ["b", 9.5, ""],
+                {"cells": ["a", "74.3 ± 1.0", "best"], "details": {"notation": "ties(x)"}},
+                ["c", None, ""],
+                ["d", -3, ""],
+            ],
             "note": "n = 2000",
         }
     ],
@@ -65,6 +70,7 @@ def test_chapters_come_in_their_order_with_all_that_they_hold(tmp_path: Path) ->
     assert page.index(">First</h2>") < page.index(">Second</h2>")
     for part in (
         "What was done.",
+        "ties(x)",
         "74.3 ± 1.0",
         "n = 2000",
         "clipmerge soup a b",
@@ -119,6 +125,11 @@ def test_markup_in_a_document_is_text(tmp_path: Path) -> None:
         ({"text": "one"}, "text is no list of its kind"),
         ({"tables": [{"columns": ["a"], "rows": [["x", "y"]]}]}, "a row has 2 cells under 1 columns"),
         ({"tables": [{"columns": ["a"], "rows": [[{}]]}]}, "a cell is no text, number or null"),
+        (
+            {"tables": [{"columns": ["a"], "rows": [{"cells": [1], "details": []}]}]},
+            "a row's details is no object",
+        ),
+        ({"tables": [{"columns": ["a"], "rows": [{"details": {}}]}]}, "a row has 0 cells under 1 columns"),
         ({"tables": [{"columns": ["a"], "rows": [[1e300]]}]}, "a cell is no text, number or null"),
         ({"charts": [{"series": [{"label": "a", "points": [[1]]}]}]}, "a point is [x, y] or [x, y, text]"),
         ({"charts": [{"kind": "pie"}]}, "a chart's kind is line or points"),
