@@ -57,7 +57,7 @@ def test_what_commands_leave_stands_on_the_page(
     assert shown == set(commands)
     assert "<h1>Mine &amp; yours</h1>" in page
     assert "clipmerge soup &#39;a b&#39;" in page
-    assert page.count("<dd>mean([ft0, ft1])</dd>") == 2  # behind the file, and behind the row of its scores
+    assert page.count("<dd>mean([ft0, ft1])</dd>") == 3  # of the file, its scores, and the board's mean
     (value,) = documents["scores"]["checkpoints"][1]["scores"].values()
     assert f">{100 * value['value']:.10g}</td>" in page
     best = documents["board"]["entries"][2]
