@@ -191,25 +191,26 @@ def _chapter(
 ) -> None:
     tasks, control = study.setting["tasks"]["names"], study.setting["tasks"]["control"]
     letters = study.setting["arithmetic"]["analogy"]
-    added = [
+    added: list[Any] = [
         ["zero-shot", "all", interval(everything["zero-shot"]), interval(everything["zero-shot normalised"])]
     ]
     added += [["a pair added", "its two", interval(pairs["sum"]), interval(pairs["normalised"])]]
-    added += [
-        [f"all {len(tasks)} added", "all", interval(everything["sum"]), interval(everything["normalised"])]
-    ]
+    all_of_them = ["all", interval(everything["sum"]), interval(everything["normalised"])]
+    files = {seed: weights(_sum(tuple(tasks), seed)) for seed in study.seeds}
+    added += [study.row([f"all {len(tasks)} added", *all_of_them], files)]
     added += [["finetuned on each", "its own", interval(everything["finetuned"]), "100.0"]]
-    single = [
-        [pair, interval([seed[pair] for seed in pairs["each"]])]
-        for pair in sorted(pairs["each"][0], key=lambda p: -pairs["each"][0][p])
-    ]
-    lost = []
+    single: list[Any] = []
+    for pair in sorted(pairs["each"][0], key=lambda name: -pairs["each"][0][name]):
+        files = {seed: weights(_sum(tuple(pair.split(" + ")), seed)) for seed in study.seeds}
+        single.append(study.row([pair, interval([seed[pair] for seed in pairs["each"]])], files))
+    lost: list[Any] = []
     for task in tasks:
         rows = forgotten[task]
         base = [forgotten["zero-shot"][tasks.index(task) + len(tasks) * i] for i in range(len(study.seeds))]
         columns = [interval([row[0] for row in base]), interval([row[0] for row in rows])]
         columns += [interval([row[1] for row in base]), interval([row[1] for row in rows])]
-        lost.append([task, ", ".join(f"{row[2]:g}" for row in rows), *columns])
+        files = {seed: weights(f"arithmetic/forget-{task}-{seed}") for seed in study.seeds}
+        lost.append(study.row([task, ", ".join(f"{row[2]:g}" for row in rows), *columns], files))
     by_seed = range(len(study.seeds))
     zero_target = [
         mean(forgotten["zero-shot"][i * len(tasks) + t][0] for t in range(len(tasks))) for i in by_seed
@@ -251,7 +252,7 @@ def _chapter(
                 "columns": ["model", "tasks", "absolute", "normalised"],
                 "rows": added,
                 "note": f"n = {study.setting['images']['test']} test images a task, seeds {study.seeds}; "
-                "{len(single)} pairs.",
+                f"{len(single)} pairs.",
             },
             {"caption": "Each pair, normalised, %", "columns": ["pair", "normalised"], "rows": single},
             {

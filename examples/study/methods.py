@@ -57,7 +57,8 @@ def _chapter(study: Study, found: dict[int, dict[str, list[dict[str, Any]]]]) ->
             entries = found[count].get(name)
             row.append(interval([100 * entry["normalised"] for entry in entries]) if entries else "–")
         row.append(interval([100 * entry["mean"] for entry in found[most][name]]))
-        rows.append(row)
+        notations = {f"seed {s}": e["notation"] for s, e in zip(study.seeds, found[most][name], strict=True)}
+        rows.append({"cells": row, "details": notations} if all(notations.values()) else row)
 
     def side(name: str, count: int = most) -> list[float]:
         return [100 * entry["normalised"] for entry in found[count][name]]

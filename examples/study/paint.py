@@ -96,10 +96,14 @@ def _chapter(study: Study, scores: dict[int, dict[str, dict[str, float]]]) -> No
         return [mean(scores[seed][model][task] for task in tasks) for seed in study.seeds]
 
     models = list(next(iter(scores.values())))
-    rows = [
-        [m, *(interval(side(m, [t])) for t in new), interval(side(m, new)), interval(side(m, old))]
-        for m in models
-    ]
+    rows = []
+    for model in models:
+        word = model.removeprefix("patched with ")
+        files = (
+            {seed: weights(f"paint/{word}-{seed}") for seed in study.seeds} if word in (*WAYS, *new) else {}
+        )
+        cells = [model, *(interval(side(model, [task])) for task in new)]
+        rows.append(study.row([*cells, interval(side(model, new)), interval(side(model, old))], files))
     claims = []
     for task in new:
         patched = f"patched with {task}"

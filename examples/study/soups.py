@@ -151,6 +151,7 @@ def _chapter(study: Study, task: str, rows: dict[str, list[Scores]], chosen: lis
         name: {key: [row[key] for row in found] for key in ("id", "shifts")} for name, found in rows.items()
     }
     best, greedy, uniform = (shown[name] for name in ("best single model", "greedy soup", "uniform soup"))
+    files = {f"{kind} soup": {s: weights(f"soups/{s}-{kind}") for s in study.seeds} for kind in KINDS}
     average = shown["mean of the finetunings"]
     claims = [
         claim("the uniform soup beats its average ingredient, in distribution", uniform["id"], average["id"]),
@@ -208,7 +209,8 @@ def _chapter(study: Study, task: str, rows: dict[str, list[Scores]], chosen: lis
                 "caption": "Accuracy on test images, %",
                 "columns": ["model", "in distribution", "mean of the shifts"],
                 "rows": [
-                    [name, interval(both["id"]), interval(both["shifts"])] for name, both in shown.items()
+                    study.row([n, interval(v["id"]), interval(v["shifts"])], files.get(n, {}))
+                    for n, v in shown.items()
                 ],
                 "note": f"n = {setting['test']} test images a column, seeds {study.seeds}; the ensemble runs "
                 "all of its members for every image.",

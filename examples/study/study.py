@@ -19,6 +19,8 @@ from statistics import mean, stdev
 from time import perf_counter
 from typing import Any
 
+import clipmerge as cm
+
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """Number of seeds → 97.5 % point of Student's t with one degree of freedom less."""
 
@@ -132,6 +134,15 @@ class Study:
             row["path"]: {split: 100 * score["value"] for split, score in row["scores"].items()}
             for row in document["checkpoints"]
         }
+
+    def row(self, cells: Sequence[Any], files: Mapping[int, str]) -> dict[str, Any]:
+        """Return a row with the notation and the parents' digests of the file of each seed behind it."""
+        details = {}
+        for seed, file in files.items():
+            record = cm.load(self.folder / file).record
+            parents = (f"{name}: {p['file']} {p['digest'][:16]}…" for name, p in record["parents"].items())
+            details[f"seed {seed}"] = f"{record['notation']} ({'; '.join(parents)})"
+        return {"cells": list(cells), "details": details}
 
     def write_chapter(self, order: int, name: str, *, also: Sequence[str] = (), **parts: Any) -> None:
         """Write a chapter of the page, with every command that stands behind it.

@@ -128,8 +128,8 @@ def _chapter(study: Study, lines: Mapping[tuple[str, str, int], Mapping[str, Any
                 "caption": f"{task}, and {shifts}: accuracy on test images, %",
                 "columns": ["finetuned by", "α", "α of each seed", "in distribution", "mean of the shifts"],
                 "rows": [first, *rows],
-                "note": f"n = {{study.setting['images']['test']}} test images a column, seeds "
-                f"{{study.seeds}}; each α was chosen on {study.setting['images']['val']} held-out images "
+                "note": f"n = {study.setting['images']['test']} test images a column, seeds "
+                f"{study.seeds}; each α was chosen on {study.setting['images']['val']} held-out images "
                 "(of the shifts too, where the rule looks at them).",
             }
         )
