@@ -12,6 +12,9 @@ from clipmerge.ops.decompose import CUT, Triplets, polar, polar_and_values, trip
 from clipmerge.ops.vectors import total
 from clipmerge.types import Floats
 
+_EQUAL = 1e-9
+"""Singular values that differ by less of the largest are one: rounding in float64 stays far below."""
+
 
 def tsv(*vectors: Floats) -> Floats:
     """Keep each task's first 1/T of singular triplets, make them orthogonal across tasks, and add them (TSV-M).
@@ -133,9 +136,15 @@ def svc(*vectors: Floats, merged: Floats | None, alpha: float) -> Floats:
         alpha: the least share of a direction that counts as a task's own: .1 after a sum, TIES, DARE, a mean or Iso-C,
             .2 after Iso-CTS, 1 after TSV-M and WUDI.
 
+    Directions of one singular value, as Iso-C makes all of them, no decomposition can tell apart: they are taken
+    where the sum of the tasks has its own.
+
     Source: arXiv 2602.05536.
     """
-    left, values, right = triplets(total(*vectors) if merged is None else merged)
+    summed = total(*vectors)
+    left, values, right = triplets(summed if merged is None else merged)
+    if merged is not None:
+        left, right = _settled(left, values, right, summed)
     shares = np.zeros(values.shape)
     for vector in vectors:
         own = left.T @ vector  # (r, n); the merged update's are values · rightᵀ
@@ -145,6 +154,25 @@ def svc(*vectors: Floats, merged: Floats | None, alpha: float) -> Floats:
         square_or_none = np.where(square > (CUT * values) ** 2, np.maximum(square, 1e-12), np.inf)
         shares += np.maximum(alpha, product / square_or_none)
     return (left * (len(vectors) * values / shares)) @ right.T
+
+
+def _settled(left: Floats, values: Floats, right: Floats, reference: Floats) -> tuple[Floats, Floats]:
+    """Turn directions of equal singular values to the eigenvectors of what the reference does between them.
+
+    Any turn of both sides gives the same matrix, and which one LAPACK returns depends on its build.
+
+    Args:
+        left, values, right: the triplets of a matrix, (m, r), (r), (n, r), the largest first.
+        reference: (m, n).
+    """
+    left, right = left.copy(), right.copy()
+    edges = np.flatnonzero(-np.diff(values) > _EQUAL * values[:1]) + 1
+    for group in np.split(np.arange(len(values)), edges):
+        if len(group) > 1:
+            between = left[:, group].T @ reference @ right[:, group]
+            turn = np.linalg.eigh(between + between.T)[1][:, ::-1]
+            left[:, group], right[:, group] = left[:, group] @ turn, right[:, group] @ turn
+    return left, right
 
 
 def _above(part: Triplets, floor: float) -> Triplets:

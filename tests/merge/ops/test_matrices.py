@@ -164,6 +164,25 @@ def test_iso_c_keeps_the_directions_of_a_low_rank_sum_only() -> None:
     np.testing.assert_allclose(values[2:], 0, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(12, 12), (9, 14), (14, 9)])
+def test_svc_after_iso_c_does_not_hang_on_the_basis_that_lapack_returns(shape: tuple[int, int]) -> None:
+    """All singular values are one: written out with the directions of the sum, which Iso-C keeps."""
+    generator = np.random.default_rng(5)
+    tasks = [generator.normal(size=shape) for _ in range(3)]
+    merged = iso_c(*tasks)
+    left, values, right = np.linalg.svd(sum(tasks), full_matrices=False)
+    sigma = values.mean()
+    shares = np.zeros(len(values))
+    for task in tasks:
+        own = left.T @ task
+        shares += np.maximum(0.1, sigma * (own * right).sum(axis=1) / (own**2).sum(axis=1))
+    right_answer = (left * (3 * sigma / shares)) @ right
+    np.testing.assert_allclose(svc(*tasks, merged=merged, alpha=0.1), right_answer, rtol=1e-7, atol=1e-9)
+    turn = np.linalg.qr(generator.normal(size=(shape[0], shape[0])))[0]  # another basis of the rows' space
+    turned = svc(*(turn @ task for task in tasks), merged=turn @ merged, alpha=0.1)
+    np.testing.assert_allclose(turn.T @ turned, right_answer, rtol=1e-7, atol=1e-9)
+
+
 def test_svc_undoes_what_is_counted_twice() -> None:
     """Two equal tasks: their sum is twice too long, and SVC gives the task."""
     (task,) = draw(1)
