@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import clipmerge as cm
-from clipmerge.errors import CheckpointError, RecipeError
+from clipmerge.errors import CheckpointError, NonFiniteError, RecipeError
 from clipmerge.ops import vectors
 from clipmerge.weights import blocks
 from clipmerge.weights import weights as face
@@ -115,6 +115,7 @@ def merged(name: str, made: list[Model], point: Point, arrays: Callable[..., Any
 
 def statistics(name: str, point: Point, of: Any, tensors: Model) -> Any:
     """Numbers that statistics could have, by what they are of."""
+    tensors = {key: value.astype("f8") for key, value in tensors.items()}
     if name == "fisher":
         held = {k: v**2 + 0.1 for k, v in tensors.items()}
     else:
@@ -144,6 +145,32 @@ def test_models_that_are_the_base_give_the_base(name: str, point: Point, arrays:
     """Zero vectors, and equal points: nothing to merge, and no NaN."""
     (made,) = models(1)
     assert farthest(merged(name, [made] * 4, point, arrays), made) < 1e-6
+
+
+def _far_apart(count: int) -> list[Model]:
+    """Models in fp16 whose differences fp16 cannot hold: entries of ±40000 that change their sign."""
+    made = models(count)
+    for number, one in enumerate(made):
+        for key, value in one.items():
+            value = np.sign(value) * (40000 if number else -40000)
+            one[key] = value.astype("f2")
+    return made
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_task_vectors_beyond_fp16_are_computed_and_what_overflows_is_refused_by_name(
+    name: str, point: Point, arrays: Callable[..., Any], tmp_path: Path
+) -> None:
+    made = _far_apart(4)
+    got = merged(name, made, point, arrays)
+    assert all(np.isfinite(value).all() for value in got.values())
+    if METHODS[name].takes == "points":  # middles of models are no larger than these
+        return
+    base, *others = [point(f"m{i}", **tensors) for i, tensors in enumerate(made)]
+    far = base + 1000 * apply(name, [other - base for other in others])
+    with pytest.raises(NonFiniteError, match=r"resblocks|conv1|text_projection|logit_scale"):
+        far.save(tmp_path / "far.safetensors", dtype="fp16")
+    assert list(tmp_path.iterdir()) == []
 
 
 def _rank_2(made: list[Model]) -> list[Model]:
