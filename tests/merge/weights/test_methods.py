@@ -168,7 +168,7 @@ def test_task_vectors_beyond_fp16_are_computed_and_what_overflows_is_refused_by_
         return
     base, *others = [point(f"m{i}", **tensors) for i, tensors in enumerate(made)]
     far = base + 1000 * apply(name, [other - base for other in others])
-    with pytest.raises(NonFiniteError, match=r"resblocks|conv1|text_projection|logit_scale"):
+    with pytest.raises(NonFiniteError, match=r"tensor '\S+' reaches"):
         far.save(tmp_path / "far.safetensors", dtype="fp16")
     assert list(tmp_path.iterdir()) == []
 
