@@ -84,6 +84,8 @@ def soup(
     refuse_mixture(weights)
     if out.dry_run or val is None:
         remark = f"uniform soup: the mean of {len(weights)} checkpoints"
+        if len(weights) == 1:
+            remark = "uniform soup of one checkpoint: a copy of it"
         if kind != "uniform":
             remark = f"a {kind} soup chooses among these; the plan shows the mean of all of them"
         document = clipmerge.uniform_soup(weights).to_json() if out.json else None

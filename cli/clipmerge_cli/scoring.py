@@ -82,6 +82,7 @@ class Scoring(Images):
         """
         with talk.loading():
             from clipmerge import distributed
+            from clipmerge.data.split import shared_images
             from clipmerge.device import describe, resolve_device, resolve_precision
             from clipmerge.evaluate import evaluator as _  # noqa: F401  (torch and open_clip)
             from clipmerge.weights.names import lacks_text
@@ -113,6 +114,8 @@ class Scoring(Images):
                 )
                 if as_one:
                     stack.enter_context(evaluator.together(models))
+                for remark in shared_images(evaluator.splits):
+                    talk.say(remark)
                 place = describe(device, precision)
                 talk.say(f"scoring on {place}: {_summary(evaluator, models[:1] if as_one else models)}")
                 yield evaluator, on_progress

@@ -82,6 +82,7 @@ def finetune(
 
     with talk.loading():
         from clipmerge import distributed
+        from clipmerge.data.split import shared_images
         from clipmerge.device import describe, resolve_device, resolve_precision
         from clipmerge.evaluate.setup import as_recorded
         from clipmerge.finetuning.finetune import finetune as run_finetuning
@@ -108,6 +109,8 @@ def finetune(
     if start is not None and settings.templates is None:
         shown, scored = ({n: as_recorded(s, start) for n, s in d.items()} for d in (shown, scored))
     model = _model_text(images.model, start)
+    for remark in shared_images({**shown, **scored}):
+        talk.say(remark)
     say_held_out = f"; held out: {_images_text(scored)}" if scored else ""
     talk.say(
         f"training {model} by {settings.method} on {describe(place, computing)}: {_images_text(shown)}{say_held_out}"

@@ -78,6 +78,17 @@ def test_a_file_that_is_no_checkpoint(good: Path, refused: Refused, content: byt
     assert hint
 
 
+def test_images_in_a_checkpoints_place(tmp_path: Path, refused: Refused) -> None:
+    from PIL import Image
+
+    for name in ("images/cat/a.png", "images/dog/b.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    error, hint = refused(tmp_path / "images")
+    assert error == f"{tmp_path}/images holds no checkpoint"
+    assert hint == "it looks like images: the DATA of an option, such as --val or --data"
+
+
 def test_a_truncated_file(good: Path, refused: Refused) -> None:
     cut = good.with_name("cut.safetensors")
     cut.write_bytes(good.read_bytes()[:-3])

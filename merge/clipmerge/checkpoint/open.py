@@ -188,6 +188,8 @@ def checkpoint_in(folder: Path) -> Path:
         with suppress(OSError):
             inside = sorted(each.name for each in folder.iterdir() if each.is_dir() and _looks_like_one(each))
             hint = f"give one of the folders in it: {and_more(inside)}" if inside else hint
+            if any(each.suffix.lower() in (".jpg", ".jpeg", ".png") for each in folder.glob("*/*")):
+                hint = "it looks like images: the DATA of an option, such as --val or --data"
         raise CheckpointError(f"{folder} holds no checkpoint", hint=hint)
     if any(map(_SHARD.search, files)):
         hint = "fetch it too (model.safetensors.index.json); it says which shard holds what"

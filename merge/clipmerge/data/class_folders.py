@@ -34,9 +34,10 @@ def class_folders(place: str, pick: Pick) -> RawSplit:
     files = [path for path in below if not path.name.startswith(".") and (_is_image(path) or path.is_file())]
     images = [path.relative_to(root) for path in files if _is_image(path)]
     if not images:
-        raise DataError(
-            f"{root} holds no images in class folders", hint=f"put them where {root}/CLASS/image.jpg would be"
-        )
+        hint = f"put them where {root}/CLASS/image.jpg would be"
+        if any(map(_is_image, root.iterdir())) and len(siblings := _subfolders(root.absolute().parent)) > 1:
+            hint = f"if {root.name} is one class of {len(siblings)}, name the folder above it: {root.parent}"
+        raise DataError(f"{root} holds no images in class folders", hint=hint)
     names, source = [path.as_posix() for path in images], FileImages([str(root / path) for path in images])
     lists = sorted(root.glob("*_annotations.txt"))
     if lists and len(classes) == 1:

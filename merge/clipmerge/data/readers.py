@@ -80,10 +80,10 @@ def _reader_of(place: str) -> tuple[Reader, list[str]]:
             "a folder of WebDataset shards, torchvision:NAME:ROOT, or digits",
         )
     if reader is None:
-        raise DataError(
-            f"{place} is not a file of images that can be read",
-            hint=f"such files end in {', '.join(BY_SUFFIX)}; images go in a folder of class folders",
-        )
+        hint = f"such files end in {', '.join(BY_SUFFIX)}; images go in a folder of class folders"
+        if path.suffix in (".safetensors", ".pt", ".pth", ".bin", ".ckpt"):
+            hint = f"it looks like a checkpoint, not like DATA; {hint}"
+        raise DataError(f"{place} is not a file of images that can be read", hint=hint)
     return reader, []
 
 

@@ -1,8 +1,9 @@
 """A Split: labelled images, named the same on every machine."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-__all__ = ["Split"]
+__all__ = ["Split", "shared_images"]
+
+_MOST_COMPARED = 100_000
+"""Images of a set that are read only to find them in another set."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,3 +179,18 @@ class Split:
         for numbers in (self.labels, self.groups):
             hasher.update(b"-" if numbers is None else numbers.astype("<i8").tobytes())
         return hasher.update(self.keys.tobytes()).hexdigest()
+
+
+def shared_images(splits: Mapping[str, Split]) -> list[str]:
+    """Say which sets have images of another set, a sentence for each pair: a score on those says little of others."""
+    contents = {
+        name: {key.tobytes() for key in split.keys}
+        for name, split in splits.items()
+        if len(splits) > 1 and (split.stored_keys is not None or len(split) <= _MOST_COMPARED)
+    }
+    pairs = ((one, other, len(contents[one] & contents[other])) for one, other in combinations(contents, 2))
+    return [
+        f"{count} of {other}'s {splits[other].pictures} images are in {one} too"
+        for one, other, count in pairs
+        if count
+    ]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from clipmerge.data.open import open_split
+from clipmerge.data.split import shared_images
 from clipmerge.errors import DataError
 
 from .conftest import MakeFolder, picture
@@ -181,3 +182,20 @@ def test_images_that_are_there_twice_are_counted_and_said(tmp_path: Path) -> Non
     assert [remark[:57] for remark in open_split(tmp_path / "t.csv").remarks] == [
         "1 image has the content of another, 1 of them with another"[:57]
     ]
+
+
+def test_a_single_class_folder_names_the_one_above_it(tmp_path: Path) -> None:
+    tree(tmp_path / "images", "cat/1.jpg", "dog/2.jpg", "dog/3.jpg")
+    with pytest.raises(DataError, match="dog holds no images in class folders") as refusal:
+        open_split(tmp_path / "images" / "dog")
+    assert refusal.value.hint == f"if dog is one class of 2, name the folder above it: {tmp_path / 'images'}"
+
+
+def test_images_in_two_sets_are_counted(tmp_path: Path) -> None:
+    tree(tmp_path / "a", "cat/0.jpg", "cat/1.jpg", "dog/2.jpg")
+    tree(tmp_path / "b", "dog/0.jpg", "cat/1.jpg", "dog/2.txt", "dog/3.jpg")  # the first two as in a
+    splits = {"train": open_split(tmp_path / "a"), "val": open_split(tmp_path / "b")}
+    assert shared_images(splits) == ["2 of val's 3 images are in train too"]
+    turned = {"val": splits["val"], "shift": open_split(f"{tmp_path}/b@rotate:20")}
+    assert shared_images(turned) == []
+    assert shared_images({"val": splits["val"]}) == []

@@ -132,6 +132,15 @@ def test_a_file_that_is_no_data(tmp_path: Path) -> None:
         open_split(tmp_path / "notes.txt")
 
 
+def test_a_checkpoint_in_the_place_of_images(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").touch()
+    with pytest.raises(DataError, match=r"a\.safetensors is not a file of images") as refusal:
+        open_split(tmp_path / "a.safetensors")
+    assert str(refusal.value.hint).startswith(
+        "it looks like a checkpoint, not like DATA; such files end in .csv"
+    )
+
+
 def test_an_empty_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no images in class folders"):
         open_split(tmp_path)
