@@ -19,6 +19,7 @@ from clipmerge.errors import CheckpointError, ClipmergeError
 from clipmerge.types import Bytes, Progress
 from clipmerge.weights.blocks import Sink
 from clipmerge.weights.digest import content_digest
+from clipmerge.weights.expression import Applied, Leaf
 from clipmerge.weights.parse import parse
 from clipmerge.weights.plan import Plan, float_dtype, make_plan
 from clipmerge.weights.positions import resize_positions, resized
@@ -31,6 +32,12 @@ from clipmerge.weights.weights import Weights, as_checkpoint, load, load_leaf
 Rebuild: TypeAlias = Callable[[Mapping[str, Any], Weights], Weights]
 ROUNDING = 1e-4
 """How far a head that was built again may be from the stored one, relative to the largest number there."""
+ALGEBRA = 1e-9
+"""How far what linear algebra gives in float64 may be from one library to another, relative to the largest number."""
+_EPS = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
+"""The step from one number to the next, relative to the number."""
+_BY_NORMS = ("lines", "equalise")
+"""Methods of entries that go by norms, which are sums that libraries round otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +50,7 @@ class Verdict:
         reason: one sentence.
         parents: name → the file that is this parent.
         missing: the parents for which there is no file.
+        rounded: elements that differ by a rounding, where a method of linear algebra computed them.
     """
 
     status: Literal["verified", "differs", "missing", "unrecorded"]
@@ -51,6 +59,7 @@ class Verdict:
     tensor: str | None = None
     parents: Mapping[str, Path] = field(default_factory=dict)
     missing: tuple[Parent, ...] = ()
+    rounded: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready, all fields."""
@@ -65,6 +74,9 @@ def verify(
     on_progress: Progress | None = None,
 ) -> Verdict:
     """Recompute a merged file from its parents and compare every tensor, bit for bit.
+
+    What decompositions, dot products and norms are in (TSV-M, SLERP, LiNeS …) may differ by one rounding, as another
+    machine's linear algebra sums in another order; such elements are counted and said.
 
     Args:
         checkpoint: the file to verify, or what `load` gave for it.
@@ -108,15 +120,18 @@ def verify(
         for name in built[parent.name].names
     }
     plan, taken = _plan(merged, record, notation, files, built), recalibrated(record)
-    tensor, reason = _first_difference(merged, plan, inexact, taken, on_progress)
+    tensor, reason, rounded = _first_difference(merged, plan, inexact, taken, on_progress)
     if tensor:
         return Verdict("differs", reason, notation, tensor, files)
     reason = "every tensor is what the record says, bit for bit"
+    if rounded:
+        total = sum(step.numel for step in plan.steps.values())
+        reason += f", but for {rounded:,} of {total:,} elements, which differ by a rounding in linear algebra"
     if taken:
         reason += f", but for {len(taken)} running statistics of BatchNorm, which were taken on images"
     if inexact:
         reason += f" ({', '.join(sorted(inexact))} to within rounding: the head was built again)"
-    return Verdict("verified", reason, notation, None, files)
+    return Verdict("verified", reason, notation, None, files, rounded=rounded)
 
 
 def _built(
@@ -202,33 +217,64 @@ def _first_difference(
     inexact: Collection[str],
     taken: Collection[str],
     on_progress: Progress | None,
-) -> tuple[str | None, str]:
+) -> tuple[str | None, str, int]:
     """Return the first tensor that is not what the plan gives, and what is wrong with it; None where all are.
+
+    The number counts elements that differ by a rounding only.
 
     Args:
         inexact: names that need to agree to within rounding only. taken: names that were not computed from parents.
     """
     for name in sorted(plan.steps.keys() ^ checkpoint.tensors.keys()):
-        return name, f"{name!r} is {'not in the file' if name in plan.steps else 'in no parent'}"
+        return name, f"{name!r} is {'not in the file' if name in plan.steps else 'in no parent'}", 0
     for name, step in plan.steps.items():
         tensor = checkpoint.tensors[name]
         if (tensor.dtype, tensor.shape) != (step.dtype, step.shape):
             have = f"{tensor.dtype} {list(tensor.shape)}"
-            return name, f"{name!r} is {have}, not {step.dtype} {list(step.shape)}"
-    wrong = dict.fromkeys(plan.steps, 0)
+            return name, f"{name!r} is {have}, not {step.dtype} {list(step.shape)}", 0
+    counts = {name: _Count() for name in plan.steps}
+    for name, step in plan.steps.items():
+        if name in inexact:
+            counts[name] = _Count(largest=ROUNDING, least=1.0)
+        elif any(_by_linear_algebra(leaf) for _, leaf in step.terms):
+            counts[name] = _Count(_EPS.get(step.dtype, 0.0), ALGEBRA)
     with Reader((checkpoint, *plan.checkpoints)) as reader:
-        sinks = [
-            (name, _comparer(name, checkpoint.tensors[name], reader, wrong, exact=name not in inexact), 0)
-            for name in plan.steps
-        ]
+        sinks = [(name, _comparer(checkpoint.tensors[name], reader, counts[name]), 0) for name in plan.steps]
         execute(plan, sinks, reader, allow_nonfinite=True, what="verifying", on_progress=on_progress)
-    for name in (name for name in wrong if wrong[name] and name not in taken):
-        return name, f"{wrong[name]:,} of the {plan.steps[name].numel:,} elements of {name!r} differ"
-    return None, ""
+    for name, count in counts.items():
+        if count.wrong and name not in taken:
+            return name, f"{count.wrong:,} of the {plan.steps[name].numel:,} elements of {name!r} differ", 0
+    return None, "", sum(counts[name].close for name in counts if name not in {*inexact, *taken})
 
 
-def _comparer(name: str, tensor: Tensor, reader: Reader, wrong: dict[str, int], *, exact: bool) -> Sink:
-    """Takes what was computed, block by block, and counts in `wrong` the elements that are stored differently."""
+@dataclass(slots=True)
+class _Count:
+    """How far a tensor's elements may be from the stored ones, and how many are.
+
+    Attributes:
+        each, largest: relative to the element, and to the largest one, which counts as `least` at least.
+        close: elements that differ, but not by more. wrong: those that differ by more.
+    """
+
+    each: float = 0.0
+    largest: float = 0.0
+    least: float = 0.0
+    close: int = 0
+    wrong: int = 0
+
+
+def _by_linear_algebra(leaf: Leaf) -> bool:
+    """Whether decompositions, dot products or norms are in a term, whose last bit depends on the library."""
+    if not isinstance(leaf, Applied):
+        return False
+    method, options = leaf.method, leaf.options
+    if method.on != "entries" or method.name in _BY_NORMS or options.get("equalise"):
+        return True
+    return any(_by_linear_algebra(inside) for each in leaf.inputs for inside in each.terms)
+
+
+def _comparer(tensor: Tensor, reader: Reader, count: _Count) -> Sink:
+    """Takes what was computed, block by block, and counts the elements that are stored differently."""
     lock = Lock()
 
     def compare(offset: int, computed: Bytes) -> None:
@@ -238,15 +284,20 @@ def _comparer(name: str, tensor: Tensor, reader: Reader, wrong: dict[str, int], 
         else:
             whole = reader.dense(tensor).reshape(-1).view(np.uint8)
             stored = whole[offset : offset + computed.size]
-        if not exact:
+        if np.array_equal(computed, stored):
+            return
+        wide = (-1, ITEMSIZE[tensor.dtype])
+        differs = (computed.reshape(wide) != stored.reshape(wide)).any(axis=1)
+        close = np.zeros_like(differs)
+        if count.largest:
             here, there = (
                 to_float64(raw.view(storage_dtype(tensor.dtype)), tensor.dtype) for raw in (computed, stored)
             )
-            with lock:
-                wrong[name] += int((np.abs(here - there) > ROUNDING * np.abs(there).max(initial=1)).sum())
-        elif not np.array_equal(computed, stored):
-            wide = (-1, ITEMSIZE[tensor.dtype])
-            with lock:
-                wrong[name] += int((computed.reshape(wide) != stored.reshape(wide)).any(axis=1).sum())
+            size = np.abs(there)
+            allowed = count.each * size + count.largest * size.max(initial=count.least)
+            close = differs & (np.abs(here - there) <= allowed)
+        with lock:
+            count.close += int(close.sum())
+            count.wrong += int((differs & ~close).sum())
 
     return compare

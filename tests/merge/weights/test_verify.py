@@ -89,6 +89,43 @@ def test_a_single_flipped_bit_is_named(models: list[Path], tmp_path: Path) -> No
     assert found.reason == "1 of the 63 elements of 'visual.x' differ"
 
 
+@pytest.mark.parametrize(
+    ("kind", "status"), [("curved", "verified"), ("methods", "verified"), ("soup", "differs")]
+)
+def test_a_rounding_is_counted_where_linear_algebra_is_in_it_and_a_difference_elsewhere(
+    models: list[Path], tmp_path: Path, kind: str, status: str
+) -> None:
+    """As another machine would have written it: its library sums in another order."""
+    path = written(recipes(models)[kind], tmp_path)
+    assert verify(path, [models[0].parent]).rounded == 0
+    content = bytearray(path.read_bytes())
+    numbers = np.frombuffer(content, "f4", count=63, offset=len(content) - 4 * 63)  # "visual.x" comes last
+    for place in (3, 40):
+        numbers[place] = np.nextafter(numbers[place], np.float32(np.inf))
+    path.write_bytes(content)
+    found = verify(path, [models[0].parent])
+    assert found.status == status
+    if status == "verified":
+        assert found.rounded == found.to_json()["rounded"] == 2
+        assert found.reason.endswith("but for 2 of 68 elements, which differ by a rounding in linear algebra")
+    numbers[7] *= 1.00001
+    path.write_bytes(content)
+    found = verify(path, [models[0].parent])
+    assert (found.status, found.tensor, found.rounded) == ("differs", "visual.x", 0)
+
+
+def test_methods_of_entries_stay_exact(models: list[Path], tmp_path: Path) -> None:
+    base, a, b, _ = load_all(models)
+    for name, status in (("ties", "differs"), ("magmax", "differs"), ("equalise", "verified")):
+        operands = [a - base] if name == "equalise" else [a - base, b - base]
+        path = written(base + apply(name, operands), tmp_path, force=True)
+        content = bytearray(path.read_bytes())
+        numbers = np.frombuffer(content, "f4", count=63, offset=len(content) - 4 * 63)
+        numbers[3] = np.nextafter(numbers[3], np.float32(np.inf))
+        path.write_bytes(content)
+        assert verify(path, [models[0].parent]).status == status, name
+
+
 def test_a_changed_record_does_not_pass(models: list[Path], tmp_path: Path, put: Put) -> None:
     path = written(recipes(models)["soup"], tmp_path)
     content = path.read_bytes().replace(b"mean([a, b, c])", b"sum([a, b, -c])")
