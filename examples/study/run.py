@@ -89,8 +89,7 @@ def describe(study: Study) -> None:
     (scores,) = study.scores("base/test", [study.base], data).values()
     shares = study.setting["base"]["shares"]
     rows = [
-        [name, study.template(name), shares.get(name, "none"), round(scores[column(name)], 1)]
-        for name in sets
+        [name, study.template(name), shares.get(name, "none"), f"{scores[column(name)]:.1f}"] for name in sets
     ]
     study.write_chapter(
         0,

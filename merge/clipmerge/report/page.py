@@ -26,7 +26,7 @@ COLOURS, MARKERS, DASHES = 8, 7, 4
 """How many of each the page's style sheet and `_MARKER` know; as these share no factor, 56 series differ."""
 
 WIDTH, HEIGHT = 420.0, 300.0
-LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 10.0, 40.0
+LEFT, RIGHT, TOP, BOTTOM = 54.0, 10.0, 10.0, 40.0
 
 _MARKER = (
     "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z", "M-3.6-3.6h7.2v7.2h-7.2z", "M0-4.6L4.4 3.4H-4.4z", "M0-5L5 0L0 5L-5 0z",

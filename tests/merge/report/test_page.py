@@ -199,7 +199,7 @@ def test_points_are_placed_by_their_values() -> None:
 )
 def test_few_equal_or_far_points_can_be_drawn(points: tuple[tuple[float, float, str], ...]) -> None:
     drawing = draw(Chart("c", "x", "y", True, (Series("s", points),)))
-    assert all(46 <= mark.x <= 410 and 10 <= mark.y <= 260 for mark in drawing.lines[0].marks)
+    assert all(54 <= mark.x <= 410 and 10 <= mark.y <= 260 for mark in drawing.lines[0].marks)
 
 
 # -- in a browser ------------------------------------------------------------------------------------------
