@@ -165,7 +165,7 @@ class Predictor:
         rows = None if setup.rows is None else torch.from_numpy(setup.rows).to(self.device)
         if setup.head == "captions":
             source = self.splits[name].source
-            hint = "--metric recall@1 scores it; learned soups and ensembles need classes"
+            hint = "--metric recall@1 scores it; learned soups, ensembles and AdaMerging need classes"
             raise DataError(f"{source} has captions and no classes", hint=hint)
         if setup.head == "trained":
             return None, rows

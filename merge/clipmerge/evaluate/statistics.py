@@ -18,11 +18,11 @@ from clipmerge.device import float32_matmul, out_of_memory_hint, resolve_device
 from clipmerge.errors import DataError, SelectionError
 from clipmerge.evaluate.heads import average_templates, class_logits, encode_text
 from clipmerge.evaluate.linear_inputs import LinearInputs
-from clipmerge.evaluate.setup import Given
+from clipmerge.evaluate.setup import HEAD, Given
 from clipmerge.model import ModelSpec, build_model, get_tokenizer, load_weights
 from clipmerge.types import Progress
 from clipmerge.weights.digest import content_digest
-from clipmerge.weights.names import tower_of
+from clipmerge.weights.names import lacks_text, tower_of
 from clipmerge.weights.statistics_files import KEY, statistics_path
 from clipmerge.weights.weights import Source, Weights, as_checkpoint, as_weights, from_state_dict
 
@@ -60,7 +60,7 @@ def statistics(
         data: images; of a path the part "train".
         model, templates: as in `Evaluator`.
         images: how many are drawn.
-        towers: "image" leaves the text tower out, which is then averaged.
+        towers: "image" leaves the text tower out, which is then averaged; so it is of an encoder that has none.
         output: the file to write; None: beside the checkpoint.
 
     Returns:
@@ -80,9 +80,12 @@ def statistics(
         )
     path = Path(output) if output is not None else statistics_path(origin.path or Path(), method)
     split = data if isinstance(data, Split) else open_split(data, role="train", on_progress=on_progress)
+    if method == "regmean" and lacks_text(weights.names):
+        towers = "image"  # an encoder without a text tower: its layers' inputs need no prompts
     sample = Sample.of(
-        weights, split, Given(model, templates), images, seed, resolve_device(device), on_progress
-    )
+        weights, split, Given(model, templates), images, seed, resolve_device(device), on_progress,
+        prompted=method == "fisher" or towers == "both",
+    )  # fmt: skip
     with out_of_memory_hint("use a smaller --batch-size"), float32_matmul("fp32"):
         take = _fisher if method == "fisher" else _gram
         tensors = take(sample, towers, batch_size, seed, on_progress)
@@ -122,28 +125,30 @@ class Sample:
         seed: int,
         device: torch.device,
         on_progress: Progress | None,
+        prompted: bool = True,
     ) -> "Sample":
-        setup = given.setup([weights], "data", split)
-        net: Any = build_model(setup.spec, device)
-        load_weights(net, weights)
+        setup = given.setup([weights], "data", split) if prompted else None
+        spec = given.spec([weights]) if setup is None else setup.spec
+        net: Any = build_model(spec, device)
+        load_weights(net, weights, without_text=setup is None)
         drawn = np.random.default_rng(seed).permutation(len(split))[:images]
-        decoded = pixels(split.subset(np.sort(drawn)), setup.spec.preprocess, on_progress=on_progress)
-        moments = mean_and_std(setup.spec.preprocess, device)
-        tokens = None
-        if setup.head == "zero-shot":
+        decoded = pixels(split.subset(np.sort(drawn)), spec.preprocess, on_progress=on_progress)
+        moments = mean_and_std(spec.preprocess, device)
+        tokens, head = None, setup and setup.head
+        if setup is not None and head == "zero-shot":
             texts = [text for row in prompts(setup.classes, setup.templates) for text in row]
-            tokens = get_tokenizer(setup.spec)(texts).to(device)
-        elif setup.head == "captions":
-            tokens = get_tokenizer(setup.spec)(list(split.captions or ())).to(device)
+            tokens = get_tokenizer(spec)(texts).to(device)
+        elif head == "captions":
+            tokens = get_tokenizer(spec)(list(split.captions or ())).to(device)
         return cls(
             net.eval(),
-            setup.spec,
+            spec,
             decoded,
             lambda batch: normalise(torch.from_numpy(np.ascontiguousarray(batch)).to(device), *moments),
             tokens,
-            len(setup.classes),
-            setup.templates if setup.head == "zero-shot" else (),
-            setup.head == "trained",
+            0 if setup is None else len(setup.classes),
+            setup.templates if setup is not None and head == "zero-shot" else (),
+            f"{HEAD}.weight" in weights.names,
         )
 
     def batches(self, size: int) -> Iterator[Tensor]:
@@ -163,7 +168,8 @@ def _fisher(
     net, tokens = sample.net, sample.tokens
     if not sample.classes:
         raise DataError(
-            "the Fisher information needs classes, of which the model's answer is one", hint="name them"
+            "the Fisher information needs classes, of which the model's answer is one",
+            hint="give images with classes; regmean takes any images",
         )
     if tokens is not None and towers == "both" and len(tokens) > MOST_PROMPTS:
         hint = "use fewer templates, as in --templates simple, or leave the text tower out: --towers image"

@@ -132,6 +132,11 @@ def check_images(settings: Settings, train: Split, held_out: Mapping[str, Split]
         hint = f"{settings.method} needs a class for each image"
         raise DataError(f"{train.source} has images without a label", hint=hint)
     for val in held_out.values():
+        if val.captions is not None and not val.classes:
+            raise DataError(
+                f"{val.source} has captions and no classes, by which finetuning scores held-out images",
+                hint=f"leave it out, and score what is written: clipmerge evaluate FILE --data {val.source}",
+            )
         if not (len(val) and labelled(val)):
             hint = "name another held-out split"
             raise DataError(f"{val.source} cannot score: it has no labelled images", hint=hint)

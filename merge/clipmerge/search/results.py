@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from clipmerge.errors import SelectionError
+from clipmerge.evaluate.metrics import METRICS
 from clipmerge.evaluate.score import Score, Stopped
 from clipmerge.figures.draw import draw
 from clipmerge.search.rules import Rule
@@ -180,8 +181,9 @@ class SoupResult(_Shown):
             return shares_table(self.coefficients, self.temperature, title, word)
         if not self.history or self.score is None:
             return Table(("checkpoint",), tuple((name,) for name in self.names), title)
-        # McNemar's test compares top-1 answers, whatever the metric.
-        p = "p" if self.score.metric == "top1" else "p (top-1)"
+        # McNemar's test compares first answers, whatever the metric.
+        first = "recall@1" if METRICS[self.score.metric].retrieval else "top1"
+        p = "p" if self.score.metric == first else f"p ({METRICS[first].title})"
         headers = ("", "checkpoint", "alone", "with it", "95 %", p, "", "best")
         title += f": {len(self.ingredients)} of {len(self.names)}"
         return Table(headers, tuple(step.row() for step in self.history), title)

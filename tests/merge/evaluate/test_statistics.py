@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import clipmerge as cm
 from clipmerge.data.pixels import mean_and_std, pixels
-from clipmerge.errors import RecipeError
+from clipmerge.errors import ModelError, RecipeError
 from clipmerge.weights.parse import parse
 from clipmerge_cli.app import main
 
@@ -110,6 +110,27 @@ def _trunk(net: Any, images: torch.Tensor) -> torch.Tensor:
         x = x + attention.out_proj(mixed)
         x = x + block.mlp(block.ln_2(x))
     return x[:, 0]
+
+
+def test_an_encoder_without_a_text_tower_has_the_gram_matrices_of_its_image_tower(
+    pair: list[Path],
+) -> None:
+    whole = read(cm.statistics(pair[0], DATA, method="regmean", batch_size=4))
+    encoders = []
+    for path in pair:
+        encoders.append(path.with_name(f"{path.stem}_image.safetensors"))
+        assert main(["convert", str(path), "--only", "image", "-o", str(encoders[-1])]) == 0
+        assert main(["statistics", str(encoders[-1]), "--method", "regmean", "--data", DATA]) == 0
+    stored = read(encoders[0].with_name("ft0_image.regmean.safetensors"))
+    assert stored.keys() == {name for name in whole if name.startswith("visual.")}
+    for name, value in stored.items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-5, atol=1e-5)
+    cm.statistics(pair[1], DATA, method="regmean")
+    name = "visual.transformer.resblocks.0.mlp.c_fc.weight"
+    merged, both = (cm.regmean(files).state_dict()[name] for files in (encoders, pair))
+    torch.testing.assert_close(merged, both)
+    with pytest.raises(ModelError, match="has no text tower"):
+        cm.statistics(encoders[0], DATA, method="fisher")
 
 
 def test_the_attention_that_is_watched_computes_what_torch_does(pair: list[Path]) -> None:

@@ -305,6 +305,10 @@ def test_images_without_labels_are_refused(tune: Callable[..., Any], train: Any,
         tune(train=bare)
     with pytest.raises(DataError, match="cannot score"):
         tune(val=replace(val, labels=np.full(len(val), -1)))
+    captioned = replace(val, classes=(), captions=val.names)
+    with pytest.raises(DataError, match="has captions and no classes, by which finetuning scores") as refusal:
+        tune(val=captioned)
+    assert f"clipmerge evaluate FILE --data {val.source}" in str(refusal.value.hint)
     with pytest.raises(DataError, match="other classes than"):
         tune(method="ce", val=replace(val, classes=tuple("abcdefghij")))
 
