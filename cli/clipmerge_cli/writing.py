@@ -62,6 +62,9 @@ class Output(Talk):
         True, "Do not hash the inputs, which `verify` needs.", OUTPUT, " /--no-digests", show_default=False
     )
     fsync: bool = opt(False, "Return when the output is on the disk, not in its cache.", OUTPUT)
+    license: str | None = opt(
+        None, "What the model card of -o DIR/ names; default: the inputs' own.", OUTPUT, metavar="NAME"
+    )
     push_to_hub: str | None = opt(None, "Upload the folder written with -o DIR/.", OUTPUT, metavar="ORG/NAME")
     dry_run: bool = opt(False, "Check and show the plan; write nothing.", OUTPUT)
 
@@ -73,8 +76,10 @@ class Output(Talk):
             refuse_unused("without -o", "force", *WRITING)
         if self.recalibrate and self.output is None:
             raise typer.BadParameter("goes with an output: -o FILE", param_hint="--recalibrate")
-        if self.push_to_hub and (self.output is None or self.output.name != HUB_FILE):
-            raise typer.BadParameter("goes with a folder: -o DIR/", param_hint="--push-to-hub")
+        if self.output is None or self.output.name != HUB_FILE:
+            for option, given in (("--push-to-hub", self.push_to_hub), ("--license", self.license)):
+                if given:
+                    raise typer.BadParameter("goes with a folder: -o DIR/", param_hint=option)
 
     def check(self, weights: "Weights", model: str | None, dtype: str | None) -> None:
         """Refuse an output that could not be written, from headers alone: it exists, is an input, does not fit."""
@@ -107,7 +112,7 @@ class Output(Talk):
         if self.output.name == HUB_FILE:
             from clipmerge.report.model_folder import save_folder
 
-            written = save_folder(weights, self.output.parent, **options)
+            written = save_folder(weights, self.output.parent, license=self.license, **options)
         else:
             written = weights.save(self.output, **options)
         self._say_twins(written)

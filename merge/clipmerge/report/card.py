@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from clipmerge.checkpoint.safetensors import read_header
+from clipmerge.checkpoint.tensors import Checkpoint
 from clipmerge.report.documents import markdown
 from clipmerge.weights.provenance import Parent, is_original, parents_of
 from clipmerge.weights.record import read_record
@@ -51,10 +52,31 @@ def model_card(name: str, weights: Path) -> str:
     return "\n".join(sections)
 
 
+def shared_license(checkpoints: Sequence[Checkpoint]) -> str | None:
+    """Return the license that all checkpoints state, in their record or the model card of their folder, else None."""
+    stated = {_license_of(checkpoint) for checkpoint in checkpoints}
+    return stated.pop() if len(stated) == 1 else None
+
+
+def _license_of(checkpoint: Checkpoint) -> str | None:
+    told = read_record(checkpoint.metadata).get("license")
+    card = checkpoint.path / "README.md" if checkpoint.path is not None and checkpoint.path.is_dir() else None
+    if told is None and card is not None and card.is_file():
+        from huggingface_hub import ModelCard
+
+        try:
+            told = ModelCard.load(card, ignore_metadata_errors=True).data.license
+        except (
+            Exception
+        ):  # a card of others may hold anything, and whose YAML library reads it is not our affair
+            return None
+    return told if isinstance(told, str) and re.fullmatch(r"[A-Za-z0-9.+-]{1,60}", told) else None
+
+
 def _front_matter(name: str, record: Mapping[str, Any], parents: Sequence[Parent], scores: Scores) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
-    fields: dict[str, Any] = {"tags": ["clip", "open_clip", "clipmerge"]}
+    fields: dict[str, Any] = {"license": record.get("license"), "tags": ["clip", "open_clip", "clipmerge"]}
     if parents:
         fields["tags"].append("merge")
         if published := _published(parents):

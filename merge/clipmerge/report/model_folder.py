@@ -11,7 +11,7 @@ from clipmerge.checkpoint.processors import for_open_clip
 from clipmerge.checkpoint.siglip import for_open_clip_alone
 from clipmerge.errors import ModelError, OutputError, RecipeError
 from clipmerge.model import ModelSpec, build_model, resolve_model
-from clipmerge.report.card import model_card
+from clipmerge.report.card import model_card, shared_license
 from clipmerge.weights.weights import Weights
 
 WEIGHTS, CONFIG, CARD = "open_clip_model.safetensors", "open_clip_config.json", "README.md"
@@ -23,6 +23,7 @@ def save_folder(
     *,
     model: str | Path | ModelSpec | None = None,
     metadata: Mapping[str, Any] | None = None,
+    license: str | None = None,
     force: bool = False,
     **options: Any,
 ) -> Path:
@@ -33,6 +34,7 @@ def save_folder(
     Args:
         model: an open_clip name or configuration; None takes `metadata["model"]` or what the checkpoints record.
         metadata: further keys of the record; "scores" and "selection" also appear on the card.
+        license: what the card names; None takes the one that all checkpoints state, or leaves it out.
         force: replace these three files where they exist.
         **options: as in `Weights.save`.
 
@@ -47,6 +49,8 @@ def save_folder(
         model = ModelSpec.from_metadata(recorded)
     spec = check_save(weights, folder, model=model, force=force, shard_size=options.get("shard_size"))
     record = {**(metadata or {}), "model": spec.to_metadata()}
+    if license := license or shared_license(weights.checkpoints):
+        record["license"] = license
     config = {"model_cfg": for_open_clip_alone(spec.config), "preprocess_cfg": for_open_clip(spec.preprocess)}
     with whole_folder(folder, (CONFIG, CARD, WEIGHTS)) as stage:
         written = weights.save(stage / WEIGHTS, metadata=record, **options)

@@ -103,6 +103,25 @@ def test_parents_from_the_hub_are_named_as_the_hub_names_them(tmp_path: Path) ->
     assert (head["base_model"], head["base_model_relation"]) == (["org/model-a"], "merge")
 
 
+def test_the_license_is_the_parents_where_they_agree(soup: Weights, tiny_spec: Any, tmp_path: Path) -> None:
+    folders = [save_folder(soup, tmp_path / name, model=tiny_spec) for name in "abc"]
+    a, b, c = map(load, folders)
+    for folder, license in zip(folders, ("mit", "mit", "apache-2.0"), strict=True):
+        (folder / CARD).write_text(f"---\nlicense: {license}\ntags:\n- clip\n---\n# {folder.name}\n")
+    alike = save_folder(mean([a, b]), tmp_path / "alike")
+    assert front_matter(alike)["license"] == "mit"
+    again = save_folder(
+        mean([a, load(alike / WEIGHTS)]), tmp_path / "again"
+    )  # by the record of the file alone
+    assert front_matter(again)["license"] == "mit"
+    for i, others in enumerate(([b, c], [a, soup])):  # two licenses; one of them unknown
+        assert "license" not in front_matter(save_folder(mean(others), tmp_path / f"o{i}", model=tiny_spec))
+    stated = save_folder(mean([b, c]), tmp_path / "stated", license="cc-by-4.0")
+    assert front_matter(stated)["license"] == "cc-by-4.0"
+    (folders[0] / CARD).write_text("---\nlicense: [\n---\n")  # no YAML
+    assert "license" not in front_matter(save_folder(a, tmp_path / "odd"))
+
+
 def test_an_unknown_model_must_be_named(soup: Weights, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no model is named") as refused:
         save_folder(soup, tmp_path / "soup")
