@@ -76,6 +76,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     text, choice = str(path).removeprefix(LOCAL), None
     if "#" in text and not os.path.exists(text):  # noqa: PTH110 (unlike Path.exists, it answers for any text)
         text, _, choice = text.rpartition("#")
+    if not text.strip():
+        raise CheckpointError("the name of a checkpoint is empty", hint="is a variable of the shell unset?")
     file = Path(text)
     stem = file.name.partition(".")[0] if file.name.endswith(_LONG_SUFFIXES) else file.stem
     extra: dict[str, Any] = {}

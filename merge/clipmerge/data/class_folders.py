@@ -35,7 +35,9 @@ def class_folders(place: str, pick: Pick) -> RawSplit:
     images = [path.relative_to(root) for path in files if _is_image(path)]
     if not images:
         hint = f"put them where {root}/CLASS/image.jpg would be"
-        if any(map(_is_image, root.iterdir())) and len(siblings := _subfolders(root.absolute().parent)) > 1:
+        above = root.absolute().parent
+        siblings = [name for name in _subfolders(above) if any(map(_is_image, (above / name).iterdir()))]
+        if len(siblings) > 1 and root.absolute().name in siblings:
             hint = f"if {root.name} is one class of {len(siblings)}, name the folder above it: {root.parent}"
         raise DataError(f"{root} holds no images in class folders", hint=hint)
     names, source = [path.as_posix() for path in images], FileImages([str(root / path) for path in images])

@@ -120,6 +120,12 @@ def settle_classes(
     twice = sorted(name for name, count in chosen.items() if count > 1 and names != imagenet_names())
     if twice:
         remarks.append(f"several classes have one name: {and_more(twice)}")
+    alike = Counter(" ".join(name.replace("_", " ").split()).casefold() for name in chosen)
+    if close := [name for name in chosen if alike[" ".join(name.replace("_", " ").split()).casefold()] > 1]:
+        listed = and_more([repr(name) for name in sorted(close)])
+        remarks.append(
+            f"classes that differ in case or spaces only, which prompts hardly tell apart: {listed}"
+        )
     if len(np.unique(target)) == 1:
         remarks.append(
             f"its only class is {names[int(target[0])]!r}, so no score can follow: any model is right"
@@ -286,7 +292,10 @@ def _why(label: str, numbers: Mapping[str, int], declared: tuple[str, ...] | Non
         return f"label {label!r} is not a number, as others are"
     if declared is not None and 0 <= numbers[label] < len(declared):
         return f"its class, {declared[numbers[label]]!r}, is not among the class names"
-    return f"label {label} is not in 0 … {(count if declared is None else len(declared)) - 1}"
+    last = (count if declared is None else len(declared)) - 1
+    if last < 0:
+        return f"label {label}: no label of the data is a class (labels that are kept back are often -1)"
+    return f"label {label} is not in 0 … {last}"
 
 
 def _numbered(names: Sequence[str]) -> bool:

@@ -34,6 +34,8 @@ _HINT = (
 )
 _DELIMITERS = (",", "\t", ";", "|")
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]")
+_NOTHING = ("", "nan", "NaN")
+"""What tables have where there is no label: pandas' missing values too."""
 _PARTS = {"0": "train", "1": "val", "2": "test"}
 """Numbers of splits, as WILDS writes them."""
 
@@ -55,7 +57,7 @@ def table(place: str, pick: Pick) -> RawSplit:
     unusable = list[str]()
     for number, row in list(lines.items()):
         missing = "path" if not row["path"] else ""
-        if not missing and label_column is not None and not row[label_column]:
+        if not missing and label_column is not None and row[label_column] in _NOTHING:
             missing = label_column
         if not missing and label_column is None and not any(row[name] for name in caption_columns):
             missing = "caption"
@@ -164,6 +166,7 @@ def _text(file: Path) -> tuple[str, list[str]]:
             text = data.decode(encoding)
         except UnicodeDecodeError:
             continue
+        text = text.replace("\r\n", "\n").replace("\r", "\n")  # an old Mac's lines end in \r alone
         return text, [] if encoding == "utf-8-sig" else ["it is not UTF-8, so it was read as Latin-1"]
     raise AssertionError("Latin-1 reads any bytes")
 

@@ -57,6 +57,8 @@ def open_split(
         DataError: no such data, or items that cannot be used; all of them are counted, ten are named.
     """
     text = str(source)
+    if not text.strip():
+        raise DataError("the name of the images is empty", hint="is a variable of the shell unset?")
     place, part, shifts = parse_source(text)
     part, most = _part_and_limit(part, text)
     raw, index, taken = read(place, part, role or ("train" if holdout is not None else "test"))

@@ -74,6 +74,9 @@ def _reader_of(place: str) -> tuple[Reader, list[str]]:
     if len(paths) > 1 and reader in (webdataset, parquet):
         return reader, []
     if not path.exists():
+        if any(mark in place for mark in "*?"):
+            hint = "patterns are not expanded: give the folder, or of shards a range such as {0000..0099}.tar"
+            raise DataError(f"there are no images at {place}", hint=hint)
         raise DataError(
             f"there are no images at {place}",
             hint="DATA is a folder of class folders, a .csv, .tsv, .npz or .parquet file, "

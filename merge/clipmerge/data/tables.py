@@ -16,6 +16,7 @@ from clipmerge.data.csv_table import CAPTION
 from clipmerge.data.raw_split import Pick, RawSplit, part_files
 from clipmerge.data.stored import FileImages, Stored, file_stamp
 from clipmerge.errors import DataError, MissingExtraError
+from clipmerge.text import and_more
 
 __all__ = ["npz", "parquet"]
 
@@ -75,10 +76,12 @@ def _load(path: str) -> Arrays:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files if key in _NAMES}
+            others = and_more([key for key in file.files if key not in _NAMES])
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} cannot be read as .npz: {error}", hint=_NPZ_HINT) from error
     if "labels" not in arrays or not ("images" in arrays or {"blob", "offsets"} <= arrays.keys()):
-        raise DataError(f"{path} has no labels, or no images", hint=_NPZ_HINT)
+        held = f": it holds {others}" if others else ""
+        raise DataError(f"{path} has no labels, or no images{held}", hint=_NPZ_HINT)
     return arrays
 
 

@@ -326,3 +326,8 @@ def test_what_a_trainer_leaves_beside_the_weights_decides_nothing(
     save_file(dict(small), tmp_path / "weights.safetensors")
     (tmp_path / stray).write_bytes(b"not a checkpoint")
     assert_same(open_checkpoint(tmp_path), small)
+
+
+def test_an_empty_name_is_not_the_folder_here() -> None:
+    with pytest.raises(CheckpointError, match="the name of a checkpoint is empty"):
+        open_checkpoint("")

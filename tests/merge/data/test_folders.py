@@ -199,3 +199,21 @@ def test_images_in_two_sets_are_counted(tmp_path: Path) -> None:
     turned = {"val": splits["val"], "shift": open_split(f"{tmp_path}/b@rotate:20")}
     assert shared_images(turned) == []
     assert shared_images({"val": splits["val"]}) == []
+
+
+def test_names_that_only_case_or_spaces_tell_apart_are_remarked(tmp_path: Path) -> None:
+    split = open_split(
+        tree(tmp_path, "Cat/1.jpg", "cat/2.jpg", "ice_cream/3.jpg", "ice cream/4.jpg", "ox/5.jpg")
+    )
+    assert split.choices == 5
+    (remark,) = split.remarks
+    assert remark.startswith("classes that differ in case or spaces only")
+    assert "'Cat', 'cat'" in remark
+    assert "'ox'" not in remark
+
+
+def test_folders_without_classes_beside_others_are_no_class(tmp_path: Path) -> None:
+    tree(tmp_path / "data", "flat/1.jpg", "notes/a.txt", "train/cat/1.jpg")
+    with pytest.raises(DataError, match="holds no images in class folders") as refusal:
+        open_split(tmp_path / "data" / "flat")
+    assert str(refusal.value.hint).startswith("put them where ")

@@ -309,3 +309,40 @@ def test_every_source_uses_it(kind: str, names: list[str], tmp_path: Path) -> No
 def test_numbers_sort_as_numbers() -> None:
     assert sorted(["b", "a10", "a2", "a", "a2b", "a02"], key=natural) == ["a", "a02", "a2", "a2b", "a10", "b"]
     assert json.dumps(sorted("cba", key=natural)) == '["a", "b", "c"]'
+
+
+@pytest.mark.parametrize(
+    ("nothing", "hint"), [("", "is a variable of the shell unset?"), (" ", "is a variable")]
+)
+def test_an_empty_name_is_not_the_folder_here(nothing: str, hint: str) -> None:
+    with pytest.raises(DataError, match="the name of the images is empty") as refusal:
+        open_split(nothing)
+    assert str(refusal.value.hint).startswith(hint)
+
+
+def test_a_pattern_is_named_as_one(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"there are no images at .*\*\.tar") as refusal:
+        open_split(f"{tmp_path}/*.tar")
+    assert "patterns are not expanded" in str(refusal.value.hint)
+
+
+def test_tables_with_an_old_macs_lines_and_missing_labels(tmp_path: Path) -> None:
+    for i in range(3):
+        picture(i, 8, 6).save(tmp_path / f"{i}.png")
+    table = tmp_path / "images.csv"
+    table.write_bytes(b"filepath,label\r0.png,cat\r1.png,dog\r")
+    split = open_split(table)
+    assert [split.classes[i] for i in split.labels] == ["cat", "dog"]
+    table.write_text("filepath,label\n0.png,cat\n1.png,dog\n2.png,NaN\n")
+    with pytest.raises(DataError, match=r"line 4: no label"):
+        open_split(table)
+
+
+def test_labels_that_are_kept_back_and_arrays_of_other_names_are_said(tmp_path: Path) -> None:
+    images = np.zeros((2, 4, 4, 3), np.uint8)
+    np.savez(tmp_path / "a.npz", images=images, labels=np.array([-1, -1]))
+    with pytest.raises(DataError, match="label -1: no label of the data is a class"):
+        open_split(tmp_path / "a.npz")
+    np.savez(tmp_path / "b.npz", x_train=images, y_train=np.array([0, 1]))
+    with pytest.raises(DataError, match="has no labels, or no images: it holds x_train, y_train"):
+        open_split(tmp_path / "b.npz")
