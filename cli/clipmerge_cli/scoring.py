@@ -261,6 +261,7 @@ def run_search(
     else:
         table = result.table()
         show.table(table.headers, table.rows, title=table.title or None)
+    out.say_twins(models)
     for remark in (*(f"drew {path}" for path in drawn), *_remarks(result, coefficient)):
         out.say(remark)
     if written is None and result.kind != "greedy_ensemble":

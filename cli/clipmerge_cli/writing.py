@@ -99,10 +99,7 @@ class Output(Talk):
     def write(
         self, weights: "Weights", record: Mapping[str, Any], on_progress: "Progress | None" = None
     ) -> Path | None:
-        """Write the weights, with `record` ("model", "selection") in their metadata, where an output was named.
-
-        Says which inputs were the same checkpoint: one given twice, or the base as finetuned.
-        """
+        """Write the weights, with `record` ("model", "selection") in their metadata, where an output was named."""
         if self.output is None:
             return None
         options: dict[str, Any] = {name: getattr(self, name) for name in ("force", *WRITING)}
@@ -112,20 +109,20 @@ class Output(Talk):
         if self.output.name == HUB_FILE:
             from clipmerge.report.model_folder import save_folder
 
-            written = save_folder(weights, self.output.parent, license=self.license, **options)
-        else:
-            written = weights.save(self.output, **options)
-        self._say_twins(written)
-        return written
+            return save_folder(weights, self.output.parent, license=self.license, **options)
+        return weights.save(self.output, **options)
 
-    def _say_twins(self, written: Path) -> None:
-        """Say which inputs are one checkpoint, by the digests that the pass over them has computed."""
-        from clipmerge.weights.provenance import parents_of
+    def say_twins(self, models: "Sequence[Weights]") -> None:
+        """Say which inputs are one checkpoint, by the digests that are remembered: one given twice, or the base."""
+        from clipmerge.weights.digest import Digests
 
         names: dict[str, str] = {}
-        for parent in parents_of(clipmerge.load(written).record):
-            if parent.digest and names.setdefault(parent.digest, parent.name) != parent.name:
-                self.say(f"{names[parent.digest]} and {parent.name} are the same checkpoint")
+        every = {checkpoint for weights in models for checkpoint in weights.checkpoints}
+        for checkpoint in sorted(every, key=lambda checkpoint: checkpoint.name):
+            digests = Digests([checkpoint])
+            digest = digests.finish()[checkpoint] if digests.complete else ""
+            if digest and names.setdefault(digest, checkpoint.name) != checkpoint.name:
+                self.say(f"{names[digest]} and {checkpoint.name} are the same checkpoint")
 
     def _statistics(
         self, weights: "Weights", record: Mapping[str, Any], on_progress: "Progress | None"
@@ -187,6 +184,7 @@ class Output(Talk):
         with self.progress() as on_progress:
             written = self.write(weights, record, on_progress)
         self.say_left_alone(weights)
+        self.say_twins([weights])
         if self.json:
             show.document({**(document or {"kind": "merge", "notation": repr(weights)}), "output": written})
         if remark:

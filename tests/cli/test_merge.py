@@ -375,7 +375,7 @@ def test_the_model_can_be_named(
 
 
 def test_a_checkpoint_given_twice_is_remarked_once_whatever_it_is_called(
-    tiny_checkpoints: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_checkpoints: Any, tiny_model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     a, b = (str(tiny_checkpoints[name]) for name in ("ft0", "ft1"))
     copy = shutil.copy(a, tmp_path / "copy.safetensors")
@@ -390,6 +390,11 @@ def test_a_checkpoint_given_twice_is_remarked_once_whatever_it_is_called(
     ):
         assert main([*words, "-o", out, "--force"]) == 0
         assert [line for line in capsys.readouterr().err.splitlines() if "same checkpoint" in line] == [said]
+    searched = ["soup", a, str(copy), b, "--greedy", "--val", "digits#val", "--limit", "20"]
+    for written in ([], ["-o", str(tmp_path / "greedy.safetensors")]):
+        assert main([*searched, "--model", str(tiny_model_file), *written]) == 0
+        remarks = [line for line in capsys.readouterr().err.splitlines() if "same checkpoint" in line]
+        assert remarks == ["copy and ft0 are the same checkpoint"]
 
 
 def test_what_adds_nothing_is_remarked(
