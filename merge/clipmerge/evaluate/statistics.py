@@ -15,7 +15,7 @@ from clipmerge.data.pixels import mean_and_std, normalise, pixels
 from clipmerge.data.prompts import prompts
 from clipmerge.data.split import Split
 from clipmerge.device import float32_matmul, out_of_memory_hint, resolve_device
-from clipmerge.errors import DataError, SelectionError
+from clipmerge.errors import DataError, ModelError, SelectionError
 from clipmerge.evaluate.heads import average_templates, class_logits, encode_text
 from clipmerge.evaluate.linear_inputs import LinearInputs
 from clipmerge.evaluate.setup import HEAD, Given
@@ -67,8 +67,8 @@ def statistics(
         The file. Its record says of which content, on what, how many and how.
 
     Raises:
-        SelectionError: the checkpoint is not a file, and no output is named. DataError: images without classes, for
-            "fisher", or more prompts than gradients are sent through.
+        SelectionError: the checkpoint is not a file, and no output is named. ModelError: neither text tower nor head,
+            for "fisher". DataError: images without classes, for "fisher", or more prompts than gradients are sent through.
 
     Source: Matena and Raffel 2022, arXiv 2111.09832; Jin et al. 2023, arXiv 2212.09849.
     """
@@ -80,8 +80,13 @@ def statistics(
         )
     path = Path(output) if output is not None else statistics_path(origin.path or Path(), method)
     split = data if isinstance(data, Split) else open_split(data, role="train", on_progress=on_progress)
-    if method == "regmean" and lacks_text(weights.names):
+    if lacks_text(weights.names) and method == "regmean":
         towers = "image"  # an encoder without a text tower: its layers' inputs need no prompts
+    elif lacks_text(weights.names) and f"{HEAD}.weight" not in weights.names:
+        raise ModelError(
+            f"{weights!r} has no text tower, whose prompts the Fisher information goes by",
+            hint="take it of the whole model, or merge by regmean, which goes by images alone",
+        )
     sample = Sample.of(
         weights, split, Given(model, templates), images, seed, resolve_device(device), on_progress,
         prompted=method == "fisher" or towers == "both",

@@ -129,8 +129,9 @@ def test_an_encoder_without_a_text_tower_has_the_gram_matrices_of_its_image_towe
     name = "visual.transformer.resblocks.0.mlp.c_fc.weight"
     merged, both = (cm.regmean(files).state_dict()[name] for files in (encoders, pair))
     torch.testing.assert_close(merged, both)
-    with pytest.raises(ModelError, match="has no text tower"):
+    with pytest.raises(ModelError, match="has no text tower, whose prompts the Fisher") as refusal:
         cm.statistics(encoders[0], DATA, method="fisher")
+    assert "merge by regmean" in str(refusal.value.hint)
 
 
 def test_the_attention_that_is_watched_computes_what_torch_does(pair: list[Path]) -> None:
