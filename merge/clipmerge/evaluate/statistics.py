@@ -67,8 +67,8 @@ def statistics(
         The file. Its record says of which content, on what, how many and how.
 
     Raises:
-        SelectionError: the checkpoint is not a file, and no output is named. For "fisher" ModelError: neither text tower
-            nor head; DataError: images without classes, or more prompts than gradients are sent through.
+        SelectionError: the checkpoint is not a file, and no output is named. For "fisher" ModelError: no text tower and
+            no head; DataError: images without classes, or more prompts than gradients are sent through.
 
     Source: Matena and Raffel 2022, arXiv 2111.09832; Jin et al. 2023, arXiv 2212.09849.
     """
