@@ -406,6 +406,7 @@ def test_what_adds_nothing_is_remarked(
         (["merge", "x + (y - y)", f"x={a}", f"y={b}"], "no part of the result, as its coefficients sum to 0: y"),
         (["interpolate", a, b, "--alpha", "0"], "alpha 0 changes nothing: this is the base"),
         (["add", a, b, "--scale", "0"], "scale 0 changes nothing: this is the base"),
+        (["soup", a], "uniform soup of one checkpoint: a copy of it"),
     )):  # fmt: skip
         assert main([*words, "-o", str(tmp_path / f"{i}.safetensors")]) == 0
         assert capsys.readouterr().err.splitlines()[0] == said

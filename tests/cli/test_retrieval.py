@@ -68,6 +68,8 @@ def test_recall_decides_a_soup_and_an_alpha(
     best = max([document["history"][0]["alone"], *(step["best"] for step in document["history"])])
     assert document["score"]["value"] == best
     assert cm.load(tmp_path / "soup.safetensors").record["selection"]["metric"] == "image_recall@5"
+    assert main([*soup[:-2], *common[:-1]]) == 0
+    assert "p (recall@1)" in capsys.readouterr().out  # what the paired test compares
     wise = ["interpolate", *ckpt[:2], "--alphas", "0:1:0.25", "--eval", table]
     assert main([*wise, *common]) == 0
     points = json.loads(capsys.readouterr().out)["history"]
