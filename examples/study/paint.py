@@ -110,7 +110,11 @@ def _chapter(study: Study, scores: dict[int, dict[str, dict[str, float]]]) -> No
         claims.append(claim(f"patching {task} learns it", side(patched, [task]), side("zero-shot", [task])))
         kept = [value + 1 for value in side(patched, old)]
         claims.append(
-            claim("… and costs the supported tasks less than a point", kept, side("zero-shot", old))
+            claim(
+                "… and costs the supported tasks less than a point (left: patched + 1)",
+                kept,
+                side("zero-shot", old),
+            )
         )
         claims.append(
             claim("… less than finetuning does", side(patched, old), side(f"finetuned on {task}", old))

@@ -10,6 +10,9 @@ from study import Job, Study, claim, claims_table, interval, weights
 Curve = dict[float, dict[str, float]]
 """alpha → {"id", "shifts"}, in percent."""
 
+Points = dict[str, list[dict[str, float]]]
+"""What a point is → by seed: {"id", "shifts"}, in percent."""
+
 RULES = ("best mean", "best in distribution", "within 1 point")
 """What `clipmerge interpolate --rule` calls best-mean, best-id and within:1."""
 
@@ -89,31 +92,22 @@ def _chapter(study: Study, lines: Mapping[tuple[str, str, int], Mapping[str, Any
     claims: list[list[str]] = []
     for task in setting["tasks"]:
         rows, series = [], []
-        ends: dict[str, dict[str, list[float]]] = {}
-        for method in setting["methods"]:
+        points = {
+            method: _points([lines[task, method, seed] for seed in study.seeds])
+            for method in setting["methods"]
+        }
+        for method, found in points.items():
             these = [lines[task, method, seed] for seed in study.seeds]
-            points = {
-                "finetuned": [line["curve"][1.0] for line in these],
-                "zero-shot": [line["curve"][0.0] for line in these],
-            }
-            points |= {rule: [line["curve"][line["alphas"][rule]] for line in these] for rule in RULES}
-            ends[method] = {name: [p["shifts"] for p in found] for name, found in points.items()}
             for name in ("finetuned", *RULES):
                 alphas = (
                     "1" if name == "finetuned" else ", ".join(f"{line['alphas'][name]:g}" for line in these)
                 )
-                found = points[name]
-                rows.append(
-                    [
-                        method,
-                        name,
-                        alphas,
-                        interval([p["id"] for p in found]),
-                        interval([p["shifts"] for p in found]),
-                    ]
-                )
-            claims += _claims(task, method, points)
+                scores = [interval([point[key] for point in found[name]]) for key in ("id", "shifts")]
+                rows.append([method, name, alphas, *scores])
             series.append(_series(method, these))
+        claims += _claims(task, "mean of the methods", _mean_points(list(points.values())))
+        for method, found in points.items():
+            claims += _claims(task, method, found)
         zero = [lines[task, setting["methods"][0], seed]["curve"][0.0] for seed in study.seeds]
         first = [
             "(none)",
@@ -164,7 +158,27 @@ def _chapter(study: Study, lines: Mapping[tuple[str, str, int], Mapping[str, Any
     )
 
 
-def _claims(task: str, method: str, points: Mapping[str, Sequence[Mapping[str, float]]]) -> list[list[str]]:
+def _points(lines: Sequence[Mapping[str, Any]]) -> Points:
+    """Return the ends of lines, and the point of each rule, by seed."""
+    points = {
+        "finetuned": [line["curve"][1.0] for line in lines],
+        "zero-shot": [line["curve"][0.0] for line in lines],
+    }
+    return points | {rule: [line["curve"][line["alphas"][rule]] for line in lines] for rule in RULES}
+
+
+def _mean_points(methods: Sequence[Points]) -> Points:
+    """Return the means over methods, seed by seed."""
+    means: Points = {}
+    for name in methods[0]:
+        seeds = zip(*(points[name] for points in methods), strict=True)
+        means[name] = [
+            {key: mean(point[key] for point in seed) for key in ("id", "shifts")} for seed in seeds
+        ]
+    return means
+
+
+def _claims(task: str, method: str, points: Points) -> list[list[str]]:
     def side(name: str, key: str) -> list[float]:
         return [point[key] for point in points[name]]
 
