@@ -105,7 +105,7 @@ def test_nothing_private_is_imported() -> None:
 def test_the_study_runs_on_digits_and_goes_on_where_it_was(demo_folder: Path, tmp_path: Path) -> None:
     setting = (STUDY / "setting.toml").read_text(encoding="utf-8")
     shifts = iter(
-        ("", "@invert", "@rotate:90", "@blur", "@noise", "@rotate:45", "@pixelate", "@gray", "@contrast")
+        ("", "@invert", "@rotate:-30", "@blur", "@noise", "@rotate:45", "@pixelate", "@gray", "@contrast")
     )
     setting = re.sub(
         r'source = "\w+\.npz#\{part\}"', lambda _: f'source = "digits#{{part}}{next(shifts)}"', setting

@@ -101,7 +101,8 @@ def _chapter(study: Study, found: dict[int, dict[str, list[dict[str, Any]]]]) ->
         text=[
             "Every method that `clipmerge methods` lists, on the same finetunings, each added to the base "
             "with the scale that is best on held-out images (the mean of normalised scores). Options are "
-            "the defaults, which are those of the papers.",
+            "the defaults, which are those of the papers. Methods that go by statistics of training images "
+            "(fisher, regmean) are here where the setting takes some.",
         ],
         tables=[
             {

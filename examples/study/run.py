@@ -56,6 +56,7 @@ def main() -> None:
     setting = load_setting(options.setting, quick=options.quick)
     os.chdir(folder)  # commands name everything as seen from here
     name = DEFAULT_BASE if own is None else f"{own}, as it is"
+    link_images(folder / "images", data)
     study = Study(folder, setting, data, "base/base.safetensors", name, options.workers)
     prepare_base(study, own, options.model)
     describe(study)
@@ -64,6 +65,14 @@ def main() -> None:
         import_module(name).run(study)
     page = ["report", "chapters", "-o", "study.html", "--force", "--title", "What merging does, measured"]
     subprocess.run([sys.executable, "-m", "clipmerge", *page], cwd=folder, check=True)
+
+
+def link_images(link: Path, data: Path) -> None:
+    """Make `images` in the study's folder lead to where the image sets lie."""
+    if link.is_symlink() and link.resolve() != data:
+        link.unlink()
+    if not link.exists():
+        link.symlink_to(data, target_is_directory=True)
 
 
 def prepare_base(study: Study, base: str | None, model: str | None) -> None:

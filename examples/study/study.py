@@ -66,7 +66,9 @@ class Study:
         place = entry["source"].format(part=f"{part}[:{most}]" if most else part)
         path, sign, rest = place.partition("#")
         if (self.data / path).exists():
-            path = os.path.relpath(self.data / path, self.folder)
+            path = (
+                f"images/{path}"  # a link to where they lie, so that no command names a path of this machine
+            )
         return f"{path}{sign}{rest}{'@' + shift if shift else ''}"
 
     def template(self, name: str) -> str:
