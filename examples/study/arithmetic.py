@@ -274,7 +274,6 @@ def _chapter(
             },
             claims_table(claims, study.seeds),
         ],
-        also=("tasks",),
         settings={
             "base": study.base_name,
             "finetuning": str(study.setting["tasks"]["options"]),

@@ -105,6 +105,5 @@ def _chapter(
             },
             claims_table(claims, study.seeds),
         ],
-        also=("finetuned",),
         settings={"base": study.base_name, "few shots": str(setting["few"]), "seeds": len(study.seeds)},
     )

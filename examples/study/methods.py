@@ -129,7 +129,6 @@ def _chapter(study: Study, found: dict[int, dict[str, list[dict[str, Any]]]]) ->
                 "series": series,
             }
         ],
-        also=("tasks",),
         settings={
             "base": study.base_name,
             "tasks": ", ".join(study.setting["tasks"]["names"]),

@@ -160,7 +160,6 @@ def _chapter(study: Study, scores: dict[int, dict[str, dict[str, float]]]) -> No
                 ],
             }
         ],
-        also=("tasks",),
         settings={
             "base": study.base_name,
             "finetuning": str(study.setting["tasks"]["options"]),

@@ -13,7 +13,7 @@ import sys
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 from time import perf_counter
@@ -40,6 +40,7 @@ class Study:
         base: the checkpoint that everything starts from, seen from `folder`.
         base_name: what the page calls it.
         workers: commands that run side by side.
+        used: names of the commands behind the chapter that is being made.
     """
 
     folder: Path
@@ -48,6 +49,7 @@ class Study:
     base: str
     base_name: str
     workers: int
+    used: list[str] = field(default_factory=list)
 
     @property
     def seeds(self) -> list[int]:
@@ -90,6 +92,8 @@ class Study:
         Raises:
             SystemExit: a command failed; it, and what it said, is printed.
         """
+        jobs = list(jobs)
+        self.used.extend(name for name, _ in jobs)
         with ThreadPoolExecutor(self.workers) as pool:
             return list(pool.map(lambda job: self._one(*job), jobs))
 
@@ -146,15 +150,10 @@ class Study:
             details[f"seed {seed}"] = f"{record['notation']} ({'; '.join(parents)})"
         return {"cells": list(cells), "details": details}
 
-    def write_chapter(self, order: int, name: str, *, also: Sequence[str] = (), **parts: Any) -> None:
-        """Write a chapter of the page, with every command that stands behind it.
-
-        Args:
-            also: folders of `results/` whose commands other chapters share.
-        """
-        scripts = [
-            path for part in (*also, name) for path in sorted((self.folder / "results" / part).rglob("*.sh"))
-        ]
+    def write_chapter(self, order: int, name: str, **parts: Any) -> None:
+        """Write a chapter of the page, with every command that was run for it since the chapter before."""
+        scripts = [self.folder / "results" / f"{used}.sh" for used in dict.fromkeys(self.used)]
+        self.used.clear()
         commands = [script.read_text(encoding="utf-8").strip() for script in scripts]
         chapter = {"format": "clipmerge-chapter", "version": 1, "order": order, **parts, "commands": commands}
         (self.folder / "chapters").mkdir(exist_ok=True)

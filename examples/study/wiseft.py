@@ -149,7 +149,6 @@ def _chapter(study: Study, lines: Mapping[tuple[str, str, int], Mapping[str, Any
         ],
         tables=tables,
         charts=charts,
-        also=("finetuned",),
         settings={
             "base": study.base_name,
             "finetuning": f"lr {setting['lr']:g}, {setting['options']}",
