@@ -154,7 +154,11 @@ def _chapter(study: Study, task: str, rows: dict[str, list[Scores]], chosen: lis
     files = {f"{kind} soup": {s: weights(f"soups/{s}-{kind}") for s in study.seeds} for kind in KINDS}
     average = shown["mean of the finetunings"]
     claims = [
-        claim("the uniform soup beats its average ingredient, in distribution", uniform["id"], average["id"]),
+        claim(
+            "(added later) the uniform soup beats its average ingredient, in distribution",
+            uniform["id"],
+            average["id"],
+        ),
         claim("… and under shift", uniform["shifts"], average["shifts"]),
         claim("the greedy soup beats the best single model, in distribution", greedy["id"], best["id"]),
         claim("… and under shift", greedy["shifts"], best["shifts"]),

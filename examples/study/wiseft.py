@@ -105,7 +105,7 @@ def _chapter(study: Study, lines: Mapping[tuple[str, str, int], Mapping[str, Any
                 scores = [interval([point[key] for point in found[name]]) for key in ("id", "shifts")]
                 rows.append([method, name, alphas, *scores])
             series.append(_series(method, these))
-        claims += _claims(task, "mean of the methods", _mean_points(list(points.values())))
+        claims += _claims(task, "mean of the methods (added later)", _mean_points(list(points.values())))
         for method, found in points.items():
             claims += _claims(task, method, found)
         zero = [lines[task, setting["methods"][0], seed]["curve"][0.0] for seed in study.seeds]
