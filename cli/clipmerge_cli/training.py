@@ -109,7 +109,9 @@ def finetune(
     if start is not None and settings.templates is None:
         shown, scored = ({n: as_recorded(s, start) for n, s in d.items()} for d in (shown, scored))
     model = _model_text(images.model, start)
-    for remark in shared_images({**shown, **scored}):
+    for remark in shared_images(
+        {**shown, **{f"held-out {n}" if n in shown else n: s for n, s in scored.items()}}
+    ):
         talk.say(remark)
     say_held_out = f"; held out: {_images_text(scored)}" if scored else ""
     talk.say(

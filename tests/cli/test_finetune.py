@@ -107,6 +107,21 @@ def test_several_sets_are_trained_on_together(
     assert ["a turned {}"] in [entry["templates"] for entry in cm.load(out).prompts]
 
 
+@pytest.mark.parametrize(("held_out", "called"), [("d", "held-out d"), ("v", "v")])
+def test_held_out_images_that_are_trained_on_are_counted_whatever_the_sets_are_called(
+    held_out: str,
+    called: str,
+    tiny_checkpoints: Any,
+    tiny_model_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["finetune", "--base", str(tiny_checkpoints["base"]), "--model", str(tiny_model_file)]
+    command += ["--train", "d=digits#val", "--val", f"{held_out}=digits#val[:40]", "--steps", "1"]
+    assert main([*command, "--batch-size", "16", "-o", str(tmp_path / "ft.safetensors")]) == 0
+    assert f"40 of {called}'s 40 images are in d too" in capsys.readouterr().err
+
+
 def test_a_finetuning_is_repeated_from_its_record(
     tiny_checkpoints: Any, tiny_model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
