@@ -80,12 +80,14 @@ def _additions(
         scores = study.scores(f"arithmetic/test-{seed}", files, data)
         own = {task: scores[weights(tuned(task, seed))][task] for task in tasks}
         base, whole = scores[study.base], scores[files[-1]]
-        for table, members in ((everything, tuple(tasks)),):
-            table["sum"].append(mean(whole[task] for task in members))
-            table["normalised"].append(100 * mean(whole[task] / own[task] for task in members))
-            table["zero-shot"].append(mean(base[task] for task in members))
-            table["zero-shot normalised"].append(100 * mean(base[task] / own[task] for task in members))
-            table["finetuned"].append(mean(own.values()))
+        zero_shot = mean(base[task] for task in tasks)
+        zero_shot_normalised = 100 * mean(base[task] / own[task] for task in tasks)
+        everything["sum"].append(mean(whole[task] for task in tasks))
+        everything["normalised"].append(100 * mean(whole[task] / own[task] for task in tasks))
+        everything["finetuned"].append(mean(own.values()))
+        for table in (everything, pairs):  # each task is in as many pairs
+            table["zero-shot"].append(zero_shot)
+            table["zero-shot normalised"].append(zero_shot_normalised)
         jobs = []
         for members in sums[:-1]:
             images = [word for task in members for word in study.images("--data", task, "test")]
@@ -99,8 +101,6 @@ def _additions(
             ratios.append(100 * mean(found[task] / own[task] for task in members))
         pairs["sum"].append(mean(values))
         pairs["normalised"].append(mean(ratios))
-        pairs["zero-shot"].append(mean(base[task] for task in tasks))  # each task is in as many pairs
-        pairs["zero-shot normalised"].append(100 * mean(base[task] / own[task] for task in tasks))
         pairs["each"].append(dict(zip([" + ".join(members) for members in sums[:-1]], ratios, strict=True)))
     return pairs, everything
 
@@ -274,9 +274,5 @@ def _chapter(
             },
             claims_table(claims, study.seeds),
         ],
-        settings={
-            "base": study.base_name,
-            "finetuning": str(study.setting["tasks"]["options"]),
-            "seeds": len(study.seeds),
-        },
+        settings={"finetuning": str(study.setting["tasks"]["options"])},
     )

@@ -105,5 +105,5 @@ def _chapter(
             },
             claims_table(claims, study.seeds),
         ],
-        settings={"base": study.base_name, "few shots": str(setting["few"]), "seeds": len(study.seeds)},
+        settings={"few shots": str(setting["few"])},
     )

@@ -129,11 +129,7 @@ def _chapter(study: Study, found: dict[int, dict[str, list[dict[str, Any]]]]) ->
                 "series": series,
             }
         ],
-        settings={
-            "base": study.base_name,
-            "tasks": ", ".join(study.setting["tasks"]["names"]),
-            "seeds": len(study.seeds),
-        },
+        settings={"tasks": ", ".join(study.setting["tasks"]["names"])},
     )
 
 

@@ -160,9 +160,5 @@ def _chapter(study: Study, scores: dict[int, dict[str, dict[str, float]]]) -> No
                 ],
             }
         ],
-        settings={
-            "base": study.base_name,
-            "finetuning": str(study.setting["tasks"]["options"]),
-            "seeds": len(study.seeds),
-        },
+        settings={"finetuning": str(study.setting["tasks"]["options"])},
     )

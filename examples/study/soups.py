@@ -109,21 +109,23 @@ def _files(result: dict[str, Any], pool: Sequence[str]) -> list[str]:
 def _ensemble(study: Study, seed: int, members: Sequence[str], names: Sequence[str]) -> Scores:
     """Return what the mean of the members' logits scores on test images: a command can only choose them."""
     store = study.folder / f"results/soups/{seed}/ensemble-test.json"
-    if not store.is_file():
-        splits = {}
-        for name in names:
-            splits[column(name)] = cm.open_split(
-                study.source(name, "test", study.setting["soups"]["test"]), templates=[study.template(name)]
-            )
+    sources = {name: study.source(name, "test", study.setting["soups"]["test"]) for name in names}
+    asked = {"members": list(members), "images": sources}
+    known = json.loads(store.read_text(encoding="utf-8")) if store.is_file() else {}
+    if {key: known.get(key) for key in asked} != asked:
+        splits = {
+            column(name): cm.open_split(source, templates=[study.template(name)])
+            for name, source in sources.items()
+        }
         evaluator = cm.Evaluator(splits)
         models = [cm.load(study.folder / file) for file in members]
         scores = {}
         for name in splits:
             total = sum(np.asarray(evaluator.logits(model, name), dtype=np.float64) for model in models)
             scores[name] = float(100 * np.mean(np.argmax(total, axis=1) == evaluator.labels(name)))
-        store.write_text(json.dumps(scores), encoding="utf-8")
-    loaded: Scores = json.loads(store.read_text(encoding="utf-8"))
-    return loaded
+        known = {**asked, "scores": scores}
+        store.write_text(json.dumps(known), encoding="utf-8")
+    return dict(known["scores"])
 
 
 def _summary(row: Scores) -> Scores:
@@ -231,10 +233,5 @@ def _chapter(study: Study, task: str, rows: dict[str, list[Scores]], chosen: lis
                 "series": series,
             }
         ],
-        settings={
-            "base": study.base_name,
-            "task": task,
-            "finetunings": setting["trials"],
-            "seeds": len(study.seeds),
-        },
+        settings={"task": task, "finetunings": setting["trials"]},
     )

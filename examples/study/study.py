@@ -150,8 +150,13 @@ class Study:
             details[f"seed {seed}"] = f"{record['notation']} ({'; '.join(parents)})"
         return {"cells": list(cells), "details": details}
 
-    def write_chapter(self, order: int, name: str, **parts: Any) -> None:
-        """Write a chapter of the page, with every command that was run for it since the chapter before."""
+    def write_chapter(self, order: int, name: str, *, settings: Mapping[str, Any], **parts: Any) -> None:
+        """Write a chapter of the page, with every command that was run for it since the chapter before.
+
+        Args:
+            settings: those of the chapter, besides the base and the number of seeds.
+        """
+        parts["settings"] = {"base": self.base_name, **settings, "seeds": len(self.seeds)}
         scripts = [self.folder / "results" / f"{used}.sh" for used in dict.fromkeys(self.used)]
         self.used.clear()
         commands = [script.read_text(encoding="utf-8").strip() for script in scripts]

@@ -149,11 +149,7 @@ def _chapter(study: Study, lines: Mapping[tuple[str, str, int], Mapping[str, Any
         ],
         tables=tables,
         charts=charts,
-        settings={
-            "base": study.base_name,
-            "finetuning": f"lr {setting['lr']:g}, {setting['options']}",
-            "seeds": len(study.seeds),
-        },
+        settings={"finetuning": f"lr {setting['lr']:g}, {setting['options']}"},
     )
 
 
