@@ -15,9 +15,7 @@ _TANH = {"approximate": "tanh"}
 _ACTIVATIONS: Mapping[str, tuple[bool, Mapping[str, str]]] = {
     "quick_gelu": (True, {}),
     "gelu": (False, {}),
-    **dict.fromkeys(
-        ("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), (False, _TANH)
-    ),  # one formula, three names
+    **dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), (False, _TANH)),  # one formula
 }
 """transformers' activation → open_clip's quick_gelu, which both towers share, and its act_kwargs, a tower's own."""
 _TEXT = {

@@ -78,7 +78,7 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     return metadata or {}, tensors
 
 
-def read_json(path: Path, limit: int) -> Any:
+def read_json(path: Path, limit: int, *, strict: bool = False) -> Any:
     """Read a JSON document of at most `limit` bytes, by the rules of `parse_json`."""
     try:
         with path.open("rb") as file:
@@ -87,17 +87,30 @@ def read_json(path: Path, limit: int) -> Any:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if len(text) > limit:
         _refuse(path, f"is too large: more than {limit:,} bytes")
-    return parse_json(path, text)
+    return parse_json(path, text, strict=strict)
 
 
-def parse_json(path: Path, text: bytes) -> Any:
-    """Parse a JSON document without duplicate keys; every way to be malformed is a CheckpointError."""
+def parse_json(path: Path, text: bytes, *, strict: bool = False) -> Any:
+    """Parse a JSON document without duplicate keys; every way to be malformed is a CheckpointError.
+
+    Args:
+        strict: NaN and infinity, which Python's reader takes, are malformed too.
+    """
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+        return json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=refuse_constant if strict else None,
+        )
     except RecursionError:
         _refuse(path, "has JSON nested too deeply")
     except ValueError as error:
-        _refuse(path, f"has a malformed JSON header: {error}")
+        _refuse(path, f"has malformed JSON: {error}")
+
+
+def refuse_constant(constant: str) -> NoReturn:
+    """Refuse what Python's reader takes for a number, and JSON does not know: NaN and infinity."""
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

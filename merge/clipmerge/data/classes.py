@@ -33,6 +33,11 @@ _MOST_CLASSES = 1_000_000
 _TABLE = 'say which is which in a JSON object: --classnames with {"%s": "a name", …}'
 
 
+def _spaced(name: str) -> str:
+    """Put one space for underscores and runs of spaces."""
+    return " ".join(name.replace("_", " ").split())
+
+
 def class_words(names: Sequence[str]) -> tuple[str, ...]:
     """Turn the class names of a data set into words for prompts, by one rule for every source.
 
@@ -40,7 +45,7 @@ def class_words(names: Sequence[str]) -> tuple[str, ...]:
     "3 - three"), and where no name has a space, AnnualCrop is "Annual Crop". Nothing else changes, and nothing at all
     where two classes would get the same name. Names that the user gives are taken as they are.
     """
-    words = [" ".join(name.replace("_", " ").split()) for name in names]
+    words = [_spaced(name) for name in names]
     if len(words) > 1 and all(_ORDINAL.match(word) for word in words):
         words = [_ORDINAL.sub("", word, count=1) for word in words]
     if not any(" " in word for word in words):
@@ -120,9 +125,9 @@ def settle_classes(
     twice = sorted(name for name, count in chosen.items() if count > 1 and names != imagenet_names())
     if twice:
         remarks.append(f"several classes have one name: {and_more(twice)}")
-    alike = Counter(" ".join(name.replace("_", " ").split()).casefold() for name in chosen)
-    if close := [name for name in chosen if alike[" ".join(name.replace("_", " ").split()).casefold()] > 1]:
-        listed = and_more([repr(name) for name in sorted(close)])
+    alike = Counter(_spaced(name).casefold() for name in chosen)
+    if close := sorted(name for name in chosen if alike[_spaced(name).casefold()] > 1):
+        listed = and_more([repr(name) for name in close])
         remarks.append(
             f"classes that differ in case or spaces only, which prompts hardly tell apart: {listed}"
         )

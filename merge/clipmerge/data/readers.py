@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from clipmerge.checkpoint.open import SUFFIXES
 from clipmerge.data.class_folders import class_folders
 from clipmerge.data.csv_table import is_table, table
 from clipmerge.data.raw_split import IMAGE_SUFFIXES, Pick, RawSplit, expand, pick_part
@@ -84,7 +85,7 @@ def _reader_of(place: str) -> tuple[Reader, list[str]]:
         )
     if reader is None:
         hint = f"such files end in {', '.join(BY_SUFFIX)}; images go in a folder of class folders"
-        if path.suffix in (".safetensors", ".pt", ".pth", ".bin", ".ckpt"):
+        if path.name.endswith(SUFFIXES):
             hint = f"it looks like a checkpoint, not like DATA; {hint}"
         raise DataError(f"{place} is not a file of images that can be read", hint=hint)
     return reader, []

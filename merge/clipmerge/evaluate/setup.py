@@ -140,7 +140,7 @@ class Given:
         needs_text = head in ("zero-shot", "captions")
         if needs_text and any(each.extra.get("without_place") for each in weights[0].checkpoints):
             raise ModelError(f"{weights[0]!r} cannot be scored", hint=weights[0].hint_of_misfit())
-        if lone_tower(weights[0].names) == "a text tower":
+        if lone_tower(weights[0].names) == "text":
             raise ModelError(
                 f"{weights[0]!r} is a text tower, which no image can be scored by",
                 hint="give the whole model, or for its text tower alone: --text-tower with an image encoder",

@@ -119,7 +119,7 @@ def _recorded(weights: Sequence["Weights"]) -> tuple[str, Mapping[str, Any], Map
     for each in weights:
         if (alone := lone_tower(each.names)) is not None:
             raise ModelError(
-                f"{each!r} is {alone} alone, and no model is named",
+                f"{each!r} is {'an image' if alone == 'visual' else 'a text'} tower alone, and no model is named",
                 hint="give the whole model; or name it (--model), an open_clip name such as ViT-B-32, where another "
                 "checkpoint brings the other tower",
             )

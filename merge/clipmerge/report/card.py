@@ -68,7 +68,7 @@ def _license_of(checkpoint: Checkpoint) -> str | None:
             told = ModelCard.load(card, ignore_metadata_errors=True).data.license
         except (
             Exception
-        ):  # a card of others may hold anything, and whose YAML library reads it is not our affair
+        ):  # a card of others may hold anything, and which library reads its YAML is its own affair
             return None
     return told if isinstance(told, str) and re.fullmatch(r"[A-Za-z0-9.+-]{1,60}", told) else None
 

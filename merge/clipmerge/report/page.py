@@ -1,15 +1,13 @@
 """Write one self-contained HTML page of everything that a folder holds: chapters, results, and how files were made."""
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NoReturn
 
 from clipmerge.checkpoint.output import check_target, whole_file
-from clipmerge.checkpoint.safetensors import read_header
+from clipmerge.checkpoint.safetensors import read_header, read_json
 from clipmerge.errors import ClipmergeError, OutputError
 from clipmerge.report.chapters import Cell, Chapter, Chart, Row, Table, chapters_of, in_order
 from clipmerge.text import natural
@@ -25,8 +23,9 @@ MOST_ROWS = 400
 COLOURS, MARKERS, DASHES = 8, 7, 4
 """How many of each the page's style sheet and `_MARKER` know; as these share no factor, 56 series differ."""
 
-WIDTH, HEIGHT = 420.0, 300.0
-LEFT, RIGHT, TOP, BOTTOM = 54.0, 10.0, 10.0, 40.0
+WIDTH, HEIGHT = 420, 300
+LEFT, RIGHT, TOP, BOTTOM = 54, 410, 10, 260
+"""A chart's viewBox, and the edges of its axes in it."""
 
 _MARKER = (
     "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z", "M-3.6-3.6h7.2v7.2h-7.2z", "M0-4.6L4.4 3.4H-4.4z", "M0-5L5 0L0 5L-5 0z",
@@ -78,10 +77,9 @@ def report_page(
     template = environment.from_string(
         files("clipmerge.report").joinpath("page.html").read_text(encoding="utf-8")
     )
-    shown = title or folder.resolve().name
-    text = template.render(
-        title=shown, chapters=chapters, draw=draw, view=_view, sort_key=_sort_key, show=_show
-    )
+    box = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM}
+    helpers = {"draw": draw, "view": _view, "sort_key": _sort_key, "show": _show}
+    text = template.render(title=title or folder.resolve().name, chapters=chapters, box=box, **helpers)
     with whole_file(target, force=force) as sibling:
         sibling.write_text(text, encoding="utf-8")
     return target
@@ -97,25 +95,13 @@ def _documents(folder: Path, remark: Callable[[str], None]) -> Iterable[Chapter]
     """Yield the chapters of every JSON file below a folder, in the order of their names."""
     for path, name in _below(folder, "*.json"):
         try:
-            document = _read(path)
+            document = read_json(path, MOST_BYTES, strict=True)
             if not isinstance(document, Mapping):
                 continue
             for chapter in chapters_of(document, name.removesuffix(".json")):
                 yield _with_provenance(chapter, folder)
-        except OutputError as error:
+        except ClipmergeError as error:
             remark(f"passed over: {error.message}")
-
-
-def _read(path: Path) -> Any:
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is no JSON")
-
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise OutputError(f"{path} is larger than {MOST_BYTES >> 20} MB")
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    except (OSError, ValueError, RecursionError) as error:
-        raise OutputError(f"{path} is no JSON that can be read: {error}") from error
 
 
 def _merged_files(folder: Path) -> Chapter | None:
@@ -253,8 +239,8 @@ def draw(chart: Chart) -> Drawing:
     """Place a chart's points, axes and labels; its numbers come along as a table."""
     xs = [x for series in chart.series for x, _, _ in series.points]
     ys = [y for series in chart.series for _, y, _ in series.points]
-    to_x, x_ticks = _axis(xs, LEFT, WIDTH - RIGHT)
-    to_y, y_ticks = _axis(ys, HEIGHT - BOTTOM, TOP)
+    to_x, x_ticks = _axis(xs, LEFT, RIGHT)
+    to_y, y_ticks = _axis(ys, BOTTOM, TOP)
     lines = []
     for number, series in enumerate(chart.series):
         marks = tuple(

@@ -119,11 +119,9 @@ def lacks_text(names: Collection[str]) -> bool:
 
 
 def lone_tower(names: Collection[str]) -> str | None:
-    """Return "an image tower" or "a text tower" where the names are those of one tower alone."""
+    """Return "visual" or "text" where the names are those of this tower alone."""
     towers = {tower_of(name) for name in names} - {"other"}
-    return (
-        {"visual": "an image tower", "text": "a text tower"}.get(towers.pop()) if len(towers) == 1 else None
-    )
+    return towers.pop() if len(towers) == 1 and towers <= {"visual", "text"} else None
 
 
 @lru_cache(maxsize=65536)

@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from clipmerge.checkpoint.processors import OWN_KEYS
+from clipmerge.checkpoint.safetensors import refuse_constant
 from clipmerge.checkpoint.tensors import Checkpoint
 from clipmerge.errors import RecipeError
 
@@ -36,16 +37,12 @@ def read_record(metadata: Mapping[str, str]) -> dict[str, Any]:
     if text is None:
         return {}
     try:
-        record = json.loads(text, parse_constant=_refuse)
+        record = json.loads(text, parse_constant=refuse_constant)
     except (ValueError, RecursionError):
         return {}
     if not isinstance(record, dict) or record.get("total", 1) not in (0, 1) or _depth(record) > MAX_DEPTH:
         return {}
     return record
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")
 
 
 def _depth(document: Any) -> int:
