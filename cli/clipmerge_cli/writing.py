@@ -81,8 +81,12 @@ class Output(Talk):
                 if given:
                     raise typer.BadParameter("goes with a folder: -o DIR/", param_hint=option)
 
-    def check(self, weights: "Weights", model: str | None, dtype: str | None) -> None:
-        """Refuse an output that could not be written, from headers alone: it exists, is an input, does not fit."""
+    def check(self, weights: "Weights", model: str | None, dtype: str | None, *, again: bool = False) -> None:
+        """Refuse an output that could not be written, from headers alone: it exists, is an input, does not fit.
+
+        Args:
+            again: whether `weights` are what will be written, so that the file may be there already.
+        """
         if self.output is None:
             return
         force, limit = self.force, self.shard_size
@@ -94,7 +98,13 @@ class Output(Talk):
             from clipmerge.weights.output_files import check_save
 
             named = model is not None
-            check_save(weights, self.output, dtype=dtype, force=force, shard_size=limit, model_named=named)
+            options: dict[str, Any] = {
+                "dtype": dtype,
+                "force": force,
+                "shard_size": limit,
+                "model_named": named,
+            }
+            check_save(weights, self.output, **options, again=again)
 
     def write(
         self, weights: "Weights", record: Mapping[str, Any], on_progress: "Progress | None" = None
@@ -140,11 +150,19 @@ class Output(Talk):
         about = {"data": split.digest, "images": len(split)}
         return {"statistics": statistics, "metadata": {**record, "recalibrated": about}}
 
-    def finish(self, written: Path | None) -> None:
-        """Say what was written once the results are shown, and upload it if that was asked for."""
+    def finish(self, written: Path | None, *, there: bool = False) -> None:
+        """Say what was written once the results are shown, and upload it if that was asked for.
+
+        Args:
+            there: the very bytes stood there before.
+        """
         if written is None:
             return
-        self.say(f"wrote {show.short(written)}")
+        self.say(
+            f"{show.short(written)} is there already, with the same bytes"
+            if there
+            else f"wrote {show.short(written)}"
+        )
         if self.push_to_hub:
             from clipmerge.report.model_folder import push
 
@@ -181,6 +199,7 @@ class Output(Talk):
         record = {}
         if model is not None:
             record = {"model": named_model(model, weights)}
+        there = self.output is not None and not self.force and self.output.exists()
         with self.progress() as on_progress:
             written = self.write(weights, record, on_progress)
         self.say_left_alone(weights)
@@ -191,7 +210,7 @@ class Output(Talk):
             self.say(remark)
         if not record and weights.model is None:
             self.say(UNKNOWN_MODEL)
-        self.finish(written)
+        self.finish(written, there=there)
 
     def plan(self, weights: "Weights", model: str | None) -> None:
         """Show the plan on stdout, after every check that headers and the output's folder allow."""
@@ -200,7 +219,7 @@ class Output(Talk):
         plan = describe(weights, dtype=self.dtype, threads=self.threads)
         if model is not None:
             named_model(model, weights)
-        self.check(weights, model, self.dtype)
+        self.check(weights, model, self.dtype, again=True)
         if self.json:
             show.document({"kind": "plan", **plan.to_json(), "output": self.output})
             return

@@ -54,6 +54,18 @@ def test_an_expression(run: Run) -> None:
     assert values("out.safetensors") == {"visual.proj": 3.0, "text_projection": 3.0}
 
 
+def test_the_same_command_twice(run: Run) -> None:
+    command = ["merge", "mean([a, b])", *FILES[1:], "-o", "out.safetensors"]
+    assert run(*command)[0] == 0
+    first = Path("out.safetensors").read_bytes()
+    assert run(*command, "--dry-run")[0] == 0
+    code, _, err = run(*command)
+    assert (code, err.splitlines()[-1]) == (0, "out.safetensors is there already, with the same bytes")
+    code, _, err = run("merge", "0.3*a + 0.7*b", *command[2:])
+    assert (code, "already exists" in err) == (1, True)
+    assert Path("out.safetensors").read_bytes() == first
+
+
 def test_a_recipe_is_the_same_thing(run: Run, tmp_path: Path) -> None:
     text = 'base + {"visual": 0.5}*(a - base)'
     Path("r.toml").write_text(

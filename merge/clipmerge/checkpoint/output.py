@@ -5,6 +5,7 @@ Everything goes to a sibling first, `.NAME.01234567.clipmerge-tmp`, which takes 
 
 import errno
 import fcntl
+import filecmp
 import os
 import re
 import shutil
@@ -100,7 +101,8 @@ def new_files(
         targets: each real path (see `check_target`) and its size in bytes. Of several, the last one is the
             index that names the others: an old one is taken away before the first of them is replaced, so
             that no index ever names a mixture of old and new files.
-        force: whether an existing file may be replaced; without it the file that appeared meanwhile stays.
+        force: whether an existing file may be replaced; without it a file that is there stays, which is an error
+            unless it holds the same bytes.
         fsync: wait until the bytes are on the disk before renaming: safe against power loss, and slow.
         superseded: older files of the same name in another shape, removed once the new ones are there.
 
@@ -108,7 +110,7 @@ def new_files(
         The file descriptors, for `write_at`.
 
     Raises:
-        OutputError: no space, read-only, or the file appeared meanwhile. Nothing is left behind.
+        OutputError: no space, read-only, or another file is there. Nothing is left behind.
     """
     path, size = targets[0][0], sum(size for _, size in targets)
     with ExitStack() as stack:
@@ -276,8 +278,7 @@ def _publish(
             targets[-1].unlink(missing_ok=True)
         with ExitStack() as take_back:
             for sibling, target in zip(siblings, targets, strict=True):
-                _rename(sibling, target, force)
-                if not force:
+                if _rename(sibling, target, force) and not force:
                     take_back.callback(target.unlink, missing_ok=True)
             take_back.pop_all()
         for old in superseded:
@@ -288,18 +289,24 @@ def _publish(
         os.close(folder)
 
 
-def _rename(sibling: Path, target: Path, force: bool) -> None:
+def _rename(sibling: Path, target: Path, force: bool) -> bool:
+    """Give the sibling its final name. Returns False where the very bytes stood there already, without `force`."""
     if force:
         sibling.replace(target)
-        return
+        return True
     try:
-        os.link(sibling, target)  # unlike rename, refuses to replace what appeared meanwhile
+        os.link(sibling, target)  # unlike rename, refuses to replace what is there
     except FileExistsError:
-        raise
+        pass
     except OSError:  # a file system without hard links
-        if target.exists():
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
-        sibling.replace(target)
+        if not target.exists():
+            sibling.replace(target)
+            return True
+    else:
+        return True
+    if not filecmp.cmp(sibling, target, shallow=False):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+    return False
 
 
 def _same(left: Path, right: Path) -> bool:
@@ -321,5 +328,6 @@ def _explain(path: Path, size: int | None = None, hint: str | None = None) -> It
             if size is not None:
                 what = f"needs {size / 1e6:,.1f} MB and does not fit: {error.strerror}"
         elif error.errno == errno.EEXIST:
-            what, advice = "appeared while it was being written", "replace it with --force"
+            what = "exists and holds something else"
+            advice = "choose another name, or replace it with --force"
         raise OutputError(f"{path} {what}", hint=hint or advice) from error

@@ -10,11 +10,13 @@ from pathlib import Path
 
 from clipmerge.checkpoint.index import weight_map
 from clipmerge.checkpoint.output import check_target
-from clipmerge.checkpoint.safetensors import header
+from clipmerge.checkpoint.safetensors import header, read_header
 from clipmerge.checkpoint.tensors import Tensor
 from clipmerge.errors import CheckpointError
 from clipmerge.weights.expression import Expression
+from clipmerge.weights.notation import notation
 from clipmerge.weights.plan import Plan, Step, make_plan
+from clipmerge.weights.record import read_record
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ def check_save(
     dtype: str | None = None,
     shard_size: int | None = None,
     model_named: bool = False,
+    again: bool = False,
 ) -> Target:
     """Refuse what `Weights.save` would refuse before it reads a tensor. Returns where it will write.
 
@@ -59,9 +62,13 @@ def check_save(
 
     Args:
         model_named: whether the caller says which model it is; without that, the checkpoints must agree on theirs.
+        again: let one file that exists through where it says that it is of this very expression; `new_files` compares
+            the bytes.
     """
     inputs = [file for checkpoint in weights.sources for file in checkpoint.files()]
-    real = check_target(path, force=force, inputs=inputs)
+    real = check_target(path, force=True, inputs=inputs)
+    again = again and not force and shard_size is None and _is_of(real, weights, dtype)
+    check_target(path, force=force or again, inputs=inputs)
     plan = make_plan(weights, dtype=dtype)
     if not model_named:
         weights.model  # noqa: B018 - raises where two models are mixed
@@ -72,8 +79,17 @@ def check_save(
     files = [real.with_name(name) for name in names] if index else [real]
     superseded = _superseded(real, stem, [*files, index])
     for file in (*files, *([index] if index else ()), *superseded):
-        check_target(file, force=force, inputs=inputs)
+        check_target(file, force=force or (again and file == real), inputs=inputs)
     return Target(plan, list(zip(files, groups, strict=True)), index, superseded)
+
+
+def _is_of(path: Path, weights: Expression, dtype: str | None) -> bool:
+    """Return whether a file there says that it was written of this expression, in this dtype."""
+    try:
+        record = read_record(read_header(path)[0])
+    except CheckpointError:  # there is none, or a file of another kind
+        return False
+    return (record.get("notation"), record.get("dtype")) == (notation(weights), dtype or "base")
 
 
 def output_files(target: Target, metadata: Mapping[str, str]) -> list[OutputFile]:

@@ -82,7 +82,7 @@ class Weights(Expression):
 
         Args:
             path: the file; with `shard_size` the index `<path>.index.json` stands beside the shards.
-            force: replace a file that exists.
+            force: replace a file that exists; without it one that holds the very bytes is left as it is.
             dtype: "F32", "F16", "BF16" …; None keeps the base's, tensor by tensor.
             allow_nonfinite: let NaN and infinity through.
             shard_size: the largest number of bytes of one file.
@@ -98,13 +98,12 @@ class Weights(Expression):
             RecipeError: the total is neither 0 nor 1.
             MismatchError: the checkpoints do not fit together.
             NonFiniteError: an input holds NaN or infinity, or the output's dtype overflows.
-            OutputError: the file exists, is an input, or cannot be written.
+            OutputError: another file is there, it is an input, or cannot be written.
         """
         dtype = float_dtype(dtype)
         named = "model" in (metadata or {})
-        target = check_save(
-            self, Path(path), force=force, dtype=dtype, shard_size=shard_size, model_named=named
-        )
+        options: dict[str, Any] = {"force": force, "dtype": dtype, "shard_size": shard_size}
+        target = check_save(self, Path(path), **options, model_named=named, again=True)
         replaced = _as_stored(statistics or {}, target.plan.steps)
         if replaced:
             about = (metadata or {}).get(RECALIBRATED, {})
@@ -116,7 +115,7 @@ class Weights(Expression):
         known = wanted.finish() if wanted.complete else dict.fromkeys(self.sources, "0" * 64)
         files = output_files(target, record(digests=known if digests else None))
         targets = [(file.path, file.size) for file in files]
-        options: dict[str, Any] = {"force": force, "fsync": fsync, "superseded": target.superseded}
+        options = {"force": force, "fsync": fsync, "superseded": target.superseded}
         with Reader(target.plan.checkpoints) as reader, new_files(targets, **options) as descriptors:
             placed = list(zip(files, descriptors, strict=True))
             sinks = [

@@ -137,8 +137,11 @@ def test_a_file_system_without_locks_and_hard_links_works(
     monkeypatch.setattr(os, "link", lacking)
     weights.save(out)
     assert _names(out.parent) == [out.name]
+    assert weights.save(out) == out  # the same bytes
+    out.write_bytes(b"theirs")
     with pytest.raises(OutputError, match="already exists"):
         weights.save(out)
+    assert out.read_bytes() == b"theirs"
 
 
 # -- folders that cannot be written to -----------------------------------------------------------------------
@@ -432,8 +435,41 @@ def test_runs_that_write_the_same_shards_at_once_leave_those_of_one_run(
     assert json.loads(done.stdout) == [[0, 0, 0], True, 5]
 
 
+def test_the_same_merge_again_finds_its_bytes_there_and_leaves_them(weights: Weights, out: Path) -> None:
+    weights.save(out)
+    before = out.stat()
+    assert weights.save(out) == out
+    assert (out.stat().st_ino, out.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert _names(out.parent) == [out.name]
+
+
+@pytest.mark.parametrize("change", ["a byte of the output", "a parent", "a note", "the dtype"])
+def test_the_same_merge_again_with_other_bytes_is_refused(
+    weights: Weights, out: Path, change: str, put: Put
+) -> None:
+    weights.save(out)
+    options: dict[str, Any] = {}
+    if change == "a byte of the output":
+        content = bytearray(out.read_bytes())
+        content[-1] ^= 1
+        out.write_bytes(content)
+    elif change == "a parent":
+        a, b = (checkpoint.path for checkpoint in weights.checkpoints)
+        assert a is not None
+        assert b is not None
+        put(b, w=np.full(2000, 3, np.float32))
+        weights = mean([load(a), load(b)])
+    else:
+        options = {"metadata": {"note": "another"}} if change == "a note" else {"dtype": "F16"}
+    before = out.read_bytes()
+    with pytest.raises(OutputError, match="exists"):
+        weights.save(out, **options)
+    assert out.read_bytes() == before
+    assert _names(out.parent) == [out.name]
+
+
 def test_a_file_that_appears_meanwhile_is_kept(weights: Weights, out: Path) -> None:
-    with pytest.raises(OutputError, match="appeared while it was being written"):
+    with pytest.raises(OutputError, match="exists and holds something else"):
         weights.save(out, on_progress=lambda *_: _touch(out))
     assert out.read_bytes() == b"theirs"
     assert _names(out.parent) == [out.name]
@@ -503,7 +539,7 @@ def _touch(path: Path) -> None:
 
 def test_a_shard_that_appears_meanwhile_is_kept_and_no_other_is_left(several: Weights, out: Path) -> None:
     theirs = out.with_name(SHARDS[2])
-    with pytest.raises(OutputError, match="appeared while it was being written"):
+    with pytest.raises(OutputError, match="exists and holds something else"):
         several.save(out, shard_size=32, digests=False, on_progress=lambda *_: _touch(theirs))
     assert _names(out.parent) == [theirs.name]
 
