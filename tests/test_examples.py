@@ -49,6 +49,7 @@ def test_the_notebook_runs_and_each_cell_shows_what_its_text_says(
     assert repr(score).startswith("Score(top1 ")
     assert "<table><caption>greedy soup: " in soup._repr_html_()
     assert figure.axes[0].get_title(loc="left").startswith("Greedy soup")
+    assert figure._repr_png_().startswith(b"\x89PNG")  # matplotlib's own figures show nothing without pyplot
     assert (printed, status) == (None, "verified")
     assert "p = " in capsys.readouterr().out
     assert all(not cell["outputs"] for cell in cells)

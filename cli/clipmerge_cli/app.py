@@ -132,6 +132,9 @@ def _run(args: list[str], wanted: str | None, came: list[int]) -> int:
         code = 130 if isinstance(end, KeyboardInterrupt) else end.code
         if code == 130:
             return _stopped(came)
+        words = args[args.index(wanted) + 1 :] if code == 2 and wanted in ("finetune", "sweep") else []
+        if words and not words[0].startswith("-"):
+            print(plain(f"hint: say where training starts with --base {words[0]}"), file=sys.stderr)
         return code if isinstance(code, int) else int(code is not None)
     except ClipmergeError as error:
         if came:

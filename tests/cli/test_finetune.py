@@ -207,7 +207,10 @@ def test_finetune_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixtu
     out = str(tmp_path / "ft.safetensors")
     assert main(["finetune", "--train", "digits", "-o", out]) == 1
     assert "training from scratch needs to know the model" in capsys.readouterr().err
+    assert main(["finetune", "base.pt", "--train", "digits", "-o", out]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "hint: say where training starts with --base base.pt"
     assert main(["finetune", "--train", "digits", "-o", out, "--method", "flip"]) == 2
+    assert "hint" not in capsys.readouterr().err
     assert main(["finetune", "--train", "digits", "-o", out, "--augment", "{"]) == 2
     assert not list(tmp_path.iterdir())
 

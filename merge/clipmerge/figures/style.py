@@ -40,12 +40,13 @@ _RC: dict[Any, Any] = {
 def figure(path: str | Path | None, *, width: float = 6.4, height: float = 4.4) -> Iterator["Figure"]:
     """Yield a figure to draw on; with a path, write it as PNG and SVG beside each other when the block ends well."""
     import matplotlib
-    from matplotlib.figure import Figure
+
+    from clipmerge.figures.notebook import NotebookFigure
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_RC)
-        drawn = Figure(figsize=(width, height), layout="constrained")
+        drawn = NotebookFigure(figsize=(width, height), layout="constrained")
         yield drawn
         for axes in drawn.axes:
             if axes.get_legend_handles_labels()[0]:
