@@ -84,6 +84,9 @@ def merge(
     refine: bool = shared.REFINE,
     fused: bool = opt(False, "Methods of matrices take q, k and v in one tensor as one matrix."),
     equalise: bool = opt(False, "Scale task vectors to the median of their norms first."),
+    space: Literal["full", "core", "knots"] = opt(
+        "full", "core, knots: align low-rank updates (adapters) in a space that they share."
+    ),
 ) -> None:
     """Any expression over checkpoints.
 
@@ -107,7 +110,7 @@ def merge(
     linear, task_arithmetic, slerp, model_stock and ties.
     """
     if expression.endswith((".yml", ".yaml")):
-        ours = ("files", "base", "fused", "equalise", "scale", "scales", "val", "refine")
+        ours = ("files", "base", "fused", "equalise", "space", "scale", "scales", "val", "refine")
         refuse_unused("with mergekit's YAML", *ours)
         from clipmerge.weights.mergekit import read_mergekit
 
@@ -120,7 +123,11 @@ def merge(
     recipe = replace(
         recipe, checkpoints=checkpoints, base=base or recipe.base, resize_positions=out.resize_positions
     )
-    options = {key: True for key, wanted in (("fused", fused), ("equalise", equalise)) if wanted}
+    options: dict[str, OptionValue] = {
+        key: value
+        for key, value in (("fused", fused), ("equalise", equalise), ("space", space))
+        if value not in (False, "full")
+    }
     value = None if scale is None else shared.scale(scale)
     automatic = scale is not None and value is None
     if not (automatic and out.dry_run):

@@ -41,6 +41,7 @@ def run(study: Study) -> None:
 def _statistics(study: Study, kind: str, task: str, seed: int) -> list[Any]:
     source = study.source(task, "train", study.setting["methods"]["statistics"][kind])
     images = ["--data", source, "--templates", study.template(task)]
+    images += ["--towers", "image"]  # the text tower is the base's in all of them
     return ["statistics", weights(tuned(task, seed)), "--method", kind, *images, "--force"]
 
 
@@ -101,8 +102,8 @@ def _chapter(study: Study, found: dict[int, dict[str, list[dict[str, Any]]]]) ->
         text=[
             "Every method that `clipmerge methods` lists, on the same finetunings, each added to the base "
             "with the scale that is best on held-out images (the mean of normalised scores). Options are "
-            "the defaults, which are those of the papers. Methods that go by statistics of training images "
-            "(fisher, regmean) are here where the setting takes some.",
+            "the defaults, which are those of the papers. Fisher merging and RegMean go by statistics of "
+            f"training images ({_counts(setting['statistics'])}) and have no scale.",
         ],
         tables=[
             {
@@ -131,6 +132,10 @@ def _chapter(study: Study, found: dict[int, dict[str, list[dict[str, Any]]]]) ->
         ],
         settings={"tasks": ", ".join(study.setting["tasks"]["names"])},
     )
+
+
+def _counts(statistics: dict[str, int]) -> str:
+    return " and ".join(f"{kind}: {count} a task" for kind, count in statistics.items()) or "none were taken"
 
 
 def _reach(values: list[float]) -> str:

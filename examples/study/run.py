@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("out", type=Path, help="folder for everything that is made; about 20 GB")
+    parser.add_argument("out", type=Path, help="folder for everything that is made; about 35 GB")
     parser.add_argument("--data", type=Path, default=Path(), help="where the setting's image sets lie")
     parser.add_argument(
         "--base", help="a CLIP of your own: a checkpoint, or MODEL:TAG of open_clip's; default: see base.py"

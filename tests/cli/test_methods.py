@@ -59,6 +59,13 @@ def test_shared_options_go_to_every_method_that_has_them(
     run(capsys, "merge", text, *named, "--fused", "--equalise", "-o", out)
     notation = cm.load(out).record["notation"]
     assert notation == "zs + iso_c([a - zs, b - zs], equalise=True, fused=True) + magmax([a - zs, b - zs])"
+    text = "zs + ties([a - zs, b - zs]) + svc([a - zs, b - zs]) - tsv([a - zs, b - zs], space='knots')"
+    run(capsys, "merge", text, *named, "--space", "core", "-o", out, "--force")
+    notation = cm.load(out).record["notation"]
+    assert 'ties([a - zs, b - zs], density=0.2, scope="tensor", space="core")' in notation
+    assert 'tsv([a - zs, b - zs], space="knots")' in notation
+    assert "svc([a - zs, b - zs], alpha=0.1)" in notation
+    assert cm.verify(out, [Path(f.partition("=")[2]).parent for f in named]).status == "verified"
 
 
 @pytest.mark.parametrize("text", [TIES, "zs + ties([a - zs, b - zs], density=0.5)"])

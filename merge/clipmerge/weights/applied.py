@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from operator import itemgetter
 from typing import Any, TypeAlias
 
@@ -18,6 +18,7 @@ from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import Checkpoint
 from clipmerge.dtypes import ITEMSIZE, Scratch, storage_dtype, widen
 from clipmerge.errors import NonFiniteError
+from clipmerge.ops.spaces import merge_in
 from clipmerge.ops.vectors import mean, total
 from clipmerge.types import Floats, Reals
 from clipmerge.weights.expression import Applied, Expression, Leaf, checkpoints_of
@@ -122,22 +123,31 @@ def apply_to_tensor(applied: Applied, name: str, shape: tuple[int, ...], read: R
     merged = None
     if applied.merged is not None:
         merged = evaluate(applied.merged, name, shape, read, facts).astype(arrays[0].dtype, copy=False)
-    if method.on != "matrices":
-        more = {"merged": merged} if method.takes_merged else {}
-        return method.function(*arrays, **keywords, **more)
+    space = applied.options.get("space")
+    if method.on != "matrices" and space is None:
+        keywords |= {"merged": merged} if method.takes_merged else {}
+        return method.function(*arrays, **keywords)
     if not all(np.isfinite(array).all() for array in arrays):
         message = f"{method.name} cannot work on {name!r}, which is not finite"
         raise NonFiniteError(message, hint="leave that checkpoint out")
     count = matrices_of(name, shape, fused=bool(applied.options.get("fused")))
     if count == 0:
+        if method.on != "matrices":
+            return method.function(*arrays, **keywords)
         if method.takes_merged:
             return total(*arrays) if merged is None else merged
         return mean(*arrays)
     parts = []
-    for rows in np.split(np.arange(shape[0]), count):
+    for number, rows in enumerate(np.split(np.arange(shape[0]), count)):
         part = slice(rows[0], rows[-1] + 1)
-        more = {"merged": None if merged is None else merged[part]} if method.takes_merged else {}
-        parts.append(method.function(*(array[part] for array in arrays), **keywords, **more))
+        more: dict[str, Any] = {}
+        if method.takes_merged:
+            more["merged"] = None if merged is None else merged[part]
+        if "name" in keywords and count > 1:
+            more["name"] = f"{name}[{number}]"  # what is drawn for q is not drawn for k
+        function = partial(method.function, **{**keywords, **more})
+        matrices = [array[part] for array in arrays]
+        parts.append(function(*matrices) if space is None else merge_in(str(space), function, *matrices))
     return np.concatenate(parts) if count > 1 else parts[0]
 
 

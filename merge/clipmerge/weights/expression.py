@@ -49,6 +49,11 @@ class Option:
 
 
 EQUALISE = Option(False, "scale every task vector to the median of their norms first")
+SPACE = Option(
+    "full",
+    "core, knots: align low-rank updates first, and rank entries of each matrix there",
+    choices=("full", "core", "knots"),
+)
 FUSED = Option(False, "take q, k and v in one tensor as one matrix")
 
 
@@ -91,6 +96,8 @@ class Method:
     def all_options(self) -> dict[str, Option]:
         """Its own options, and those of every method of its kind."""
         shared = {"equalise": EQUALISE} if self.takes == "vectors" and self.name != "equalise" else {}
+        if shared and not self.takes_merged:
+            shared["space"] = SPACE
         return {**self.options, **shared, **({"fused": FUSED} if self.on == "matrices" else {})}
 
     @property
@@ -136,6 +143,7 @@ class Applied:
         return (
             self.method.on == "entries"
             and self.options.get("scope") != "tensor"
+            and "space" not in self.options
             and all(i.streams for i in self.inputs)
         )
 

@@ -149,6 +149,12 @@ def apply(
     chosen = {
         key: value for key, value in chosen.items() if key in method.options or value != known[key].default
     }
+    if "space" in chosen and "scope" in chosen:
+        if options.get("scope") == "model":
+            raise RecipeError(
+                f"{name} ranks entries of each matrix in a space of its own", hint="leave out scope='model'"
+            )
+        chosen["scope"] = "tensor"
     least, most = method.operands
     if len(operands) < least or (most is not None and len(operands) > most):
         wanted = f"{least}" if most == least else f"at least {least}"

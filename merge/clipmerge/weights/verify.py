@@ -268,7 +268,7 @@ def _by_linear_algebra(leaf: Leaf) -> bool:
     if not isinstance(leaf, Applied):
         return False
     method, options = leaf.method, leaf.options
-    if method.on != "entries" or method.name in _BY_NORMS or options.get("equalise"):
+    if method.on != "entries" or method.name in _BY_NORMS or options.get("equalise") or "space" in options:
         return True
     return any(_by_linear_algebra(inside) for each in leaf.inputs for inside in each.terms)
 

@@ -17,6 +17,7 @@ from clipmerge.errors import CheckpointError, MismatchError, RecipeError
 from clipmerge.weights.check import check, left_alone
 from clipmerge.weights.digest import content_digest
 from clipmerge.weights.look import inspect
+from clipmerge.weights.methods import METHODS, apply
 from clipmerge.weights.parse import parse
 from clipmerge.weights.plan import make_plan
 from clipmerge.weights.verify import verify
@@ -212,6 +213,26 @@ def test_soups_and_task_arithmetic_of_adapters(two: dict[str, Any], tmp_path: Pa
     agree((base + ties([one - base, other - base], density=0.2)).state_dict(), expected)
     assert sum(make_plan(soup).steps[n].checkpoints.count(base.checkpoints[0]) for n in a) == len(a)
     assert left_alone(soup) == ["one, two are LoRA adapters over base"]
+
+
+@pytest.mark.parametrize("method", ["tsv", "gram", "iso_c"])
+def test_adapters_are_merged_in_their_core_space(two: dict[str, Any], tmp_path: Path, method: str) -> None:
+    """As the paper does it over the factors: U = orth([B …]), V = orth([A; …]), M_t = s·UᵀB·AV, and back."""
+    base, (one, other) = two["base"], two["loras"]
+    merged = base + apply(method, [one - base, other - base], space="core")
+    name, rows = "visual.transformer.resblocks.1.attn.in_proj_weight", slice(0, 16)
+    with Reader() as reader:
+        products = [factors_of(open_checkpoint(f).tensors[name])[0].product for f in two["folders"]]
+        pairs = [reader.factors(product) for product in products]  # the scale is in B
+    left = np.linalg.svd(np.hstack([b for b, _ in pairs]), full_matrices=False)[0]
+    right = np.linalg.svd(np.vstack([a for _, a in pairs]), full_matrices=False)[2].T
+    small = [(left.T @ b) @ (a @ right) for b, a in pairs]
+    options = {key: option.default for key, option in METHODS[method].options.items()}
+    update = left @ METHODS[method].function(*small, **options) @ right.T
+    got = merged.state_dict()[name][rows] - base.state_dict()[name][rows]
+    np.testing.assert_allclose(got, update, atol=2e-6 * np.abs(update).max() + 2e-7)
+    path = merged.save(tmp_path / "merged.safetensors")
+    assert verify(path, tmp_path).status == "verified"
 
 
 def test_files_made_of_adapters_are_verified(two: dict[str, Any], tmp_path: Path) -> None:

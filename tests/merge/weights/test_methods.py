@@ -4,6 +4,7 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import clipmerge as cm
 from clipmerge.errors import CheckpointError, NonFiniteError, RecipeError
 from clipmerge.ops import vectors
+from clipmerge.ops.spaces import merge_in
 from clipmerge.weights import blocks
 from clipmerge.weights import weights as face
 from clipmerge.weights.digest import content_digest
@@ -237,6 +239,51 @@ def test_matrices_are_told_from_the_rest(name: str, point: Point, arrays: Callab
         mean = np.mean(tensors[1:] if method.takes == "vectors" else tensors, axis=0)
         expected = np.sum(tensors[1:], axis=0) - 2 * tensors[0] if method.takes_merged else mean
         np.testing.assert_allclose(got[rest], expected, atol=1e-12)
+
+
+ALIGNED = sorted(name for name, method in METHODS.items() if "space" in method.all_options)
+
+
+@pytest.mark.parametrize("space", ["core", "knots"])
+@pytest.mark.parametrize("name", ALIGNED)
+def test_every_method_of_task_vectors_works_in_a_space_that_they_share(
+    name: str, space: str, point: Point, arrays: Callable[..., Any]
+) -> None:
+    """Matrices (q, k and v apart) are merged there, other tensors as ever; order changes no bit, zeros give zeros."""
+    made = _rank_2(models(4))
+    got = merged(name, made, point, arrays, space=space)
+    key, method = "visual.transformer.resblocks.0.attn.in_proj_weight", METHODS[name]
+    keywords = {k: o.default for k, o in method.options.items()}
+    keywords |= {"scope": "tensor"} if "scope" in keywords else {}
+    wide = [{k: v.astype("f8") for k, v in m.items()} for m in made]
+    taken = [m[key] - wide[0][key] for m in wide[1:]]
+    taken = taken if method.on != "entries" else [each.astype("f4") for each in taken]
+    for number, rows in enumerate((slice(8), slice(8, 16), slice(16, 24))):
+        named = {"name": f"{key}[{number}]"} if "name" in method.keywords else {}
+        rule = partial(method.function, **keywords, **named)
+        expected = wide[0][key][rows] + merge_in(space, rule, *(each[rows] for each in taken))
+        np.testing.assert_allclose(got[key][rows], expected, atol=1e-6)
+    whole = merged(name, made, point, arrays, **({"scope": "tensor"} if "scope" in keywords else {}))
+    for rest in ("text_projection", "visual.conv1.weight", "ln_final.weight", "logit_scale"):
+        np.testing.assert_array_equal(got[rest], whole[rest])
+    if method.symmetric:
+        backward = merged(name, [made[0], *made[:0:-1]], point, arrays, space=space)
+        assert farthest(got, backward) == 0
+    assert farthest(merged(name, made[:1] * 4, point, arrays, space=space), made[0]) < 1e-6
+
+
+def test_a_space_is_an_option_like_others(point: Point) -> None:
+    a, b = point("a"), point("b")
+    expression = apply("ties", [a - b], space="core")
+    assert repr(expression) == 'ties([a - b], density=0.2, scope="tensor", space="core")'
+    assert repr(apply("tsv", [a - b], space="full")) == "tsv([a - b])"
+    with pytest.raises(RecipeError, match="ranks entries of each matrix in a space of its own"):
+        apply("ties", [a - b], space="knots", scope="model")
+    with pytest.raises(RecipeError, match="is one of full, core, knots, not 'cor'"):
+        apply("tsv", [a - b], space="cor")
+    for name in ("svc", "lines", "equalise"):  # they work on what was merged, or merge nothing
+        with pytest.raises(RecipeError, match="has no option 'space'"):
+            apply(name, [a - b], space="core")
 
 
 def test_thresholds_are_of_the_whole_model(point: Point, arrays: Callable[..., Any], monkeypatch) -> None:
