@@ -1,7 +1,9 @@
 """The table of nonlinear methods, and what it refuses."""
 
+import gc
 import inspect
 import re
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,7 +17,7 @@ import clipmerge as cm
 from clipmerge.errors import CheckpointError, NonFiniteError, RecipeError
 from clipmerge.ops import vectors
 from clipmerge.ops.spaces import merge_in
-from clipmerge.weights import blocks
+from clipmerge.weights import blocks, measure
 from clipmerge.weights import weights as face
 from clipmerge.weights.digest import content_digest
 from clipmerge.weights.methods import METHODS, apply
@@ -382,3 +384,46 @@ def test_each_method_is_a_function(point: Point) -> None:
         face.slerp(a, b, 0.3, 0.4)
     with pytest.raises(AttributeError):
         _ = face.slurp
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_memory_is_that_of_one_tensor_of_each_ingredient(
+    name: str, put: Any, point: Point, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four times as many layers take no more memory, and a layer takes a few copies of its matrices in float64."""
+    monkeypatch.setattr(blocks, "BLOCK", 1 << 14)
+    method, edge, models = METHODS[name], 128, 5
+    rng = np.random.default_rng(0)
+
+    def peak(layers: int) -> int:
+        paths = []
+        for number in range(models):
+            matrices = {f"visual.l{i:02}.weight": rng.standard_normal((edge, edge)) for i in range(layers)}
+            path = tmp_path / f"{layers}-{number}.safetensors"
+            paths.append(put(path.name, **{key: matrix.astype("f4") for key, matrix in matrices.items()}))
+            if method.statistics:
+                held = {key: matrix.T @ matrix for key, matrix in matrices.items()}
+                held = {key: np.abs(matrix).astype("f4") for key, matrix in held.items()}
+                about = {"method": name, "of": content_digest(cm.load(path).checkpoints[0])}
+                beside = path.with_suffix(f".{method.statistics}.safetensors")
+                point("of", **held).save(beside, metadata={"statistics": about})
+        base, *others = cm.load_all(paths)
+        operands = [base, *others] if method.takes == "points" else [other - base for other in others]
+        result = apply(name, operands[: method.operands[1]])
+        gc.collect()
+        tracemalloc.start()
+        try:
+            (result if method.gives else base + result).save(
+                tmp_path / f"out{layers}.st", threads=1, digests=False
+            )
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(1)  # what is imported on the way
+    few, many = peak(6), peak(24)
+    sample = 24 * edge**2 * models * 4 * measure.SAMPLED // blocks.method_block()  # of whole-model thresholds
+    assert many < 1.1 * few + 2 * sample + 50_000
+    assert (
+        few < 6 * models * edge**2 * 8 + 2 * blocks.BLOCK * 60
+    )  # copies of its matrices, the pass's buffers
