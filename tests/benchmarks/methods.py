@@ -1,25 +1,32 @@
 """How fast are the methods: TIES against the linear pass, TSV-M and Iso-C against full SVDs; and do these agree?
 
     python tests/benchmarks/methods.py [--model ViT-B-32] [--tasks 8] [--blocks 12] [--rounds 3]
+        [--mergekit PATH/mergekit-pytorch]
 
 Everything is measured in turns in one process, medians, CPU seconds beside wall seconds (which others' work on the
 machine cannot lengthen as much). Checkpoints have open_clip's names and shapes and random numbers; with --blocks fewer
-of them. The straight way computes every SVD in full, float64 and float32, with all threads that torch takes.
+of them. The straight way computes every SVD in full, float64 and float32, with all threads that torch takes; of whole
+models it reads all files, merges matrix by matrix in float64 (q, k and v apart, as ours does), and writes one file.
 """
 
 import argparse
+import shutil
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from merge_pass import make, shapes_of
+from safetensors.torch import load_file, save_file
 
 import clipmerge as cm
 from clipmerge.ops.matrices import iso_c, tsv
+from clipmerge.weights.names import matrices_of
 from clipmerge.weights.weights import Weights
 
 Matrices = list[np.ndarray]
@@ -72,6 +79,48 @@ def report(title: str, measured: dict[str, tuple[float, float]], unit: str) -> N
         print(f"  {name:24} {wall:8.3f} s  CPU {cpu:8.3f} s  {ratios}")
 
 
+def straight_model(rule: Callable[[list[torch.Tensor]], torch.Tensor], paths: list[Path], out: Path) -> None:
+    """base + rule(task vectors), matrix by matrix; other tensors take the mean."""
+    base, *tuned = [load_file(path) for path in paths]
+    merged = {}
+    for name, start in base.items():
+        vectors = [(other[name].double() - start.double()) for other in tuned]
+        count = matrices_of(name, tuple(start.shape))
+        if count:
+            parts = zip(*(vector.chunk(count) for vector in vectors), strict=True)
+            update = torch.cat([rule(list(part)) for part in parts])
+        else:
+            update = torch.stack(vectors).mean(0)
+        merged[name] = (start.double() + update).to(start.dtype)
+    save_file(merged, out)
+
+
+def disagreement(ours: Path, theirs: Path, base: Path) -> float:
+    """The largest relative difference of a tensor's update."""
+    start, one, other = load_file(base), load_file(ours), load_file(theirs)
+    differences = []
+    for name, tensor in start.items():
+        update = (other[name].double() - tensor.double()).norm()
+        differences.append(
+            float((one[name].double() - other[name].double()).norm() / update.clamp(min=1e-30))
+        )
+    return max(differences)
+
+
+def mergekit_ties(command: str, paths: list[Path], folder: Path) -> Callable[[], None]:
+    recipe, base = folder / "ties.yaml", paths[0]
+    models = "".join(f"  - model: {path}\n" for path in paths[1:])
+    parameters = "parameters: {density: 0.2, weight: 1.0, normalize: false}\ndtype: float32\n"
+    recipe.write_text(f"merge_method: ties\nbase_model: {base}\nmodels:\n{models}{parameters}")
+    arguments = [command, str(recipe), str(folder / "mergekit-out")]
+
+    def run() -> None:
+        shutil.rmtree(folder / "mergekit-out", ignore_errors=True)
+        subprocess.run(arguments, check=True, capture_output=True)
+
+    return run
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -80,6 +129,10 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--blocks", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--straight-rounds", type=int, default=1, help="of the straight way over whole models"
+    )
+    parser.add_argument("--mergekit", help="the mergekit-pytorch command")
     options = parser.parse_args()
     shapes = {
         name: shape
@@ -101,8 +154,9 @@ def main() -> None:
                 title = f"{rule.__name__} {shape} {name}: agrees to {error:.1e}"
                 report(title, timed(ways, options.rounds), "ours")
     with tempfile.TemporaryDirectory() as folder:
-        zs, *tuned = [cm.load(path) for path in make(Path(folder), shapes, "F32", options.tasks + 1)]
-        vectors, out = [weights - zs for weights in tuned], Path(folder) / "out.safetensors"
+        paths = make(Path(folder), shapes, "F32", options.tasks + 1)
+        zs, *tuned = [cm.load(path) for path in paths]
+        vectors, out, theirs = [w - zs for w in tuned], Path(folder) / "out.st", Path(folder) / "straight.st"
 
         def save(weights: Weights) -> Callable[[], object]:
             return lambda: weights.save(out, force=True, digests=False)
@@ -114,7 +168,22 @@ def main() -> None:
             "tsv": save(zs + cm.tsv(vectors)),
             "iso_c": save(zs + cm.iso_c(vectors)),
         }
-        report(f"base + {options.tasks} x {options.model}", timed(ways, options.rounds), "linear")
+        whole = f"base + {options.tasks} x {options.model}"
+        report(whole, timed(ways, options.rounds), "linear")
+        for name, straight in (("tsv", tsv_straight), ("iso_c", iso_c_straight)):
+            pair = {name: ways[name], "straight, float64": partial(straight_model, straight, paths, theirs)}
+            measured = timed(pair, min(options.rounds, options.straight_rounds))
+            report(f"{whole}: agrees to {disagreement(out, theirs, paths[0]):.1e}", measured, name)
+        if options.mergekit:
+            pair = {
+                "ties": ways["ties"],
+                "mergekit-pytorch ties": mergekit_ties(options.mergekit, paths, Path(folder)),
+            }
+            report(f"{whole}, mergekit in a process of its own", timed(pair, options.straight_rounds), "ties")
+        else:
+            print(
+                "mergekit is left out: give --mergekit PATH/mergekit-pytorch (0.1.5, in its own environment)"
+            )
 
 
 if __name__ == "__main__":
