@@ -23,6 +23,7 @@ PUBLIC = [
     "build_model",
     "compare",
     "compare_tasks",
+    "consensus_thresholds",
     "finetune",
     "from_state_dict",
     "greedy_ensemble",

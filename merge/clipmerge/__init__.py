@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from clipmerge.progress import progress_bar as progress_bar
     from clipmerge.report.page import report_page as report_page
     from clipmerge.search.adamerging import adamerging as adamerging
+    from clipmerge.search.consensus import consensus_thresholds as consensus_thresholds
     from clipmerge.search.ensemble import greedy_ensemble as greedy_ensemble
     from clipmerge.search.learned import learned_soup as learned_soup
     from clipmerge.search.patch import patch as patch
@@ -65,6 +66,7 @@ _NAMES = {
     "progress": "progress_bar",
     "report.page": "report_page",
     "search.adamerging": "adamerging",
+    "search.consensus": "consensus_thresholds",
     "search.ensemble": "greedy_ensemble",
     "search.learned": "learned_soup",
     "search.patch": "patch",

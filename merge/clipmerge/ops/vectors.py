@@ -183,8 +183,21 @@ def consensus(*vectors: Reals, threshold: float | Sequence[float], least: int) -
     summed = total(*vectors)
     active = np.zeros(summed.shape, np.uint32)
     for vector, factor in zip(vectors, each, strict=True):
-        active += np.abs(vector) > factor * np.abs(summed - vector)
+        active += _matters(vector, summed, factor)
     return np.asarray(summed * (active >= min(int(least), len(vectors))))
+
+
+def tall_mask(*vectors: Reals, threshold: float) -> Reals:
+    """Keep the entries of the sum that matter to the first vector: its TALL mask.
+
+    Source: Wang et al. 2024, arXiv 2405.07813.
+    """
+    summed = total(*vectors)
+    return np.asarray(summed * _matters(vectors[0], summed, threshold))
+
+
+def _matters(vector: Reals, summed: Reals, threshold: float) -> np.ndarray:
+    return np.abs(vector) > threshold * np.abs(summed - vector)
 
 
 def lines(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from clipmerge.checkpoint.tensors import Checkpoint
 from clipmerge.errors import SelectionError
 from clipmerge.evaluate.score import Score
+from clipmerge.search.consensus import consensus_thresholds
 from clipmerge.search.results import SweepResult, Table
 from clipmerge.search.rules import Scores
 from clipmerge.search.sweep import MakeWeights, steps, sweep_scale
@@ -159,7 +160,8 @@ def leaderboard(
 
     Args:
         tuned: task → its finetuned model; the task is also the split on which scales are chosen.
-        methods: such as "ties" or "ties(density=0.1)"; "mean" and "task_arithmetic" too. By default all that take so
+        methods: such as "ties" or "ties(density=0.1)"; "mean" and "task_arithmetic" too; of "consensus" alone the
+            thresholds are chosen by the tasks' own splits. By default all that take so
             many models, and whose statistics, where they need some, lie beside all of these.
         test: task → the split to report on; None: report on the tasks' own splits.
         grid: the scales that every method of task vectors tries, by default its own, as in `search_scale`.
@@ -192,6 +194,10 @@ def leaderboard(
         entries = [entry("zero-shot", start), entry("finetuned", None)]
         ranked = []
         for name, family in families.items():
+            if name == "consensus":  # there are images to choose its thresholds on
+                thresholds = consensus_thresholds(start, models, evaluator, on_progress=on_progress)
+                text = f"consensus(threshold={list(thresholds)})"
+                family = family_of(text, start, list(models.values()))
             weights, scale, hold = family(Fraction(1)), None, Held()
             if _free(name):
                 result = search_scale(

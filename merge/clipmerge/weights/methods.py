@@ -119,15 +119,16 @@ METHODS: Mapping[str, Method] = {
 
 
 def apply(
-    name: str,
+    name: str | Method,
     operands: Sequence[E],
     merged: E | None = None,
     statistics: "Sequence[Expression | str | Path] | None" = None,
     **options: OptionValue,
 ) -> E:
-    """Apply the named method to `operands`, lazily.
+    """Apply a method to `operands`, lazily.
 
     Args:
+        name: of the table; or a method of one's own, which no notation can name.
         merged: what another method made of the operands, for those that work on it.
         statistics: of methods that need them, a file of statistics for each operand; None: those beside the operands.
 
@@ -135,9 +136,10 @@ def apply(
         RecipeError: no such method or option, the wrong number of operands, points where it takes vectors, or no
             statistics.
     """
-    method = METHODS.get(name)
+    method = name if isinstance(name, Method) else METHODS.get(name)
     if method is None:
-        raise RecipeError(f"there is no method {name!r}", hint=_did_you_mean(name, METHODS))
+        raise RecipeError(f"there is no method {name!r}", hint=_did_you_mean(str(name), METHODS))
+    name = method.name
     options = {method.renamed.get(option, option): value for option, value in options.items()}
     known = method.all_options
     for option in options:
