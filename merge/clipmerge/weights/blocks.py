@@ -166,14 +166,9 @@ def sums_halves(step: Step) -> bool:
 def block_length(step: Step) -> int:
     """Return how many elements of a step are computed at a time: equal blocks, at most 2 * `BLOCK`."""
     if step.has_methods:
-        return method_block()
+        return BLOCK
     count = ceil(step.numel / (2 * BLOCK)) if sums_halves(step) else round(step.numel / BLOCK)
     return ceil(step.numel / max(count, 1))
-
-
-def method_block() -> int:
-    """Return how many elements a method takes at a time: its arrays of all inputs fit a core's cache."""
-    return max(BLOCK // 4, 1)
 
 
 def default_threads() -> int:

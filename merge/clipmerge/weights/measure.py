@@ -14,15 +14,16 @@ from clipmerge.ops.decompose import CUT
 from clipmerge.ops.order import count_of, kth_largest_of_stream
 from clipmerge.ops.vectors import crumb_ranks, elect, equal_factors, total
 from clipmerge.types import Progress, Reals
+from clipmerge.weights import blocks
 from clipmerge.weights.applied import Facts, Measured, evaluate, operands_of, read_stretch, read_whole
-from clipmerge.weights.blocks import Buffers, default_threads, in_threads, method_block
+from clipmerge.weights.blocks import Buffers, default_threads, in_threads
 from clipmerge.weights.expression import Applied, Leaf, applied_in
 from clipmerge.weights.names import depths_of
 from clipmerge.weights.plan import Plan, Step
 
 T = TypeVar("T")
 
-SAMPLED = 1 << 8
+SAMPLED = 1 << 10
 """Elements at the beginning of each piece that a sample looks at."""
 SAME = 1e-4
 """Operands whose difference is smaller than this share of them are one: copies, but for rounding."""
@@ -100,8 +101,8 @@ class Model:
         if strided or not all(operand.streams for operand in self._applied.inputs):
             yield step, 0, step.numel, True
             return
-        for low in range(0, step.numel, method_block()):
-            high = min(low + method_block(), step.numel)
+        for low in range(0, step.numel, blocks.BLOCK):
+            high = min(low + blocks.BLOCK, step.numel)
             yield step, low, min(high, low + SAMPLED) if sampled else high, False
 
     def _arrays(self, step: Step, low: int, high: int, whole: bool, scratch: Scratch) -> list[Reals]:

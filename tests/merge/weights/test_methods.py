@@ -422,7 +422,7 @@ def test_memory_is_that_of_one_tensor_of_each_ingredient(
 
     peak(1)  # what is imported on the way
     few, many = peak(6), peak(24)
-    sample = 24 * edge**2 * models * 4 * measure.SAMPLED // blocks.method_block()  # of whole-model thresholds
+    sample = 24 * edge**2 * models * 4 * measure.SAMPLED // blocks.BLOCK  # of whole-model thresholds
     assert many < 1.1 * few + 2 * sample + 50_000
     assert (
         few < 6 * models * edge**2 * 8 + 2 * blocks.BLOCK * 60
