@@ -102,7 +102,8 @@ def _chapter(study: Study, found: dict[int, dict[str, list[dict[str, Any]]]]) ->
         text=[
             "Every method that `clipmerge methods` lists, on the same finetunings, each added to the base "
             "with the scale that is best on held-out images (the mean of normalised scores). Options are "
-            "the defaults, which are those of the papers. Fisher merging and RegMean go by statistics of "
+            "the defaults, which are those of the papers; Consensus TA chooses its thresholds on held-out images, "
+            "too. Fisher merging and RegMean go by statistics of "
             f"training images ({_counts(setting['statistics'])}) and have no scale; they were run after the other "
             "rows had been seen, with their defaults.",
         ],
