@@ -1,6 +1,6 @@
 """Plan → bytes: the streaming pass, into files or into memory. Same bytes for any order and thread count."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from threading import Lock
@@ -30,7 +30,7 @@ from clipmerge.weights.measure import measure
 from clipmerge.weights.plan import Plan, Step
 
 SMALL = 1 << 23
-"""Elements of a tensor of which several are computed at once where they are needed whole."""
+"""Elements of a tensor of which several are computed at once where they are needed whole; of larger ones, one."""
 
 
 def execute(
@@ -76,6 +76,10 @@ def execute(
         write(sink, offset, _compute_whole(step, reader, allow_nonfinite, digests, facts))
         yield
 
+    def one_at_a_time(items: Sequence[tuple[Step, Sink, int]], buffers: Buffers) -> Iterator[None]:
+        for item in items:
+            yield from whole(*item, buffers)
+
     def streamed(stretch: Stretch, sink: Sink, offset: int, buffers: Buffers) -> Iterator[None]:
         for begin, computed in stretch.compute(buffers, not_finite):
             write(sink, offset + begin, computed)
@@ -95,9 +99,9 @@ def execute(
     facts = measure(plan, reader, threads=threads, on_progress=on_progress)
     held = [item for item in placed if not item[0].streams]
     with _one_blas_thread(any(item[0].has_methods for item in held)):
-        for count, is_small in ((threads, True), (1, False)):  # large tensors one at a time
-            items = [item for item in held if (item[0].numel <= SMALL) == is_small]
-            in_threads((partial(whole, *item) for item in items), count)
+        large = [item for item in held if item[0].numel > SMALL]
+        small = (partial(whole, *item) for item in held if item[0].numel <= SMALL)
+        in_threads([partial(one_at_a_time, large), *small], threads)
     in_threads((task for item in placed if item[0].streams for task in stretches(*item)), threads)
     reader.unchanged()
 
@@ -149,6 +153,7 @@ def _one_blas_thread(needed: bool) -> Iterator[None]:
     if not needed:
         yield
         return
+    import scipy.linalg  # noqa: F401 - brings a BLAS of its own, which is limited only once it is there
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1, user_api="blas"):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from numpy.linalg import inv, norm, pinv, svd
 
+from clipmerge.ops import decompose
 from clipmerge.ops.matrices import ace, gram, iso_c, iso_cts, svc, tsv
 
 F64 = np.ndarray
@@ -188,3 +189,23 @@ def test_svc_undoes_what_is_counted_twice() -> None:
     (task,) = draw(1)
     np.testing.assert_allclose(svc(task, task, merged=None, alpha=0.1), task, atol=1e-9)
     np.testing.assert_allclose(svc(task, task, merged=0.5 * task, alpha=1.0), 0.5 * task, atol=1e-9)
+
+
+@pytest.mark.parametrize("by_address", [True, False])
+@pytest.mark.parametrize(("size", "count"), [(1, 1), (5, 2), (64, 9), (200, 25)])
+def test_the_largest_eigenpairs(
+    size: int, count: int, by_address: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By LAPACK's address where its integers have 32 bits, else by scipy; here they have."""
+    assert decompose._address_of_dsyevr() is not None
+    if not by_address:
+        monkeypatch.setattr(decompose, "_address_of_dsyevr", lambda: None)
+    matrix = draw(1, (size + 3, size))[0]
+    gram = matrix.T @ matrix
+    before = gram.copy()
+    values, vectors = decompose._largest_eigenpairs(gram, count)
+    assert vectors.shape == (size, count)
+    np.testing.assert_array_equal(gram, before)
+    np.testing.assert_allclose(values, np.linalg.eigvalsh(gram)[size - count :], rtol=1e-12)
+    np.testing.assert_allclose(gram @ vectors, vectors * values, atol=1e-11 * values[-1])
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(count), atol=1e-12)

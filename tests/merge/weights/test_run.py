@@ -1,10 +1,13 @@
 """Plan → numbers: values, dtypes, integers, blocks, progress. (Same bytes and memory: tests/merge/trust.)"""
 
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,7 @@ from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import Checkpoint, Extent, Tensor
 from clipmerge.dtypes import Scratch, narrow, to_float64
 from clipmerge.errors import MismatchError, NonFiniteError, RecipeError
-from clipmerge.weights import blocks
+from clipmerge.weights import blocks, run
 from clipmerge.weights.coefficient import Coefficient
 from clipmerge.weights.methods import apply
 from clipmerge.weights.weights import Weights, interpolate, load, mean
@@ -354,3 +357,63 @@ def test_a_failure_stops_a_long_tensor_in_another_thread_at_its_next_block(
             tmp_path / "out.safetensors", threads=2, on_progress=slow
         )
     assert blocks_written < 1000
+
+
+BLAS = """
+import numpy as np
+from threadpoolctl import threadpool_info
+from clipmerge.ops.decompose import triplets
+from clipmerge.weights.run import _one_blas_thread
+def threads():
+    return sorted(library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas")
+with _one_blas_thread(True):
+    triplets(np.random.default_rng(0).standard_normal((64, 64)), 8)
+    print(threads())
+print(threads())
+"""
+
+
+def test_every_blas_keeps_to_one_thread_while_methods_run() -> None:
+    """scipy's is another than numpy's, and is loaded late: on two threads last bits depend on them."""
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "2", "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", BLAS]
+    inside, after = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert inside == "[1, 1]"
+    assert after == "[2, 2]"
+
+
+def test_large_tensors_are_computed_one_at_a_time_beside_small_ones(
+    point: Point, arrays: Arrays, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(run, "SMALL", 100)
+    original, lock = run._compute_whole, Lock()
+    large_now, most_large, names = 0, 0, []
+
+    def watched(step: Any, *rest: Any) -> Any:
+        nonlocal large_now, most_large
+        large = step.numel > 100
+        with lock:
+            names.append(step.name)
+            large_now += large
+            most_large = max(most_large, large_now)
+        time.sleep(0.005)
+        result = original(step, *rest)
+        with lock:
+            large_now -= large
+        return result
+
+    monkeypatch.setattr(run, "_compute_whole", watched)
+    shapes = {**{f"l{i}": (12, 10) for i in range(6)}, **{f"s{i}": (6, 5) for i in range(6)}}
+    rng = np.random.default_rng(0)
+    a, b, base = (
+        point(n, **{k: rng.standard_normal(s).astype("f4") for k, s in shapes.items()})
+        for n in ("a", "b", "base")
+    )
+    merged = base + apply("tsv", [a - base, b - base])
+    one = merged.save(tmp_path / "1.safetensors", threads=1).read_bytes()
+    names.clear()
+    assert merged.save(tmp_path / "3.safetensors", threads=3).read_bytes() == one
+    assert sorted(names) == sorted(shapes)
+    assert most_large == 1
