@@ -72,7 +72,8 @@ def polar_and_values(matrix: Floats) -> tuple[Floats, Floats]:
     squares, vectors = np.linalg.eigh(matrix.T @ matrix)
     if squares[0] > _ACCURATE_POLAR**2 * squares[-1]:
         values = np.sqrt(squares)
-        return matrix @ ((vectors / values) @ vectors.T), values
+        root = vectors / np.sqrt(values)
+        return matrix @ (root @ root.T), values  # a matrix times its transpose costs half a product
     left, values, right = np.linalg.svd(matrix, full_matrices=False)
     kept = values > CUT * values[0]
     return left[:, kept] @ right[kept], values[kept]
