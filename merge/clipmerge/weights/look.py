@@ -15,7 +15,7 @@ from clipmerge.checkpoint.tensors import Checkpoint, Tensor
 from clipmerge.dtypes import finite, to_float64
 from clipmerge.types import Floats, Progress
 from clipmerge.weights.applied import Facts, Measured, evaluate
-from clipmerge.weights.blocks import MEMORY, default_threads
+from clipmerge.weights.blocks import BLOCK, MEMORY, default_threads
 from clipmerge.weights.check import check
 from clipmerge.weights.coefficient import Coefficient
 from clipmerge.weights.digest import Digests, for_each_tensor
@@ -382,14 +382,18 @@ def describe(weights: Expression, *, dtype: str | None = None, threads: int | No
 
 
 def memory_of(plan: Plan, threads: int | None = None) -> int:
-    """Bound the bytes that the pass works in; methods that need whole tensors hold those of all inputs, in float64."""
+    """Bound the bytes that the pass works in.
+
+    Methods that need whole tensors hold those of all inputs, in float64: each thread a small one, and only one thread a
+    large one. Others hold a block of every input, and of what they are given.
+    """
     threads = threads or default_threads()
-    held = [
-        (len(s.checkpoints) + 8) * s.numel * 8 * (threads if s.numel <= SMALL else 1)
-        for s in plan.steps.values()
-        if s.has_methods and not s.streams
-    ]
-    return threads * MEMORY + max(held, default=0)
+    steps = [step for step in plan.steps.values() if step.has_methods]
+    whole = [((len(s.checkpoints) + 8) * s.numel * 8, s.numel <= SMALL) for s in steps if not s.streams]
+    small = max((size for size, is_small in whole if is_small), default=0)
+    large = max((size for size, is_small in whole if not is_small), default=small)
+    blocks = max((2 * len(s.checkpoints) * min(s.numel, BLOCK) * 8 for s in steps if s.streams), default=0)
+    return threads * (MEMORY + blocks) + large + (threads - 1) * small
 
 
 def _formula(step: Step, weights: Expression, names: Mapping[Checkpoint, str]) -> str:

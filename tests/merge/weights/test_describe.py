@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from clipmerge.errors import MismatchError
+from clipmerge.weights.blocks import BLOCK
 from clipmerge.weights.look import describe, memory_of
 from clipmerge.weights.methods import apply
 from clipmerge.weights.plan import make_plan
@@ -52,6 +53,16 @@ def test_memory_counts_whole_tensors_of_methods(point: Point) -> None:
     assert memory_of(make_plan(a), 4) == 2 * memory_of(make_plan(a), 2)
     linear, curved = (memory_of(make_plan(w)) for w in (mean([a, b]), apply("slerp", [a, b])))
     assert curved - linear >= 3 * 8 * 10**6
+
+
+def test_memory_counts_one_large_tensor_beside_small_ones_and_every_input_s_block(point: Point) -> None:
+    large, small = np.zeros(9 * 10**6, np.float32), np.zeros(10**6, np.float32)
+    two = [point(n, large=large, small=small) for n in "ab"]
+    more = memory_of(make_plan(apply("slerp", two)), 3) - memory_of(make_plan(mean(two)), 3)
+    assert more == (2 + 8) * 8 * (9 * 10**6 + 2 * 10**6)
+    base, *others = (point(f"m{i}", x=small) for i in range(40))
+    wide, narrow = (apply("magmax", [o - base for o in some]) for some in (others, others[:2]))
+    assert memory_of(make_plan(wide), 2) - memory_of(make_plan(narrow), 2) == 2 * 37 * 2 * BLOCK * 8
 
 
 def test_no_tensor_is_read(tmp_path: Path, point: Point) -> None:
