@@ -97,14 +97,10 @@ class Output(Talk):
         else:
             from clipmerge.weights.output_files import check_save
 
-            named = model is not None
-            options: dict[str, Any] = {
-                "dtype": dtype,
-                "force": force,
-                "shard_size": limit,
-                "model_named": named,
-            }
-            check_save(weights, self.output, **options, again=again)
+            named, out = model is not None, self.output
+            check_save(
+                weights, out, dtype=dtype, force=force, shard_size=limit, model_named=named, again=again
+            )
 
     def write(
         self, weights: "Weights", record: Mapping[str, Any], on_progress: "Progress | None" = None
@@ -158,11 +154,8 @@ class Output(Talk):
         """
         if written is None:
             return
-        self.say(
-            f"{show.short(written)} is there already, with the same bytes"
-            if there
-            else f"wrote {show.short(written)}"
-        )
+        name = show.short(written)
+        self.say(f"{name} is there already, with the same bytes" if there else f"wrote {name}")
         if self.push_to_hub:
             from clipmerge.report.model_folder import push
 

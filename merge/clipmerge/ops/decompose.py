@@ -79,6 +79,13 @@ def polar_and_values(matrix: Floats) -> tuple[Floats, Floats]:
     return left[:, kept] @ right[kept], values[kept]
 
 
+def above_the_cut(gram: Floats) -> tuple[Floats, Floats]:
+    """Return a Gram matrix's eigenvalues, ascending, and their vectors, of singular values above the cut."""
+    squares, vectors = np.linalg.eigh(gram)
+    kept = squares > CUT**2 * squares.max(initial=0.0)
+    return squares[kept], vectors[:, kept]
+
+
 def _eigh(gram: Floats, count: int) -> tuple[Floats, Floats]:
     """Return the `count` largest eigenvalues, ascending, and their vectors."""
     size = len(gram)

@@ -4,11 +4,12 @@ Directions whose singular value is rounding (below `CUT` of the largest) are lef
 directions, and what an SVD returns beside them would be invented.
 """
 
+from functools import reduce
 from typing import Literal
 
 import numpy as np
 
-from clipmerge.ops.decompose import CUT, Triplets, polar, polar_and_values, triplets
+from clipmerge.ops.decompose import CUT, Triplets, above_the_cut, polar, polar_and_values, triplets
 from clipmerge.ops.vectors import total
 from clipmerge.types import Floats
 
@@ -92,10 +93,8 @@ def gram_merge(terms: list[tuple[Floats, Floats, float]], ridge: float) -> Float
         terms: c·W (m, n), G (n, n) symmetric, c.
     """
     fitted = sum(weighted @ square for weighted, square, _ in terms)
-    squares, vectors = np.linalg.eigh(sum(c * square for _, square, c in terms))
-    kept = squares > CUT**2 * squares.max(initial=0.0)
-    basis = vectors[:, kept]
-    return np.asarray((fitted @ basis / (squares[kept] + ridge)) @ basis.T)
+    squares, basis = above_the_cut(reduce(np.add, (c * square for _, square, c in terms)))
+    return np.asarray((fitted @ basis / (squares + ridge)) @ basis.T)
 
 
 def ace(*vectors: Floats, epsilon: float) -> Floats:
@@ -114,10 +113,9 @@ def ace(*vectors: Floats, epsilon: float) -> Floats:
         fitted += centred @ square + epsilon * centred
         covariance += square
         mean += (vector.T @ vector).mean(0)
-    squares, axes = np.linalg.eigh(covariance)
-    kept = squares > CUT**2 * squares.max(initial=0.0)
-    axes, ridge = axes[:, kept], len(vectors) * epsilon
-    inverse = 1 / (squares[kept] + ridge)
+    squares, axes = above_the_cut(covariance)
+    ridge = len(vectors) * epsilon
+    inverse = 1 / (squares + ridge)
     # The inverse of a matrix plus a product of two vectors, by Sherman and Morrison. Where no task has anything, the
     # matrix is the ridge alone.
     solved, inside = (fitted @ axes * inverse) @ axes.T, mean @ axes

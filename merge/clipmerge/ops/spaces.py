@@ -1,11 +1,11 @@
 """Spaces of few dimensions that task vectors share, in which low-rank updates are aligned before they are merged."""
 
 from collections.abc import Callable
+from functools import reduce
 
 import numpy as np
 
-from clipmerge.ops.decompose import CUT
-from clipmerge.ops.vectors import total
+from clipmerge.ops.decompose import above_the_cut
 from clipmerge.types import Floats, Reals
 
 
@@ -40,16 +40,9 @@ def _span(matrices: list[Floats]) -> Floats:
     """Return an orthonormal basis (m, r) of what the columns of all matrices (m, n) reach."""
     rows, columns = matrices[0].shape
     if rows <= len(matrices) * columns:  # the smaller Gram matrix
-        basis = _above_the_cut(total(*(matrix @ matrix.T for matrix in matrices)))
+        basis = above_the_cut(reduce(np.add, (matrix @ matrix.T for matrix in matrices)))[1][:, ::-1]
     else:
         stacked = np.hstack(matrices)
-        reached = stacked @ _above_the_cut(stacked.T @ stacked)
-        basis = np.linalg.qr(reached)[0]
+        basis = np.linalg.qr(stacked @ above_the_cut(stacked.T @ stacked)[1][:, ::-1])[0]
     largest = np.take_along_axis(basis, np.abs(basis).argmax(0, keepdims=True), 0)
     return np.asarray(basis * np.where(largest < 0, -1.0, 1.0))
-
-
-def _above_the_cut(gram: Floats) -> Floats:
-    """Return a Gram matrix's eigenvectors, the largest first, of singular values above the cut."""
-    squares, vectors = np.linalg.eigh(gram)
-    return np.asarray(vectors[:, squares > CUT**2 * squares.max(initial=0.0)][:, ::-1])

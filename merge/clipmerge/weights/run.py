@@ -1,6 +1,6 @@
 """Plan → bytes: the streaming pass, into files or into memory. Same bytes for any order and thread count."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from threading import Lock
@@ -26,6 +26,7 @@ from clipmerge.weights.blocks import (
     in_threads,
 )
 from clipmerge.weights.digest import Digests
+from clipmerge.weights.expression import applied_in
 from clipmerge.weights.measure import measure
 from clipmerge.weights.plan import Plan, Step
 
@@ -98,7 +99,8 @@ def execute(
     threads = threads or default_threads()
     facts = measure(plan, reader, threads=threads, on_progress=on_progress)
     held = [item for item in placed if not item[0].streams]
-    with _one_blas_thread(any(item[0].has_methods for item in held)):
+    methods = applied_in(leaf for item in held for _, leaf in item[0].terms)
+    with _one_blas_thread({applied.method.on for applied in methods}):
         large = [item for item in held if item[0].numel > SMALL]
         small = (partial(whole, *item) for item in held if item[0].numel <= SMALL)
         in_threads([partial(one_at_a_time, large), *small], threads)
@@ -148,12 +150,17 @@ def _compute_whole(
 
 
 @contextmanager
-def _one_blas_thread(needed: bool) -> Iterator[None]:
-    """Let matrix products run on the thread that asks: on more their last bits depend on how many there are."""
-    if not needed:
+def _one_blas_thread(kinds: Collection[str]) -> Iterator[None]:
+    """Let matrix products run on the thread that asks: on more their last bits depend on how many there are.
+
+    Args:
+        kinds: what the methods that will run look at, as `Method.on` says it.
+    """
+    if not kinds:
         yield
         return
-    import scipy.linalg  # noqa: F401 - brings a BLAS of its own, which is limited only once it is there
+    if "matrices" in kinds:
+        import scipy.linalg  # noqa: F401 - brings a BLAS of its own, which is limited only once it is there
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1, user_api="blas"):

@@ -102,8 +102,8 @@ class Weights(Expression):
         """
         dtype = float_dtype(dtype)
         named = "model" in (metadata or {})
-        options: dict[str, Any] = {"force": force, "dtype": dtype, "shard_size": shard_size}
-        target = check_save(self, Path(path), **options, model_named=named, again=True)
+        asked: dict[str, Any] = {"force": force, "dtype": dtype, "shard_size": shard_size}
+        target = check_save(self, Path(path), **asked, model_named=named, again=True)
         replaced = _as_stored(statistics or {}, target.plan.steps)
         if replaced:
             about = (metadata or {}).get(RECALIBRATED, {})
@@ -115,7 +115,7 @@ class Weights(Expression):
         known = wanted.finish() if wanted.complete else dict.fromkeys(self.sources, "0" * 64)
         files = output_files(target, record(digests=known if digests else None))
         targets = [(file.path, file.size) for file in files]
-        options = {"force": force, "fsync": fsync, "superseded": target.superseded}
+        options: dict[str, Any] = {"force": force, "fsync": fsync, "superseded": target.superseded}
         with Reader(target.plan.checkpoints) as reader, new_files(targets, **options) as descriptors:
             placed = list(zip(files, descriptors, strict=True))
             sinks = [

@@ -366,7 +366,7 @@ from clipmerge.ops.decompose import triplets
 from clipmerge.weights.run import _one_blas_thread
 def threads():
     return sorted(library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas")
-with _one_blas_thread(True):
+with _one_blas_thread({"matrices"}):
     triplets(np.random.default_rng(0).standard_normal((64, 64)), 8)
     print(threads())
 print(threads())
