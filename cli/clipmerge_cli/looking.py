@@ -30,7 +30,7 @@ from clipmerge.weights.verify import Verdict
 from clipmerge.weights.weights import load, load_all, load_leaf
 from clipmerge_cli import show
 from clipmerge_cli.groups import arg, opt
-from clipmerge_cli.options import FORCE, INPUT, OUTPUT, PLOT, SCORING, TEXT_TOWER, Talk, listed, named
+from clipmerge_cli.options import DEVICE, FORCE, INPUT, OUTPUT, PLOT, SCORING, TEXT_TOWER, Talk, listed, named
 from clipmerge_cli.scoring import Scoring, open_journal
 
 
@@ -357,6 +357,7 @@ def verify(
     file: str = arg("FILE", "A file that clipmerge wrote."),
     talk: Talk,
     parents: list[str] | None = opt(None, "Look for the parents here too; repeat.", metavar="DIR"),
+    device: str = DEVICE,
 ) -> None:
     """Recompute a merged file from its parents and compare every bit.
 
@@ -366,7 +367,7 @@ def verify(
     Example: [bold]clipmerge verify soup.safetensors --parents checkpoints/[/bold]
     """
     with talk.progress() as on_progress:
-        verdict = verify_file(file, parents or [], on_progress=on_progress)
+        verdict = verify_file(file, parents or [], device=device, on_progress=on_progress)
     if talk.json:
         missing = [{"name": p.name, "file": p.file, "digest": p.digest} for p in verdict.missing]
         facts = {name: getattr(verdict, name) for name in ("status", "reason", "notation", "tensor")}

@@ -138,12 +138,12 @@ def merge(
         weights = recipe.weights(**options)
         idle = [name for name in recipe.checkpoints if name not in {c.name for c in weights.checkpoints}]
         remark = f"no part of the result, as its coefficients sum to 0: {', '.join(idle)}" if idle else None
-        out.merge(weights, model=choosing.model, remark=remark)
+        out.merge(weights, model=choosing.model, device=choosing.device, remark=remark)
         return
     names = load_named(recipe.checkpoints, recipe.base, resize=out.resize_positions)
     family = scaled(recipe.expression, names, options)
     if value is not None:
-        out.merge(family(value), model=choosing.model)
+        out.merge(family(value), model=choosing.model, device=choosing.device)
         return
     splits = shared.named(val or [], "--val")
     if out.dry_run:

@@ -70,6 +70,7 @@ ORIGIN = opt(None, "What FINETUNED was finetuned from; default: BASE.", None, "-
 UNDER = opt(None, "What adapters, encoders and task vectors stand on.", None, "--base", metavar="CKPT")
 VECTORS = opt(False, "The files beside the base are task vectors, though they do not say so.", None)
 CHECKPOINTS = arg("CKPT...", "Checkpoints: files, folders, hf-hub:ORG/NAME.")
+DEVICE = opt("auto", "cpu, cuda, cuda:1, mps; auto: the GPU where there is one.")
 FORCE = opt(False, "Overwrite an output that exists.", OUTPUT)
 PLOT = opt(None, "Draw it: FILE as PNG, and as SVG beside it.", OUTPUT, metavar="FILE", parser=figure_path)
 MODEL = opt(None, "An open_clip model name or JSON config; default: the checkpoint's.", INPUT, metavar="M")

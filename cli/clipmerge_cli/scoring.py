@@ -250,7 +250,9 @@ def run_search(
         result = search(evaluator, on_progress=on_progress)
         written = None
         if show.is_first() and out.output is not None:
-            written = out.write(result.weights, _record(result, evaluator, data), on_progress)
+            written = out.write(
+                result.weights, _record(result, evaluator, data), on_progress, choosing.device
+            )
         prompts = {name: evaluator.setup(split=name).to_json() for name in data}
     if not show.is_first():
         return

@@ -253,7 +253,7 @@ def sweep(
 def statistics(
     *,
     checkpoints: list[str] = shared.CHECKPOINTS,
-    method: Literal["fisher", "regmean"] = opt(..., "The method that they are for."),
+    method: Literal["fisher", "regmean", "regmean_plus"] = opt(..., "The method that they are for."),
     data: list[str] = opt(
         ..., "Images: one for all checkpoints, or one each, in order.", INPUT, metavar="DATA"
     ),
@@ -262,16 +262,20 @@ def statistics(
     towers: Literal["both", "image"] = opt(
         "both", "image: leave the text tower out, which is then averaged."
     ),
+    off_diagonal: float | None = opt(
+        None, "What `regmean_plus` will be given as off_diagonal; default 0.95.", min=0, max=1
+    ),
     batch_size: int = opt(32, "Images at a time.", None, min=1),
     seed: int = shared.SEED,
-    device: str = opt("auto", "cpu, cuda, cuda:1, mps; auto: the GPU where there is one."),
+    device: str = shared.DEVICE,
     force: bool = FORCE,
     talk: Talk,
 ) -> None:
     """Take what a method needs to know of each checkpoint on images, once, and keep it beside the checkpoint.
 
     fisher: the diagonal of the Fisher information (labels are not used). regmean: the Gram matrices of the inputs of
-    every linear layer. Then the method needs neither images nor a model:
+    every linear layer. regmean_plus: the same of all checkpoints together, each block's behind the blocks that are
+    merged already. Then the method needs neither images nor a model:
 
         clipmerge statistics cars.safetensors signs.safetensors --model ViT-B-32 \\
           --method regmean --data cars/train --data signs/train
@@ -283,31 +287,32 @@ def statistics(
             f"give images once, or for each of the {len(checkpoints)} checkpoints, not {len(data)} times"
         )
         raise typer.BadParameter(message, param_hint="--data")
+    if off_diagonal is not None and method != "regmean_plus":
+        raise typer.BadParameter("goes with --method regmean_plus", param_hint="--off-diagonal")
     with talk.loading():
         from clipmerge.checkpoint.output import check_target
+        from clipmerge.evaluate.regmean_plus import statistics_together
         from clipmerge.evaluate.statistics import statistics as take
         from clipmerge.weights.statistics_files import statistics_path
 
     for checkpoint in checkpoints:
         check_target(statistics_path(Path(checkpoint), method), force=force)
     splits = {text: images.open("data", text, "train", talk, among=("data",)) for text in dict.fromkeys(data)}
-    written = []
-    for checkpoint, text in zip(checkpoints, data * (1 if len(data) > 1 else len(checkpoints)), strict=True):
-        with talk.progress(checkpoint) as on_progress:
-            path = take(
-                checkpoint,
-                splits[text],
-                method=method,
-                model=images.model,
-                images=count,
-                towers=towers,
-                batch_size=batch_size,
-                seed=seed,
-                device=device,
-                force=force,
-                on_progress=on_progress,
-            )
-        written.append(path)
-        talk.say(f"wrote {show.short(path)}: {method} of {min(count, len(splits[text]))} images")
+    of_each = [splits[text] for text in data * (1 if len(data) > 1 else len(checkpoints))]
+    options: dict[str, Any] = {
+        "model": images.model, "images": count, "towers": towers, "batch_size": batch_size, "seed": seed,
+        "device": device, "force": force,
+    }  # fmt: skip
+    if method == "regmean_plus":
+        options |= {} if off_diagonal is None else {"off_diagonal": off_diagonal}
+        with talk.progress() as on_progress:
+            written = statistics_together(checkpoints, of_each, on_progress=on_progress, **options)
+    else:
+        written = []
+        for checkpoint, split in zip(checkpoints, of_each, strict=True):
+            with talk.progress(checkpoint) as on_progress:
+                written.append(take(checkpoint, split, method=method, on_progress=on_progress, **options))
+    for path, split in zip(written, of_each, strict=True):
+        talk.say(f"wrote {show.short(path)}: {method} of {min(count, len(split))} images")
     if talk.json:
         show.document({"kind": "statistics", "method": method, "files": written})

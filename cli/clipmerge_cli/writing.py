@@ -103,13 +103,21 @@ class Output(Talk):
             )
 
     def write(
-        self, weights: "Weights", record: Mapping[str, Any], on_progress: "Progress | None" = None
+        self,
+        weights: "Weights",
+        record: Mapping[str, Any],
+        on_progress: "Progress | None" = None,
+        device: str = "auto",
     ) -> Path | None:
-        """Write the weights, with `record` ("model", "selection") in their metadata, where an output was named."""
+        """Write the weights, with `record` ("model", "selection") in their metadata, where an output was named.
+
+        Args:
+            device: where methods decompose matrices.
+        """
         if self.output is None:
             return None
         options: dict[str, Any] = {name: getattr(self, name) for name in ("force", *WRITING)}
-        options |= {"metadata": record, "on_progress": on_progress}
+        options |= {"metadata": record, "device": device, "on_progress": on_progress}
         if self.recalibrate is not None:
             options |= self._statistics(weights, record, on_progress)
         if self.output.name == HUB_FILE:
@@ -173,6 +181,7 @@ class Output(Talk):
         weights: "Weights",
         *,
         model: str | None = None,
+        device: str = "auto",
         document: Mapping[str, Any] | None = None,
         remark: str | None = None,
     ) -> None:
@@ -180,6 +189,7 @@ class Output(Talk):
 
         Args:
             model: what --model names, recorded in the file; None keeps what the checkpoints record.
+            device: where methods decompose matrices.
             document: what --json prints beside the output.
             remark: said in the end.
         """
@@ -194,7 +204,7 @@ class Output(Talk):
             record = {"model": named_model(model, weights)}
         there = self.output is not None and not self.force and self.output.exists()
         with self.progress() as on_progress:
-            written = self.write(weights, record, on_progress)
+            written = self.write(weights, record, on_progress, device)
         self.say_left_alone(weights)
         self.say_twins([weights])
         if self.json:

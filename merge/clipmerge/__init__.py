@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from clipmerge.evaluate.evaluator import Evaluator as Evaluator
     from clipmerge.evaluate.evaluator import score as score
     from clipmerge.evaluate.recalibrate import recalibrate as recalibrate
-    from clipmerge.evaluate.regmean_plus import regmean_plus as regmean_plus
+    from clipmerge.evaluate.regmean_plus import statistics_together as statistics_together
     from clipmerge.evaluate.score import Score as Score
     from clipmerge.evaluate.statistics import statistics as statistics
     from clipmerge.evaluate.verify import verify as verify
@@ -55,7 +55,7 @@ _NAMES = {
     "errors": "ClipmergeError",
     "evaluate.evaluator": "Evaluator score",
     "evaluate.recalibrate": "recalibrate",
-    "evaluate.regmean_plus": "regmean_plus",
+    "evaluate.regmean_plus": "statistics_together",
     "evaluate.score": "Score",
     "evaluate.statistics": "statistics",
     "evaluate.verify": "verify",

@@ -1,12 +1,13 @@
 """How fast are the methods: TIES against the linear pass, TSV-M and Iso-C against full SVDs; and do these agree?
 
     python tests/benchmarks/methods.py [--model ViT-B-32] [--tasks 8] [--blocks 12] [--rounds 3]
-        [--mergekit PATH/mergekit-pytorch]
+        [--device cuda] [--mergekit PATH/mergekit-pytorch]
 
 Everything is measured in turns in one process, medians, CPU seconds beside wall seconds (which others' work on the
 machine cannot lengthen as much). Checkpoints have open_clip's names and shapes and random numbers; with --blocks fewer
 of them. The straight way computes every SVD in full, float64 and float32, with all threads that torch takes; of whole
 models it reads all files, merges matrix by matrix in float64 (q, k and v apart, as ours does), and writes one file.
+With --device cuda whole models are merged on the GPU by both, and ours on the CPU beside them.
 """
 
 import argparse
@@ -86,9 +87,11 @@ def on_one_core(rule: Callable[..., np.ndarray], matrices: Matrices) -> np.ndarr
         return rule(*matrices)
 
 
-def straight_model(rule: Callable[[list[torch.Tensor]], torch.Tensor], paths: list[Path], out: Path) -> None:
+def straight_model(
+    rule: Callable[[list[torch.Tensor]], torch.Tensor], paths: list[Path], out: Path, device: str
+) -> None:
     """base + rule(task vectors), matrix by matrix; other tensors take the mean."""
-    base, *tuned = [load_file(path) for path in paths]
+    base, *tuned = [load_file(path, device) for path in paths]
     merged = {}
     for name, start in base.items():
         vectors = [(other[name].double() - start.double()) for other in tuned]
@@ -98,7 +101,7 @@ def straight_model(rule: Callable[[list[torch.Tensor]], torch.Tensor], paths: li
             update = torch.cat([rule(list(part)) for part in parts])
         else:
             update = torch.stack(vectors).mean(0)
-        merged[name] = (start.double() + update).to(start.dtype)
+        merged[name] = (start.double() + update).to(start.dtype).cpu()
     save_file(merged, out)
 
 
@@ -147,6 +150,7 @@ def main() -> None:
     parser.add_argument(
         "--straight-rounds", type=int, default=1, help="of the straight way over whole models"
     )
+    parser.add_argument("--device", default="cpu", help="where whole models' matrices are decomposed")
     parser.add_argument("--mergekit", help="the mergekit-pytorch command")
     options = parser.parse_args()
     shapes = {
@@ -154,7 +158,7 @@ def main() -> None:
         for name, shape in shapes_of(options.model).items()
         if "resblocks." not in name or int(name.split("resblocks.")[1].split(".")[0]) < options.blocks
     }
-    for shape in ((768, 768), (3072, 768)):
+    for shape in ((768, 768), (3072, 768)) if options.device == "cpu" else ():
         for name, matrices in spectra(shape, options.tasks).items():
             tensors = [torch.from_numpy(matrix) for matrix in matrices]
             single = [tensor.float() for tensor in tensors]
@@ -173,8 +177,8 @@ def main() -> None:
         zs, *tuned = [cm.load(path) for path in paths]
         vectors, out, theirs = [w - zs for w in tuned], Path(folder) / "out.st", Path(folder) / "straight.st"
 
-        def save(weights: Weights) -> Callable[[], object]:
-            return lambda: weights.save(out, force=True, digests=False)
+        def save(weights: Weights, device: str = options.device) -> Callable[[], object]:
+            return lambda: weights.save(out, force=True, digests=False, device=device)
 
         ways = {
             "linear": save(zs + 0.3 * sum(vectors[1:], vectors[0])),
@@ -184,9 +188,14 @@ def main() -> None:
             "iso_c": save(zs + cm.iso_c(vectors)),
         }
         whole = f"base + {options.tasks} x {options.model}"
-        report(whole, timed(ways, options.rounds), "linear")
+        on_cpu = {
+            "tsv, CPU": save(zs + cm.tsv(vectors), "cpu"),
+            "iso_c, CPU": save(zs + cm.iso_c(vectors), "cpu"),
+        }
+        report(whole, timed(ways | (on_cpu if options.device != "cpu" else {}), options.rounds), "linear")
         for name, straight in (("tsv", tsv_straight), ("iso_c", iso_c_straight)):
-            pair = {name: ways[name], "straight, float64": partial(straight_model, straight, paths, theirs)}
+            whole_way = partial(straight_model, straight, paths, theirs, options.device)
+            pair = {"straight, float64": whole_way, name: ways[name]}
             measured = timed(pair, min(options.rounds, options.straight_rounds))
             report(f"{whole}: {disagreement(out, theirs, paths[0])}", measured, name)
         if options.mergekit:

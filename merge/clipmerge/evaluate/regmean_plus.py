@@ -1,4 +1,4 @@
-"""RegMean++: RegMean, where the inputs of each block come out of the blocks that are merged already."""
+"""Statistics for RegMean++: of all checkpoints together, each block's behind the blocks that are merged already."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from clipmerge.checkpoint.output import check_target
 from clipmerge.data.open import open_split
 from clipmerge.data.split import Split
 from clipmerge.device import float32_matmul, out_of_memory_hint, resolve_device
@@ -16,21 +17,23 @@ from clipmerge.errors import SelectionError
 from clipmerge.evaluate.heads import encode_text
 from clipmerge.evaluate.linear_inputs import LinearInputs
 from clipmerge.evaluate.setup import Given
-from clipmerge.evaluate.statistics import Sample, Towers
+from clipmerge.evaluate.statistics import Sample, Towers, kept_at, write_statistics
 from clipmerge.model import load_weights
 from clipmerge.ops.statistics import regmean
 from clipmerge.types import Progress
-from clipmerge.weights.names import block_of, is_transposed, tower_of
-from clipmerge.weights.record import FORMAT, write_record
-from clipmerge.weights.weights import Source, Weights, as_weights, from_state_dict, mean
+from clipmerge.weights.digest import content_digest
+from clipmerge.weights.names import block_of, is_transposed, lacks_text, tower_of
+from clipmerge.weights.weights import Source, as_checkpoint, as_weights, mean
 
-__all__ = ["regmean_plus"]
+__all__ = ["statistics_together"]
+
+METHOD = "regmean_plus"
 
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments and keywords of a module."""
 
 
-def regmean_plus(
+def statistics_together(
     checkpoints: Sequence[Source],
     data: Sequence[Split | str | Path],
     *,
@@ -42,51 +45,65 @@ def regmean_plus(
     batch_size: int = 32,
     seed: int = 0,
     device: str | torch.device | None = None,
+    outputs: Sequence[str | Path] | None = None,
+    force: bool = False,
     on_progress: Progress | None = None,
-) -> Weights:
-    """Merge checkpoints by RegMean, each block's inputs taken behind the blocks that are merged already (RegMean++).
+) -> list[Path]:
+    """Take what `regmean_plus` needs of checkpoints that it will merge: `cars.regmean_plus.safetensors` beside each.
 
     Block by block, every checkpoint's own block sees what the merged blocks before it make of that checkpoint's images
-    and prompts; then the block is merged, and the next one sees what it gives. The layers after the last block see the
-    merged model.
+    and prompts, and XᵀX of its linear layers' inputs is kept; then the block is merged, and the next one sees what it
+    gives. The layers after the last block see the merged model. So the files belong together, and to these options.
 
     Args:
-        data: images for each checkpoint, in order. The others as in `statistics`.
+        data: images for each checkpoint, in order.
+        off_diagonal: as the method will be given it.
+        outputs: the files to write; None: beside the checkpoints. The others as in `statistics`.
 
     Returns:
-        The merged model, in memory, in fp32.
+        The files. Their records say of which contents, on what, how many and how.
 
     Raises:
-        SelectionError: not as many images as checkpoints.
+        SelectionError: not as many images as checkpoints, or a checkpoint is no file and no outputs are named.
 
-    Source: arXiv 2508.03121.
+    Source: Nguyen et al. 2025, arXiv 2508.03121.
     """
     models = [as_weights(checkpoint) for checkpoint in checkpoints]
     if len(models) != len(data) or not models:
-        raise SelectionError(
-            f"regmean_plus takes images for each of {len(models)} checkpoints, not {len(data)}"
-        )
+        raise SelectionError(f"{METHOD} takes images for each of {len(models)} checkpoints, not {len(data)}")
+    if outputs is not None and len(outputs) != len(models):
+        raise SelectionError(f"{len(models)} checkpoints have as many outputs, not {len(outputs)}")
+    wanted: Sequence[str | Path | None] = outputs or [None] * len(models)
+    paths = [kept_at(w, METHOD, output) for w, output in zip(models, wanted, strict=True)]
+    for path in paths:
+        check_target(path, force=force)
     splits = [
         d if isinstance(d, Split) else open_split(d, role="train", on_progress=on_progress) for d in data
     ]
+    if any(lacks_text(w.names) for w in models):
+        towers = "image"
     place, given = resolve_device(device), Given(model, templates)
+    options: dict[str, Any] = {"prompted": towers == "both"}
     samples = [
-        Sample.of(w, split, given, images, seed, place, on_progress)
+        Sample.of(w, split, given, images, seed, place, on_progress, **options)
         for w, split in zip(models, splits, strict=True)
     ]
-    merged = mean(models)
-    plain = merged.state_dict("F32")
+    sums: list[dict[str, Tensor]] = [{} for _ in models]
     with torch.no_grad(), out_of_memory_hint("use a smaller --batch-size"), float32_matmul("fp32"):
         net = samples[0].net
         own = [{name: p.detach().clone() for name, p in sample.net.named_parameters()} for sample in samples]
-        load_weights(net, merged)
+        load_weights(net, mean(models), without_text=towers == "image")
         net.eval()
         for tower in ("visual", "text") if towers == "both" else ("visual",):
             runs = [_runs(net, sample, tower, batch_size) for sample in samples]
-            _merge_tower(net, tower, own, runs, off_diagonal)
-    state = {name: tensor.cpu() for name, tensor in net.state_dict().items() if name in plain}
-    record = {"format": FORMAT, "total": 1, "model": samples[0].spec.to_metadata()}
-    return from_state_dict({**plain, **state}, "regmean_plus", write_record(record))
+            _merge_tower(net, tower, own, runs, off_diagonal, sums)
+    records = [sample.record(METHOD, towers) for sample in samples]
+    digests = [content_digest(as_checkpoint(w)) for w in models]
+    together = {"of": digests, "options": {"off_diagonal": off_diagonal}, "taken": records}
+    return [
+        write_statistics(path, w, tensors, {**record, "together": together}, force=force)
+        for path, w, tensors, record in zip(paths, models, sums, records, strict=True)
+    ]
 
 
 def _runs(net: Any, sample: Sample, tower: str, batch_size: int) -> list[Callable[[], object]]:
@@ -102,13 +119,17 @@ def _merge_tower(
     own: Sequence[Mapping[str, Tensor]],
     runs: Sequence[Sequence[Callable[[], object]]],
     off_diagonal: float,
+    sums: Sequence[dict[str, Tensor]],
 ) -> None:
     """Merge the linear layers of a tower in place, from the first block to what follows the last.
 
     Args:
         net: the mean of the models. own: each model's parameters. runs: each model's batches.
+        sums: each model's XᵀX, which are added.
     """
     parameters = {name: p for name, p in net.named_parameters() if tower_of(name) == tower}
+    device = next(iter(parameters.values())).device
+    place = torch.device("cpu") if device.type == "mps" else device  # which has no float64
     blocks = dict.fromkeys(filter(None, map(_block_path, parameters)))
 
     def merge(
@@ -118,12 +139,15 @@ def _merge_tower(
             if not all(name in each for each in squares):
                 parameters[name].copy_(means[name])
                 continue
-            points = [each[name].double().cpu().numpy() for each in own]
-            statistics = [each[name].double().cpu().numpy() for each in squares]
+            points, statistics = (
+                [each[name].to(place, torch.float64) for each in of] for of in (own, squares)
+            )
             fitted = regmean(
                 *points, statistics=statistics, off_diagonal=off_diagonal, transposed=is_transposed(name)
             )
-            parameters[name].copy_(torch.from_numpy(fitted))
+            parameters[name].copy_(fitted)
+            for each, square in zip(sums, squares, strict=True):
+                each[name] = square[name].cpu()
 
     inputs: list[list[Call]] = []
     for path in blocks:

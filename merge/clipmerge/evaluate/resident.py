@@ -120,7 +120,7 @@ class Resident:
         self._digest, self._lone = self._mean_digest if shared else None, None
         self._lowered_is_current = False
         targets, there = self._floats(), self.checkpoints.tensors(candidate)
-        with torch.no_grad(), nullcontext(there) if there else tensors_of(candidate) as tensors:
+        with torch.no_grad(), nullcontext(there) if there else tensors_of(candidate, self.device) as tensors:
             for name, tensor in tensors:
                 if name not in targets:
                     continue
@@ -158,11 +158,17 @@ class Resident:
 
 
 @contextmanager
-def tensors_of(weights: Weights) -> Iterator[Iterator[tuple[str, Tensor]]]:
-    """Yield (name, tensor on the CPU) of each tensor; those of one checkpoint are its mapped pages, not copies."""
+def tensors_of(
+    weights: Weights, device: torch.device | None = None
+) -> Iterator[Iterator[tuple[str, Tensor]]]:
+    """Yield (name, tensor on the CPU) of each tensor; those of one checkpoint are its mapped pages, not copies.
+
+    Args:
+        device: as for `Weights.save`.
+    """
     lone = lone_checkpoint(weights)
     if lone is None:
-        yield iter(weights.state_dict().items())
+        yield iter(weights.state_dict(device=device).items())
         return
     maps: dict[Path, Bytes] = {}
     yield ((name, _mapped_tensor(lone.tensors[name], maps)) for name in sorted(lone.tensors))

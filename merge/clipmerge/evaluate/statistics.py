@@ -1,6 +1,6 @@
 """Take statistics of data for the methods that merge by them, once a checkpoint, into a file beside it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from clipmerge.weights.names import lacks_text, tower_of
 from clipmerge.weights.statistics_files import KEY, statistics_path
 from clipmerge.weights.weights import Source, Weights, as_checkpoint, as_weights, from_state_dict
 
-__all__ = ["Sample", "Towers", "statistics"]
+__all__ = ["Sample", "Towers", "kept_at", "statistics", "write_statistics"]
 
 Towers = Literal["both", "image"]
 MOST_PROMPTS = 2048
@@ -73,12 +73,7 @@ def statistics(
     Source: Matena and Raffel 2022, arXiv 2111.09832; Jin et al. 2023, arXiv 2212.09849.
     """
     weights = as_weights(checkpoint)
-    origin = as_checkpoint(weights)
-    if output is None and origin.path is None:
-        raise SelectionError(
-            f"{weights!r} is no file to keep statistics beside", hint="name one: output=FILE"
-        )
-    path = Path(output) if output is not None else statistics_path(origin.path or Path(), method)
+    path = kept_at(weights, method, output)
     split = data if isinstance(data, Split) else open_split(data, role="train", on_progress=on_progress)
     if lacks_text(weights.names) and method == "regmean":
         towers = "image"  # an encoder without a text tower: its layers' inputs need no prompts
@@ -94,12 +89,31 @@ def statistics(
     with out_of_memory_hint("use a smaller --batch-size"), float32_matmul("fp32"):
         take = _fisher if method == "fisher" else _gram
         tensors = take(sample, towers, batch_size, seed, on_progress)
-    about = {"method": method, "of": content_digest(origin), "data": split.digest, "seed": seed}
-    about |= {"images": len(sample.pixels), "towers": towers, "templates": list(sample.templates)}
-    held = from_state_dict(
-        {name: tensor.cpu() for name, tensor in tensors.items()}, f"{origin.name}_{method}"
-    )
-    return held.save(path, force=force, metadata={KEY: about})
+    return write_statistics(path, weights, tensors, sample.record(method, towers), force=force)
+
+
+def kept_at(weights: Weights, method: str, output: str | Path | None) -> Path:
+    """Return where the statistics of weights are kept.
+
+    Raises:
+        SelectionError: the weights are not a file, and no output is named.
+    """
+    origin = as_checkpoint(weights)
+    if output is None and origin.path is None:
+        raise SelectionError(
+            f"{weights!r} is no file to keep statistics beside", hint="name one: output=FILE"
+        )
+    return Path(output) if output is not None else statistics_path(origin.path or Path(), method)
+
+
+def write_statistics(
+    path: Path, weights: Weights, tensors: Mapping[str, Tensor], record: Mapping[str, Any], *, force: bool
+) -> Path:
+    """Write a file of statistics of weights, with a record of how they were taken."""
+    origin = as_checkpoint(weights)
+    name = f"{origin.name}_{record['method']}"
+    held = from_state_dict({key: tensor.cpu() for key, tensor in tensors.items()}, name)
+    return held.save(path, force=force, metadata={KEY: {"of": content_digest(origin), **record}})
 
 
 @dataclass(frozen=True)
@@ -109,6 +123,7 @@ class Sample:
     Attributes:
         net: in eval mode, its parameters with gradients. pixels: (n, height, width, 3), uint8.
         tokens: class by class, each with all its templates; None without classes or a text tower.
+        data, seed: the images' digest, and what they were drawn by.
     """
 
     net: Any
@@ -119,6 +134,8 @@ class Sample:
     classes: int
     templates: tuple[str, ...]
     trained_head: bool
+    data: str
+    seed: int
 
     @classmethod
     def of(
@@ -154,7 +171,14 @@ class Sample:
             0 if setup is None else len(setup.classes),
             setup.templates if setup is not None and head == "zero-shot" else (),
             f"{HEAD}.weight" in weights.names,
+            split.digest,
+            seed,
         )
+
+    def record(self, method: str, towers: Towers) -> dict[str, Any]:
+        """Say on what statistics were taken, and how."""
+        about = {"method": method, "data": self.data, "seed": self.seed, "images": len(self.pixels)}
+        return {**about, "towers": towers, "templates": list(self.templates)}
 
     def batches(self, size: int) -> Iterator[Tensor]:
         for start in range(0, len(self.pixels), size):

@@ -15,6 +15,7 @@ def verify(
     checkpoint: str | Path | Weights,
     parents: str | Path | Sequence[str | Path] = (),
     *,
+    device: str | None = None,
     on_progress: Progress | None = None,
 ) -> records.Verdict:
     """Recompute a merged file from its parents and compare every tensor, bit for bit.
@@ -22,12 +23,12 @@ def verify(
     A zero-shot head that was built for the merge (WiSE-FT over a trained head) is built again from its base.
 
     Args:
-        checkpoint, parents: as in `weights.verify.verify`.
+        checkpoint, parents, device: as in `weights.verify.verify`.
 
     Raises:
         CheckpointError: the file cannot be read, or its record makes no sense.
     """
-    return records.verify(checkpoint, parents, rebuild=_rebuild, on_progress=on_progress)
+    return records.verify(checkpoint, parents, rebuild=_rebuild, device=device, on_progress=on_progress)
 
 
 def _rebuild(recipe: Mapping[str, Any], base: Weights) -> Weights:

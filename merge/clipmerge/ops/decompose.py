@@ -3,6 +3,8 @@
 The Gram matrix of an m x n matrix costs one product, and its eigenvectors a third of a full SVD or less; but it squares
 the condition number: a singular value σ is known to about 1e-16·σ₁²/σ. Where something that small is wanted, LAPACK's
 SVD of the matrix itself is taken.
+
+Matrices are arrays of numpy, or of torch on a GPU.
 """
 
 import ctypes
@@ -11,8 +13,9 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
+from array_api_compat import array_namespace
 
-from clipmerge.types import Floats
+from clipmerge.types import Array, Floats
 
 CUT = 1e-6
 """Singular values below this share of the largest are rounding: their directions mean nothing and are left out."""
@@ -20,18 +23,18 @@ CUT = 1e-6
 _ACCURATE = 1e-3
 """Singular vectors by the Gram matrix are taken down to this share of the largest value: error about 1e-10."""
 _ACCURATE_POLAR = 1e-5
-"""And polar factors, for which vectors of close values may mix: error about 1e-6 in one direction of all."""
+"""And polar factors, for which weak directions may mix: orthogonal to 1e-12, and turned by at most about 1e-6."""
 
 
 class Triplets(NamedTuple):
     """Singular triplets, largest first: left (m, k), values (k,), right (n, k)."""
 
-    left: Floats
-    values: Floats
-    right: Floats
+    left: Array
+    values: Array
+    right: Array
 
 
-def triplets(matrix: Floats, count: int | None = None, floor: float = 0.0) -> Triplets:
+def triplets(matrix: Array, count: int | None = None, floor: float = 0.0) -> Triplets:
     """Return the `count` largest singular triplets (all by default) of those above `floor` and above the cut.
 
     Args:
@@ -41,58 +44,65 @@ def triplets(matrix: Floats, count: int | None = None, floor: float = 0.0) -> Tr
     most = min(rows, columns)
     count = most if count is None else min(count, most)
     if count == 0 or not matrix.any():
-        return Triplets(np.empty((rows, 0)), np.empty(0), np.empty((columns, 0)))
+        return Triplets(matrix[:, :0], matrix.reshape(-1)[:0], matrix.T[:, :0])
     if rows < columns:
         left, values, right = triplets(matrix.T, count, floor)
         return Triplets(right, values, left)
+    xp = array_namespace(matrix)
     squares, vectors = _eigh(matrix.T @ matrix, count)
     if squares[-1] > 0 and squares[0] > _ACCURATE**2 * squares[-1]:
-        values, right = np.sqrt(squares[::-1]), vectors[:, ::-1]
+        values, right = xp.sqrt(xp.flip(squares)), xp.flip(vectors, axis=1)
         left = matrix @ (right / values)
     else:
-        u, values, vt = np.linalg.svd(matrix, full_matrices=False)
+        u, values, vt = xp.linalg.svd(matrix, full_matrices=False)
         left, values, right = u[:, :count], values[:count], vt[:count].T
     kept = values > max(floor, CUT * values[0])
     return Triplets(left[:, kept], values[kept], right[:, kept])
 
 
-def polar(matrix: Floats) -> Floats:
+def polar(matrix: Array) -> Array:
     """Return U·Vᵀ of the thin SVD, over singular values above the cut."""
     return polar_and_values(matrix)[0]
 
 
-def polar_and_values(matrix: Floats) -> tuple[Floats, Floats]:
+def polar_and_values(matrix: Array) -> tuple[Array, Array]:
     """Return the polar factor and the singular values above the cut, in no order."""
     rows, columns = matrix.shape
     if 0 in matrix.shape or not matrix.any():
-        return np.zeros(matrix.shape), np.empty(0)
+        return matrix * 0.0, matrix.reshape(-1)[:0]
     if rows < columns:
         factor, values = polar_and_values(matrix.T)
         return factor.T, values
-    squares, vectors = np.linalg.eigh(matrix.T @ matrix)
+    xp = array_namespace(matrix)
+    squares, vectors = xp.linalg.eigh(matrix.T @ matrix)
     if squares[0] > _ACCURATE_POLAR**2 * squares[-1]:
-        values = np.sqrt(squares)
-        root = vectors / np.sqrt(values)
-        return matrix @ (root @ root.T), values  # a matrix times its transpose costs half a product
-    left, values, right = np.linalg.svd(matrix, full_matrices=False)
+        values = xp.sqrt(squares)
+        root = vectors / xp.sqrt(values)
+        factor = matrix @ (root @ root.T)  # a matrix times its transpose costs half a product
+        if (
+            squares[0] <= _ACCURATE**2 * squares[-1]
+        ):  # a step of Newton and Schulz: every singular value is 1 again
+            factor = 1.5 * factor - 0.5 * (factor @ (factor.T @ factor))
+        return factor, values
+    left, values, right = xp.linalg.svd(matrix, full_matrices=False)
     kept = values > CUT * values[0]
     return left[:, kept] @ right[kept], values[kept]
 
 
-def above_the_cut(gram: Floats) -> tuple[Floats, Floats]:
+def above_the_cut(gram: Array) -> tuple[Array, Array]:
     """Return a Gram matrix's eigenvalues, ascending, and their vectors, of singular values above the cut."""
-    squares, vectors = np.linalg.eigh(gram)
-    kept = squares > CUT**2 * squares.max(initial=0.0)
+    squares, vectors = array_namespace(gram).linalg.eigh(gram)
+    kept = squares > CUT**2 * squares[-1:]  # none where the largest is no more than 0
     return squares[kept], vectors[:, kept]
 
 
-def _eigh(gram: Floats, count: int) -> tuple[Floats, Floats]:
+def _eigh(gram: Array, count: int) -> tuple[Array, Array]:
     """Return the `count` largest eigenvalues, ascending, and their vectors."""
     size = len(gram)
-    if 2 * count > size:
-        squares, vectors = np.linalg.eigh(gram)
-        return squares[size - count :], vectors[:, size - count :]
-    return _largest_eigenpairs(gram, count)
+    if 2 * count <= size and isinstance(gram, np.ndarray):
+        return _largest_eigenpairs(gram, count)
+    squares, vectors = array_namespace(gram).linalg.eigh(gram)
+    return squares[size - count :], vectors[:, size - count :]
 
 
 def _largest_eigenpairs(gram: Floats, count: int) -> tuple[Floats, Floats]:

@@ -1,48 +1,50 @@
 """Rules that take task vectors and give a task vector, one matrix (out, in) at a time, in float64.
 
+Matrices are arrays of numpy, or of torch on a GPU: the rules are written in what both have, Python's array API.
+
 Directions whose singular value is rounding (below `CUT` of the largest) are left out: an update of rank 2 has two
 directions, and what an SVD returns beside them would be invented.
 """
 
-from functools import reduce
+from itertools import pairwise
 from typing import Literal
 
-import numpy as np
+from array_api_compat import array_namespace
 
 from clipmerge.ops.decompose import CUT, Triplets, above_the_cut, polar, polar_and_values, triplets
-from clipmerge.ops.vectors import total
-from clipmerge.types import Floats
+from clipmerge.types import Array
 
 _EQUAL = 1e-9
 """Singular values that differ by less of the largest are one: rounding in float64 stays far below."""
 
 
-def tsv(*vectors: Floats) -> Floats:
+def tsv(*vectors: Array) -> Array:
     """Keep each task's first 1/T of singular triplets, make them orthogonal across tasks, and add them (TSV-M).
 
     Source: Gargiulo et al. 2025, arXiv 2412.00081.
     """
     if len(vectors) == 1:
-        return np.array(vectors[0])
+        return vectors[0]
+    xp = array_namespace(*vectors)
     count = max(1, min(vectors[0].shape) // len(vectors))
     parts = [triplets(vector, count) for vector in vectors]
     floor = CUT * max((part.values[0] for part in parts if part.values.size), default=0.0)
     parts = [_above(part, floor) for part in parts]
-    left = polar(np.hstack([part.left for part in parts]))
-    right = polar(np.hstack([part.right for part in parts]))
-    return np.asarray((left * np.concatenate([part.values for part in parts])) @ right.T)
+    left = polar(xp.concat([part.left for part in parts], axis=1))
+    right = polar(xp.concat([part.right for part in parts], axis=1))
+    return (left * xp.concat([part.values for part in parts])) @ right.T
 
 
-def iso_c(*vectors: Floats) -> Floats:
+def iso_c(*vectors: Array) -> Array:
     """Give the sum of task vectors one and the same singular value, the mean of its own (Iso-C).
 
     Source: Marczak et al. 2025, arXiv 2502.04959.
     """
-    factor, values = polar_and_values(total(*vectors))
-    return np.asarray(values.sum() / max(min(factor.shape), 1) * factor)
+    factor, values = polar_and_values(sum(vectors))
+    return values.sum() / max(min(factor.shape), 1) * factor
 
 
-def iso_cts(*vectors: Floats, common: float) -> Floats:
+def iso_cts(*vectors: Array, common: float) -> Array:
     """Replace the weakest directions of the sum by each task's own, then one singular value for all (Iso-CTS).
 
     Args:
@@ -50,21 +52,22 @@ def iso_cts(*vectors: Floats, common: float) -> Floats:
 
     Source: Marczak et al. 2025, arXiv 2502.04959.
     """
-    summed, tasks = total(*vectors), len(vectors)
-    rank = min(summed.shape)
+    xp = array_namespace(*vectors)
+    summed, tasks = sum(vectors), len(vectors)
+    rank = min(vectors[0].shape)
     own = round((rank - int(common * rank)) / tasks)  # half to even
-    shared = triplets(summed, rank - own * tasks)
     if own == 0:
         return iso_c(*vectors)
+    shared = triplets(summed, rank - own * tasks)
     parts = [triplets(vector - shared.left @ (shared.left.T @ vector), own) for vector in vectors]
     largest = [part.values[0] for part in (shared, *parts) if part.values.size]
     parts = [_above(part, CUT * max(largest, default=0.0)) for part in (*parts, shared)]
-    left = polar(np.hstack([part.left for part in parts]))
-    right = polar(np.hstack([part.right for part in parts]))
-    return np.asarray(sum(part.values.sum() for part in parts) / rank * (left @ right.T))
+    left = polar(xp.concat([part.left for part in parts], axis=1))
+    right = polar(xp.concat([part.right for part in parts], axis=1))
+    return sum(part.values.sum() for part in parts) / rank * (left @ right.T)
 
 
-def gram(*vectors: Floats, weights: Literal["equal", "norm"], ridge: float) -> Floats:
+def gram(*vectors: Array, weights: Literal["equal", "norm"], ridge: float) -> Array:
     """Fit one update to what each task's does on that task's own directions: (Σ c·τ·τᵀτ)(Σ c·τᵀτ + ridge·I)⁻¹.
 
     By default ActMat; weights="norm" and ridge=1e-8 is WUDI's closed form.
@@ -75,29 +78,29 @@ def gram(*vectors: Floats, weights: Literal["equal", "norm"], ridge: float) -> F
 
     Source: ActMat, arXiv 2604.01329; Cheng et al. 2025 (WUDI), arXiv 2503.08099.
     """
-    squares = [float(np.vdot(vector, vector)) for vector in vectors]
+    squares = [float((vector * vector).sum()) for vector in vectors]
     held = [
         (vector, 1.0 if weights == "equal" else 1 / square)
         for vector, square in zip(vectors, squares, strict=True)
         if square > CUT**2 * max(squares)
     ]
     if not held:
-        return np.zeros(vectors[0].shape)
+        return vectors[0] * 0.0
     return gram_merge([(c * vector, vector.T @ vector, c) for vector, c in held], ridge)
 
 
-def gram_merge(terms: list[tuple[Floats, Floats, float]], ridge: float) -> Floats:
+def gram_merge(terms: list[tuple[Array, Array, float]], ridge: float) -> Array:
     """Return (Σ W·G)(Σ c·G + ridge·I)⁻¹ over (W, G, c), leaving out directions that no G has.
 
     Args:
         terms: c·W (m, n), G (n, n) symmetric, c.
     """
     fitted = sum(weighted @ square for weighted, square, _ in terms)
-    squares, basis = above_the_cut(reduce(np.add, (c * square for _, square, c in terms)))
-    return np.asarray((fitted @ basis / (squares + ridge)) @ basis.T)
+    squares, basis = above_the_cut(sum(c * square for _, square, c in terms))
+    return (fitted @ basis / (squares + ridge)) @ basis.T
 
 
-def ace(*vectors: Floats, epsilon: float) -> Floats:
+def ace(*vectors: Array, epsilon: float) -> Array:
     """Fit one update to the tasks' on covariances estimated from the updates themselves (ACE).
 
     (Σ τ̃·S_t)(Σ S_t + 1·m)⁻¹, with τ̃ the task's matrix less its column means, S_t = τ̃ᵀτ̃ + epsilon·I, and m the
@@ -105,8 +108,8 @@ def ace(*vectors: Floats, epsilon: float) -> Floats:
 
     Source: arXiv 2603.02945.
     """
-    size = vectors[0].shape[1]
-    fitted, covariance, mean = np.zeros(vectors[0].shape), np.zeros((size, size)), np.zeros(size)
+    xp = array_namespace(*vectors)
+    fitted, covariance, mean = 0.0, 0.0, 0.0
     for vector in vectors:
         centred = vector - vector.mean(0)
         square = centred.T @ centred
@@ -121,12 +124,12 @@ def ace(*vectors: Floats, epsilon: float) -> Floats:
     solved, inside = (fitted @ axes * inverse) @ axes.T, mean @ axes
     outside = mean - inside @ axes.T
     row = (inside * inverse) @ axes.T
-    if np.linalg.norm(outside) > CUT * np.linalg.norm(mean):
-        row += outside / ridge
-    return np.asarray(solved - np.outer(solved.sum(1), row) / (1 + row.sum()))
+    if xp.linalg.vector_norm(outside) > CUT * xp.linalg.vector_norm(mean):
+        row = row + outside / ridge
+    return solved - solved.sum(1)[:, None] * row / (1 + row.sum())
 
 
-def svc(*vectors: Floats, merged: Floats | None, alpha: float) -> Floats:
+def svc(*vectors: Array, merged: Array | None, alpha: float) -> Array:
     """Rescale the singular values of a merged update where the tasks share directions and so count them twice (SVC).
 
     Args:
@@ -139,22 +142,22 @@ def svc(*vectors: Floats, merged: Floats | None, alpha: float) -> Floats:
 
     Source: arXiv 2602.05536.
     """
-    summed = total(*vectors)
+    summed, xp = sum(vectors), array_namespace(*vectors)
     left, values, right = triplets(summed if merged is None else merged)
     if merged is not None:
         left, right = _settled(left, values, right, summed)
-    shares = np.zeros(values.shape)
+    shares = values * 0.0
     for vector in vectors:
         own = left.T @ vector  # (r, n); the merged update's are values · rightᵀ
-        square = np.einsum("rn,rn->r", own, own)
-        product = values * np.einsum("nr,rn->r", right, own)
+        square, product = (own * own).sum(1), values * (own * right.T).sum(1)
         # A task that has nothing in this direction but rounding has no say in it.
-        square_or_none = np.where(square > (CUT * values) ** 2, np.maximum(square, 1e-12), np.inf)
-        shares += np.maximum(alpha, product / square_or_none)
+        has_a_say = square > (CUT * values) ** 2
+        share = xp.where(has_a_say, product / xp.clip(square, 1e-12, None), 0.0)
+        shares = shares + xp.clip(share, alpha, None)
     return (left * (len(vectors) * values / shares)) @ right.T
 
 
-def _settled(left: Floats, values: Floats, right: Floats, reference: Floats) -> tuple[Floats, Floats]:
+def _settled(left: Array, values: Array, right: Array, reference: Array) -> tuple[Array, Array]:
     """Turn directions of equal singular values to the eigenvectors of what the reference does between them.
 
     Any turn of both sides gives the same matrix, and which one LAPACK returns depends on its build.
@@ -163,14 +166,19 @@ def _settled(left: Floats, values: Floats, right: Floats, reference: Floats) -> 
         left, values, right: the triplets of a matrix, (m, r), (r), (n, r), the largest first.
         reference: (m, n).
     """
-    left, right = left.copy(), right.copy()
-    edges = np.flatnonzero(-np.diff(values) > _EQUAL * values[:1]) + 1
-    for group in np.split(np.arange(len(values)), edges):
-        if len(group) > 1:
-            between = left[:, group].T @ reference @ right[:, group]
-            turn = np.linalg.eigh(between + between.T)[1][:, ::-1]
-            left[:, group], right[:, group] = left[:, group] @ turn, right[:, group] @ turn
-    return left, right
+    xp = array_namespace(left)
+    sizes = values.tolist()
+    edges = [i for i in range(1, len(sizes)) if sizes[i - 1] - sizes[i] > _EQUAL * sizes[0]]
+    lefts, rights = [], []
+    for low, high in pairwise([0, *edges, len(sizes)]):
+        group, across = left[:, low:high], right[:, low:high]
+        if high - low > 1:
+            between = group.T @ reference @ across
+            turn = xp.flip(xp.linalg.eigh(between + between.T)[1], axis=1)
+            group, across = group @ turn, across @ turn
+        lefts.append(group)
+        rights.append(across)
+    return xp.concat(lefts, axis=1), xp.concat(rights, axis=1)
 
 
 def _above(part: Triplets, floor: float) -> Triplets:

@@ -4,7 +4,7 @@ import numpy as np
 
 from clipmerge.ops.decompose import CUT, triplets
 from clipmerge.ops.vectors import mean
-from clipmerge.types import Floats
+from clipmerge.types import Array, Floats
 
 PARALLEL = 1e-6
 """Below this angle (radians) slerp is a straight line to float64's accuracy."""
@@ -114,7 +114,7 @@ def geometric_median(*points: Floats) -> Floats:
     return np.asarray(centre + (shares @ apart).reshape(centre.shape))
 
 
-def cart(*points: Floats, rank: float, scale: float) -> Floats:
+def cart(*points: Array, rank: float, scale: float) -> Array:
     """Go from the mean along each model's strongest directions away from it: mean + scale·Σ SVD_k(model - mean).
 
     Args:
@@ -123,7 +123,7 @@ def cart(*points: Floats, rank: float, scale: float) -> Floats:
 
     Source: Choi et al. 2024, arXiv 2412.12153.
     """
-    centre = mean(*points)
+    centre: Array = sum(points) / len(points)
     count = max(1, int(rank * min(centre.shape)))
     parts = [triplets(point - centre, count) for point in points]
     return centre + scale * sum((left * values) @ right.T for left, values, right in parts)

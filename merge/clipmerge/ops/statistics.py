@@ -6,10 +6,10 @@ Statistics are arrays that were taken once of each model (`evaluate/statistics.p
 from collections.abc import Sequence
 
 import numpy as np
+from array_api_compat import array_namespace, device
 
 from clipmerge.ops.matrices import gram_merge
-from clipmerge.ops.vectors import mean
-from clipmerge.types import Floats, Reals
+from clipmerge.types import Array, Floats, Reals
 
 
 def fisher(
@@ -48,11 +48,11 @@ def fisher(
 
 
 def regmean(
-    *points: Floats,
-    statistics: Sequence[Floats] | None = None,
+    *points: Array,
+    statistics: Sequence[Array] | None = None,
     off_diagonal: float = 0.95,
     transposed: bool = False,
-) -> Floats:
+) -> Array:
     """Fit each linear layer to the outputs that the models' own layers have on their own data (RegMean).
 
     W = (Σ W_t·G_t)(Σ G_t)⁻¹ with G_t = XᵀX of the layer's inputs; directions that no input has, and tensors without
@@ -67,10 +67,27 @@ def regmean(
     Source: Jin et al. 2023, arXiv 2212.09849.
     """
     if statistics is None:
-        return mean(*points)
+        return sum(points) / len(points)
     layers = [point.T for point in points] if transposed else list(points)
-    centre = mean(*layers)
-    squares = [off_diagonal * g + (1 - off_diagonal) * np.diag(np.diagonal(g)) for g in statistics]
+    centre = sum(layers) / len(layers)
+    one = array_namespace(centre).eye(centre.shape[1], dtype=centre.dtype, device=device(centre))
+    squares = [off_diagonal * g + (1 - off_diagonal) * one * g for g in statistics]
     fitted = [(layer - centre, square, 1.0) for layer, square in zip(layers, squares, strict=True)]
     merged = centre + gram_merge(fitted, ridge=0.0)
-    return np.asarray(merged.T if transposed else merged)
+    return merged.T if transposed else merged
+
+
+def regmean_plus(
+    *points: Array,
+    statistics: Sequence[Array] | None = None,
+    off_diagonal: float = 0.95,
+    transposed: bool = False,
+) -> Array:
+    """Fit each linear layer as RegMean does, to inputs that come out of the layers merged before it (RegMean++).
+
+    Args:
+        statistics: the models' G, (in, in), in their order, taken together. The others as for `regmean`.
+
+    Source: Nguyen et al. 2025, arXiv 2508.03121.
+    """
+    return regmean(*points, statistics=statistics, off_diagonal=off_diagonal, transposed=transposed)

@@ -23,6 +23,8 @@ from clipmerge.weights.statistics_files import statistics_path
 from clipmerge.weights.weights import Source, Weights, from_state_dict, mean, open_all
 
 if TYPE_CHECKING:
+    import torch
+
     from clipmerge.evaluate.evaluator import Evaluator
 
 SUM = "task_arithmetic"
@@ -50,7 +52,7 @@ def search_scale(
         grid: as in `sweep`; by default that of the expression's first method, or 0, 0.05 … 1.
         hold: what computes methods and keeps them, where that goes on to be used.
     """
-    hold = Held() if hold is None else hold
+    hold = Held(evaluator.predictor.device) if hold is None else hold
     if grid is None:
         outer = (leaf for leaf in family(Fraction(1)).terms if isinstance(leaf, Applied))
         grid = steps(*next((map(Fraction, leaf.method.grid) for leaf in outer), (0, 1, Fraction(1, 20))))
@@ -61,9 +63,14 @@ def search_scale(
 
 
 class Held:
-    """Replaces the methods in an expression by what they give, each computed once, in float32."""
+    """Replaces the methods in an expression by what they give, each computed once, in float32.
 
-    def __init__(self) -> None:
+    Args:
+        device: as for `Weights.save`.
+    """
+
+    def __init__(self, device: "torch.device | None" = None) -> None:
+        self._device = device
         self._known: dict[tuple[str, tuple[Checkpoint, ...]], Weights] = {}
 
     def __call__(self, weights: Weights) -> Weights:
@@ -78,7 +85,9 @@ class Held:
                     "total": alone.kind(),
                     **({"model": m} if (m := alone.model) else {}),
                 }
-                self._known[key] = from_state_dict(alone.state_dict("F32"), "held", write_record(record))
+                self._known[key] = from_state_dict(
+                    alone.state_dict("F32", device=self._device), "held", write_record(record)
+                )
             (held,) = self._known[key].terms
             terms[held] = terms.pop(leaf)
         return Weights(terms, weights.base) if leaves else weights
@@ -198,7 +207,7 @@ def leaderboard(
                 thresholds = consensus_thresholds(start, models, evaluator, on_progress=on_progress)
                 text = f"consensus(threshold={list(thresholds)})"
                 family = family_of(text, start, list(models.values()))
-            weights, scale, hold = family(Fraction(1)), None, Held()
+            weights, scale, hold = family(Fraction(1)), None, Held(evaluator.predictor.device)
             if _free(name):
                 result = search_scale(
                     family, models, evaluator, grid=grid, hold=hold, on_progress=on_progress

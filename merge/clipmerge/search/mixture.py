@@ -159,7 +159,7 @@ class Candidates:
         device: torch.device,
     ) -> None:
         self._weights, self._source = tuple(weights), DeviceCheckpoints(device, keep=False)
-        with tensors_of(weights[0]) as tensors:
+        with tensors_of(weights[0], device) as tensors:
             shapes = {n: t.shape for n, t in tensors if t.is_floating_point() and n in known}
         self._group = {n: next(i for i, group in enumerate(groups) if matches(group, n)) for n in shapes}
         names = sorted(shapes, key=lambda name: self._group[name])
@@ -233,7 +233,7 @@ class Candidates:
     def _tensors(self, names: Collection[str]) -> Iterator[tuple[int, str, Tensor]]:
         for row, candidate in enumerate(self._weights):
             there = self._source.tensors(candidate)
-            with nullcontext(there) if there else tensors_of(candidate) as tensors:
+            with nullcontext(there) if there else tensors_of(candidate, self._flat.device) as tensors:
                 yield from ((row, name, tensor) for name, tensor in tensors if name in names)
 
 

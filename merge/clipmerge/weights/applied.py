@@ -7,23 +7,26 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import lru_cache, partial
-from operator import itemgetter
-from typing import Any, TypeAlias
+from functools import cache, lru_cache, partial, reduce
+from operator import add, itemgetter
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from array_api_compat import array_namespace
 
 from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import Checkpoint
 from clipmerge.dtypes import ITEMSIZE, Scratch, storage_dtype, widen
 from clipmerge.errors import NonFiniteError
 from clipmerge.ops.spaces import merge_in
-from clipmerge.ops.vectors import mean, total
-from clipmerge.types import Floats, Reals
+from clipmerge.types import Array, Floats, Reals
 from clipmerge.weights.expression import Applied, Expression, Leaf, checkpoints_of
 from clipmerge.weights.names import is_transposed, matrices_of
 from clipmerge.weights.plan import integer_factors
+
+if TYPE_CHECKING:
+    import torch
 
 Read: TypeAlias = Callable[[Checkpoint], Reals]
 """Checkpoint → its numbers, as float32 where they are stored in so many bits or fewer, else float64."""
@@ -40,11 +43,13 @@ class Measured:
         groups: operands (by number) that are equal and count once; None: all differ.
         factors: what each operand is scaled by first.
         arguments: further keywords of the method's function.
+        gpu: where matrices are decomposed; None: here.
     """
 
     groups: Sequence[Sequence[int]] | None = None
     factors: Sequence[float] | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    gpu: "torch.device | None" = None
 
 
 Facts: TypeAlias = Mapping[Applied, Measured]
@@ -82,17 +87,19 @@ def weighted(
     """Σ factor·leaf / divisor in float64, added in the order given, from the first one on: -0 stays -0."""
     summed: Floats | None = None
     for factor, leaf in terms:
-        array = (
+        array: Array = (
             read(leaf) if isinstance(leaf, Checkpoint) else apply_to_tensor(leaf, name, shape, read, facts)
         )
         if summed is None:
-            summed = np.array(array, np.float64).reshape(shape)
+            summed = _wide_copy(array).reshape(shape)
             if factor != 1:
                 summed *= factor
         elif factor == 1:
             summed += array
         elif factor == -1:
             summed -= array
+        elif _is_lent(array):
+            summed += _wide_copy(array) * factor
         else:
             summed += np.multiply(array, factor, dtype=np.float64)
     if summed is None:
@@ -100,6 +107,11 @@ def weighted(
     if divisor != 1:
         summed /= divisor
     return summed
+
+
+def _wide_copy(array: Array) -> Array:
+    """Return a copy in float64, where the array is."""
+    return array.clone().double() if _is_lent(array) else np.array(array, np.float64)
 
 
 def apply_to_tensor(applied: Applied, name: str, shape: tuple[int, ...], read: Read, facts: Facts) -> Reals:
@@ -120,56 +132,108 @@ def apply_to_tensor(applied: Applied, name: str, shape: tuple[int, ...], read: R
     if method.statistics is not None:
         there = all(name in file.tensors for file in applied.statistics)
         keywords["statistics"] = [read(file) for file in applied.statistics] if there else None
+        if method.on == "layers" and there:
+            keywords["statistics"] = [
+                _lend(np.asarray(s, np.float64), known.gpu) for s in keywords["statistics"]
+            ]
     merged = None
     if applied.merged is not None:
-        merged = evaluate(applied.merged, name, shape, read, facts).astype(arrays[0].dtype, copy=False)
+        merged = evaluate(applied.merged, name, shape, read, facts)
     space = applied.options.get("space")
     if method.on != "matrices" and space is None:
-        keywords |= {"merged": merged} if method.takes_merged else {}
-        return method.function(*arrays, **keywords)
-    if not all(np.isfinite(array).all() for array in arrays):
+        if method.takes_merged:
+            keywords["merged"] = None if merged is None else merged.astype(arrays[0].dtype, copy=False)
+        return _back(method.function(*arrays, **keywords))
+    if not all(array_namespace(array).isfinite(array).all() for array in arrays):
         message = f"{method.name} cannot work on {name!r}, which is not finite"
         raise NonFiniteError(message, hint="leave that checkpoint out")
     count = matrices_of(name, shape, fused=bool(applied.options.get("fused")))
     if count == 0:
         if method.on != "matrices":
             return method.function(*arrays, **keywords)
-        if method.takes_merged:
-            return total(*arrays) if merged is None else merged
-        return mean(*arrays)
+        if merged is not None:
+            return merged
+        summed = reduce(add, arrays)
+        return _back(summed if method.takes_merged else summed / len(arrays))
+    function = method.function if method.on == "matrices" else _on_the_cpu(method.function)
     parts = []
     for number, rows in enumerate(np.split(np.arange(shape[0]), count)):
         part = slice(rows[0], rows[-1] + 1)
         more: dict[str, Any] = {}
         if method.takes_merged:
-            more["merged"] = None if merged is None else merged[part]
+            more["merged"] = None if merged is None else _lend(merged[part], known.gpu)
         if "name" in keywords and count > 1:
             more["name"] = f"{name}[{number}]"  # what is drawn for q is not drawn for k
-        function = partial(method.function, **{**keywords, **more})
-        matrices = [array[part] for array in arrays]
-        parts.append(function(*matrices) if space is None else merge_in(str(space), function, *matrices))
+        merge = partial(function, **{**keywords, **more})
+        matrices = [_lend(array[part], known.gpu) for array in arrays]
+        merged_part = merge(*matrices) if space is None else merge_in(str(space), merge, *matrices)
+        parts.append(_back(merged_part))
     return np.concatenate(parts) if count > 1 else parts[0]
 
 
-def operands_of(applied: Applied, name: str, shape: tuple[int, ...], read: Read, facts: Facts) -> list[Reals]:
+def _on_the_cpu(function: Callable[..., Reals]) -> Callable[..., Array]:
+    """Return a rule of entries, which computes in numpy, for matrices that may be on a GPU."""
+
+    def call(*arrays: Array, **keywords: Any) -> Array:
+        gpu = arrays[0].device if _is_lent(arrays[0]) else None
+        return _lend(function(*map(_back, arrays), **keywords), gpu)
+
+    return call
+
+
+def _lend(array: Array, gpu: "torch.device | None") -> Array:
+    """Return an array where it is to be computed with."""
+    if gpu is None or _is_lent(array):
+        return array
+    import torch
+
+    return torch.from_numpy(np.asarray(array)).to(gpu)
+
+
+def _back(array: Array) -> Reals:
+    """Return an array as one of numpy."""
+    return array.cpu().numpy() if _is_lent(array) else np.asarray(array)
+
+
+def _is_lent(array: Array) -> bool:
+    return not isinstance(array, np.ndarray | np.generic)
+
+
+def operands_of(applied: Applied, name: str, shape: tuple[int, ...], read: Read, facts: Facts) -> list[Array]:
     """Compute a method's operands: equal ones once, scaled where that was asked for.
 
-    They are float32 where single entries count and no checkpoint holds more, rounded once; else float64.
+    They are float32 where single entries count and no checkpoint holds more, rounded once; else float64, on the GPU
+    that the method decomposes on.
     """
     known, by_entry = facts.get(applied, Measured()), applied.method.on == "entries"
-    arrays = [_operand(operand, name, shape, read, facts, by_entry) for operand in applied.operands]
+    gpu = known.gpu if applied.method.on in ("matrices", "layers") else None
+    lent = read if gpu is None else cache(lambda checkpoint: _lend(read(checkpoint), gpu))
+    arrays = [_operand(operand, name, shape, read, facts, by_entry, lent) for operand in applied.operands]
+    arrays = [_lend(array, gpu) for array in arrays]
     if known.groups is not None:
-        arrays = [mean(*(arrays[i] for i in group)) for group in known.groups]
+        arrays = [reduce(add, each) / len(each) for each in ([arrays[i] for i in g] for g in known.groups)]
     if known.factors is not None:
-        arrays = [a * a.dtype.type(f) for a, f in zip(arrays, known.factors, strict=True)]
+        arrays = [array * float(factor) for array, factor in zip(arrays, known.factors, strict=True)]
     return arrays
 
 
 def _operand(
-    operand: Expression, name: str, shape: tuple[int, ...], read: Read, facts: Facts, by_entry: bool
-) -> Reals:
+    operand: Expression,
+    name: str,
+    shape: tuple[int, ...],
+    read: Read,
+    facts: Facts,
+    by_entry: bool,
+    lent: Read,
+) -> Array:
+    """Compute one operand.
+
+    Args:
+        lent: reads for sums of checkpoints alone; what is in methods' operands is read by `read`.
+    """
     if not by_entry or _holds_float64(operand, name):
-        return evaluate(operand, name, shape, read, facts)
+        plain = all(isinstance(leaf, Checkpoint) for leaf in operand.terms)
+        return evaluate(operand, name, shape, lent if plain else read, facts)
     if pair := _difference(operand, name):  # one rounding in float32, and no detour
         return np.asarray(read(pair[0]) - read(pair[1]))
     return evaluate(operand, name, shape, read, facts).astype(np.float32)

@@ -66,8 +66,9 @@ class Method:
             `measure` returns, and, where the function has a parameter of that name, `name` (the tensor's) and `merged`.
         takes: what its operands must be: "points" (models, total 1) or "vectors" (task vectors, total 0).
         gives: the total of the result.
-        on: what the function looks at: single entries, so that it may be given pieces; whole tensors; or matrices
-            (`names.matrices_of`), other tensors being the mean (or `merged`).
+        on: what the function looks at: single entries, so that it may be given pieces; whole tensors; matrices
+            (`names.matrices_of`), other tensors being the mean (or `merged`); or linear layers with statistics. What
+            is on matrices or layers is given arrays of numpy, or of torch on a GPU.
         options: name → what it may be.
         operands: how many it takes, (least, most); None is any number.
         symmetric: whether the order of the operands means nothing.
@@ -82,7 +83,7 @@ class Method:
     function: Callable[..., Reals]
     takes: Literal["points", "vectors"]
     gives: Literal[0, 1]
-    on: Literal["entries", "tensors", "matrices"] = "tensors"
+    on: Literal["entries", "tensors", "matrices", "layers"] = "tensors"
     options: Mapping[str, Option] = field(default_factory=dict)
     operands: tuple[int, int | None] = (1, None)
     symmetric: bool = True
@@ -131,6 +132,11 @@ class Applied:
     options: Mapping[str, OptionValue]
     merged: "Expression | None" = None
     statistics: tuple[Checkpoint, ...] = ()
+
+    @property
+    def decomposes(self) -> bool:
+        """Whether it decomposes matrices, which a GPU does sooner."""
+        return self.method.on in ("matrices", "layers") or "space" in self.options
 
     @property
     def inputs(self) -> "tuple[Expression, ...]":

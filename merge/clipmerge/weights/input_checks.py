@@ -12,7 +12,7 @@ from clipmerge.dtypes import ITEMSIZE, storage_dtype, to_float64
 from clipmerge.errors import RecipeError
 from clipmerge.types import Floats
 from clipmerge.weights.digest import Digests, content_digest
-from clipmerge.weights.expression import Expression, applied_in, total_of
+from clipmerge.weights.expression import Applied, Expression, applied_in, total_of
 from clipmerge.weights.provenance import bases_of
 from clipmerge.weights.statistics_files import statistics_record
 
@@ -82,10 +82,32 @@ def refuse_foreign_statistics(weights: Expression) -> None:
             if (statistics_record(file) or {}).get("of") != content_digest(operand.reference):
                 what = f"{file.path or file.name} was taken of another checkpoint than {operand!r}"
                 raise RecipeError(f"{what}, or of what it was before", hint="take the statistics again")
+        _refuse_apart(applied)
         if len(names) > 1:
             raise RecipeError(
                 f"the statistics of {applied.method.name} are of different tensors",
                 hint="take those of all checkpoints in the same way (--towers)",
+            )
+
+
+def _refuse_apart(applied: Applied) -> None:
+    """Refuse statistics that were taken together with those of other checkpoints, or for other options."""
+    records = [statistics_record(file) or {} for file in applied.statistics]
+    together = [record.get("together") for record in records]
+    if not any(together):
+        return
+    taken, name = together[0], applied.method.name
+    again = f"take them again, of these checkpoints: clipmerge statistics --method {name} CKPT... --data DATA"
+    digests = sorted(content_digest(operand.reference) for operand in applied.operands)
+    if not isinstance(taken, dict) or any(other != taken for other in together):
+        raise RecipeError(f"the statistics of {name} were not taken together", hint=again)
+    if sorted(taken.get("of", ())) != digests:
+        raise RecipeError(f"the statistics of {name} were taken together with other checkpoints", hint=again)
+    for option, value in taken.get("options", {}).items():
+        if applied.options.get(option) != value:
+            raise RecipeError(
+                f"the statistics of {name} were taken for {option}={value}, not {applied.options.get(option)}",
+                hint=f"merge with {option}={value}, or take them again with --{option.replace('_', '-')}",
             )
 
 

@@ -1,9 +1,10 @@
 """What methods need to know of the whole model before the first tensor is merged: thresholds, norms, equal operands."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from threading import Lock
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,9 @@ from clipmerge.weights.blocks import Buffers, default_threads, in_threads
 from clipmerge.weights.expression import Applied, Leaf, applied_in
 from clipmerge.weights.names import depths_of
 from clipmerge.weights.plan import Plan, Step
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 
@@ -57,7 +61,7 @@ class Model:
 
     @property
     def tasks(self) -> int:
-        groups = self._facts[self._applied].groups if self._applied in self._facts else None
+        groups = self._facts[self._applied].groups
         return len(self._applied.operands if groups is None else groups)
 
     def map(
@@ -123,27 +127,29 @@ def measure(
     *,
     leaves: Iterable[Leaf] | None = None,
     threads: int | None = None,
+    gpu: "torch.device | None" = None,
     on_progress: Progress | None = None,
 ) -> dict[Applied, Measured]:
     """Find what the methods of a plan need to know of the whole model, inner methods first.
 
     Args:
         leaves: those among which the methods are; by default the plan's.
+        gpu: where their matrices are decomposed; None: here.
     """
     facts: dict[Applied, Measured] = {}
     if leaves is None:
         leaves = dict.fromkeys(leaf for step in plan.steps.values() for _, leaf in step.terms)
     for applied in dict.fromkeys(inner for leaf in leaves for inner in applied_in([leaf])):
+        facts[applied] = Measured()
         model = Model(applied, plan, reader, facts, threads or default_threads(), on_progress)
         method, options = applied.method, applied.options
         if method.distinct and len(applied.operands) > 1:
-            facts[applied] = Measured(groups=_groups(model))
-        groups = facts.get(applied, Measured()).groups
+            facts[applied] = replace(facts[applied], groups=_groups(model))
         if options.get("equalise"):
-            facts[applied] = Measured(groups, equal_factors(_norms(model)))
-        factors = facts.get(applied, Measured()).factors
-        arguments = method.measure(model, **options) if method.measure else {}
-        facts[applied] = Measured(groups, factors, arguments)
+            facts[applied] = replace(facts[applied], factors=equal_factors(_norms(model)))
+        if method.measure:
+            facts[applied] = replace(facts[applied], arguments=method.measure(model, **options))
+        facts[applied] = replace(facts[applied], gpu=gpu)  # what was measured was measured here
     return facts
 
 

@@ -23,6 +23,7 @@ from clipmerge.weights.statistics_files import statistics_for
 _SCOPE = Option(
     "model", "rank entries over the whole model, or each tensor's own", choices=("model", "tensor")
 )
+_OFF_DIAGONAL = Option(0.95, "of the Gram matrices, what all but the diagonal is times", 0, 1)
 _ISO_GRID = ("0", "3", "0.1")
 
 METHODS: Mapping[str, Method] = {
@@ -111,8 +112,12 @@ METHODS: Mapping[str, Method] = {
             },
         ),
         Method(
-            "regmean", statistics.regmean, "points", 1, statistics="regmean",
-            options={"off_diagonal": Option(0.95, "of the Gram matrices, what all but the diagonal is times", 0, 1)},
+            "regmean", statistics.regmean, "points", 1, "layers", statistics="regmean",
+            options={"off_diagonal": _OFF_DIAGONAL},
+        ),
+        Method(
+            "regmean_plus", statistics.regmean_plus, "points", 1, "layers", statistics="regmean_plus",
+            options={"off_diagonal": _OFF_DIAGONAL},
         ),
     )
 }  # fmt: skip

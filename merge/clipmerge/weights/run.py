@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from threading import Lock
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,9 @@ from clipmerge.weights.expression import applied_in
 from clipmerge.weights.measure import measure
 from clipmerge.weights.plan import Plan, Step
 
+if TYPE_CHECKING:
+    import torch
+
 SMALL = 1 << 23
 """Elements of a tensor of which several are computed at once where they are needed whole; of larger ones, one."""
 
@@ -42,6 +45,7 @@ def execute(
     threads: int | None = None,
     allow_nonfinite: bool = False,
     digests: Digests | None = None,
+    device: "str | torch.device | None" = None,
     what: str = "merging",
     on_progress: Progress | None = None,
 ) -> None:
@@ -51,6 +55,7 @@ def execute(
         sinks: of each step its name, the sink that takes its bytes, and where in the sink they begin.
         threads: worker threads; None takes the cores this process may use, at most four.
         digests: of the inputs, taken as their tensors are read.
+        device: where methods decompose matrices, by CUDA or else on the CPU; None takes a GPU where there is one.
         what: the name of the work, for `on_progress`.
 
     Raises:
@@ -97,10 +102,11 @@ def execute(
 
     placed = [(plan.steps[name], sink, offset) for name, sink, offset in sinks]
     threads = threads or default_threads()
-    facts = measure(plan, reader, threads=threads, on_progress=on_progress)
+    gpu = decomposing_gpu(plan, device)
     held = [item for item in placed if not item[0].streams]
     methods = applied_in(leaf for item in held for _, leaf in item[0].terms)
-    with _one_blas_thread({applied.method.on for applied in methods}):
+    with _one_blas_thread({applied.method.on for applied in methods}), _decomposing_on(gpu):
+        facts = measure(plan, reader, threads=threads, gpu=gpu, on_progress=on_progress)
         large = [item for item in held if item[0].numel > SMALL]
         small = (partial(whole, *item) for item in held if item[0].numel <= SMALL)
         in_threads([partial(one_at_a_time, large), *small], threads)
@@ -108,13 +114,46 @@ def execute(
     reader.unchanged()
 
 
+def decomposing_gpu(plan: Plan, device: "str | torch.device | None") -> "torch.device | None":
+    """Return the GPU on which a plan's matrices are decomposed; None: on the CPU, or there is nothing to decompose."""
+    methods = applied_in(leaf for step in plan.steps.values() for _, leaf in step.terms)
+    if str(device) == "cpu" or not any(applied.decomposes for applied in methods):
+        return None
+    from clipmerge.device import resolve_device
+
+    place = resolve_device(device)
+    return place if place.type == "cuda" else None  # MPS has no float64
+
+
+@contextmanager
+def _decomposing_on(gpu: "torch.device | None") -> Iterator[None]:
+    """Load what decomposes on a GPU, and say what to do where it has too little memory for the matrices."""
+    if gpu is None:
+        yield
+        return
+    import torch
+
+    from clipmerge.device import out_of_memory_hint
+
+    with out_of_memory_hint("decompose on the CPU: --device cpu"):
+        torch.linalg.eigh(
+            torch.eye(2, dtype=torch.float64, device=gpu)
+        )  # torch cannot load it in several threads
+        yield
+
+
 def into_arrays(
-    plan: Plan, destination: Callable[[str], Bytes], *, on_progress: Progress | None = None
+    plan: Plan,
+    destination: Callable[[str], Bytes],
+    *,
+    device: "str | torch.device | None" = None,
+    on_progress: Progress | None = None,
 ) -> None:
     """Compute every step into memory.
 
     Args:
         destination: name → a writable, contiguous (nbytes,) view of where the tensor goes.
+        device: as for `execute`.
     """
 
     def copy(target: Bytes, offset: int, data: Bytes) -> None:
@@ -122,7 +161,7 @@ def into_arrays(
 
     with Reader(plan.checkpoints) as reader:
         sinks = [(name, partial(copy, destination(name)), 0) for name in plan.steps]
-        execute(plan, sinks, reader, on_progress=on_progress)
+        execute(plan, sinks, reader, device=device, on_progress=on_progress)
 
 
 def _compute_whole(

@@ -14,7 +14,11 @@ from clipmerge.weights.expression import Expression, Method
 from clipmerge.weights.record import read_record
 
 KEY = "statistics"
-"""Of a file's record: "method", which needs it; "of", the checkpoint's content digest; and how it was taken."""
+"""Of a file's record: "method", which needs it; "of", the checkpoint's content digest; and how it was taken.
+
+"together" stands in files that mean something side by side only: the digests of all their checkpoints ("of"), the
+"options" that the method must have, and how they were taken.
+"""
 
 
 def statistics_record(checkpoint: Checkpoint) -> dict[str, Any] | None:

@@ -76,6 +76,7 @@ class Weights(Expression):
         digests: bool = True,
         fsync: bool = False,
         threads: int | None = None,
+        device: "str | torch.device | None" = None,
         on_progress: Progress | None = None,
     ) -> Path:
         """Write the weights as `.safetensors`, whole or not at all. Returns the path that was written.
@@ -92,6 +93,8 @@ class Weights(Expression):
             digests: whether to record the parents' content digests, by which `verify` finds them.
             fsync: return only when the file is on the disk.
             threads: worker threads; None takes the cores this process may use, at most four.
+            device: where methods such as `tsv` decompose matrices; None takes a GPU where there is one. Another device
+                may round a number's last bit the other way.
             on_progress: called as (what, done, total).
 
         Raises:
@@ -123,7 +126,8 @@ class Weights(Expression):
                 for file, descriptor in placed
                 for name, offset in file.offsets.items()
             ]
-            options = {"threads": threads, "allow_nonfinite": allow_nonfinite, "on_progress": on_progress}
+            options = {"threads": threads, "device": device, "on_progress": on_progress}
+            options |= {"allow_nonfinite": allow_nonfinite}
             execute(target.plan, sinks, reader, digests=wanted, **options)
             if not wanted.complete:
                 files = output_files(target, record(digests=wanted.finish(on_progress)))
@@ -134,18 +138,28 @@ class Weights(Expression):
         return files[-1].path
 
     def state_dict(
-        self, dtype: str | None = None, *, on_progress: Progress | None = None
+        self,
+        dtype: str | None = None,
+        *,
+        device: "str | torch.device | None" = None,
+        on_progress: Progress | None = None,
     ) -> "dict[str, torch.Tensor]":
-        """Compute the tensors by open_clip's names, on the CPU, by the same pass as `save`."""
+        """Compute the tensors by open_clip's names, in the CPU's memory, by the same pass as `save`.
+
+        Args:
+            device: as for `save`.
+        """
         import torch
 
         plan = make_plan(self, dtype=dtype)
         tensors = {name: torch.empty(s.shape, dtype=torch_dtype(s.dtype)) for name, s in plan.steps.items()}
-        into_arrays(plan, lambda name: _bytes(tensors[name]), on_progress=on_progress)
+        into_arrays(plan, lambda name: _bytes(tensors[name]), device=device, on_progress=on_progress)
         return tensors
 
     def load_into(self, module: "torch.nn.Module", *, strict: bool = True) -> "torch.nn.Module":
         """Write into the module's parameters and buffers in place, in their dtype and on their device.
+
+        Methods such as `tsv` decompose their matrices on that device, if it is a GPU.
 
         Raises:
             ModelError: names or shapes differ; all of them are listed. `strict=False` allows names that the
@@ -175,7 +189,7 @@ class Weights(Expression):
             staged[name] = torch.empty(plan.steps[name].shape, dtype=want)
             return _bytes(staged[name])
 
-        into_arrays(plan, destination)
+        into_arrays(plan, destination, device=next((p.device for p in targets.values()), None))
         with torch.no_grad():
             for name in staged.keys() & targets.keys():
                 targets[name].copy_(staged[name])

@@ -217,7 +217,9 @@ def _inspected(path: Path, capsys: Any) -> str:
 
 def test_regmean_plus_merges_one_block_behind_the_other(pair: list[Path]) -> None:
     """Written out for the image tower: the second block's inputs are what the merged first one gives."""
-    merged = cm.regmean_plus(pair, [DATA, "digits#train[:9]@invert"], batch_size=4)
+    files = cm.statistics_together(pair, [DATA, "digits#train[:9]@invert"], batch_size=4)
+    assert [file.name for file in files] == ["ft0.regmean_plus.safetensors", "ft1.regmean_plus.safetensors"]
+    merged = cm.regmean_plus(pair)
     got = merged.state_dict()
     assert merged.model == cm.load(pair[0]).model
     mean = cm.mean([cm.load(path) for path in pair]).state_dict()
@@ -248,6 +250,45 @@ def test_regmean_plus_merges_one_block_behind_the_other(pair: list[Path]) -> Non
     assert torch.equal(got["visual.conv1.weight"], mean["visual.conv1.weight"])
     for name in ("transformer.resblocks.0.mlp.c_proj.weight", "visual.proj"):
         assert not torch.allclose(got[name], mean[name], rtol=0, atol=1e-6)
-    alone = cm.regmean_plus([pair[0], pair[0]], [DATA, DATA]).state_dict()
+    cm.statistics_together([pair[0], pair[0]], [DATA, DATA], force=True)
+    alone = cm.regmean_plus([pair[0], pair[0]]).state_dict()
     for name, tensor in cm.load(pair[0]).state_dict().items():
         torch.testing.assert_close(alone[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_regmean_plus_is_a_command_that_verify_computes_again(pair: list[Path], capsys: Any) -> None:
+    out = pair[0].with_name("merged.safetensors")
+    take = ["statistics", "--method", "regmean_plus", "--data", DATA, "--images", "5", *map(str, pair)]
+    merge = ["merge", "regmean_plus([a, b])", f"a={pair[0]}", f"b={pair[1]}", "-o", str(out)]
+    assert main(merge) == 1
+    assert "clipmerge statistics --method regmean_plus CKPT... --data DATA" in capsys.readouterr().err
+    assert main(take) == 0
+    assert main(merge) == 0
+    assert main(["verify", str(out)]) == 0
+    turned = cm.regmean_plus(pair[::-1]).save(pair[0].with_name("turned.safetensors"))
+    assert all(torch.equal(tensor, read(turned)[name]) for name, tensor in read(out).items())
+    assert main(take) == 1  # they are there
+    for wrong in (["--method", "regmean", "--off-diagonal", "0.5"], ["--method", "other"]):
+        assert main(["statistics", str(pair[0]), "--data", DATA, *wrong]) == 2
+
+
+def test_statistics_that_were_taken_together_stay_together(
+    pair: list[Path], tiny_checkpoints: Any, tiny_spec: Any
+) -> None:
+    a, b, c = (*pair, pair[0].with_name("ft2.safetensors"))
+    cm.load(tiny_checkpoints["ft2"]).save(c, metadata={"model": tiny_spec.to_metadata()})
+    cm.statistics_together([a, b], [DATA, DATA], images=5, off_diagonal=0.5)
+    assert cm.regmean_plus([a, b], off_diagonal=0.5).state_dict()
+    with pytest.raises(RecipeError, match=r"were taken for off_diagonal=0\.5, not 0\.95") as refusal:
+        cm.regmean_plus([a, b]).state_dict()
+    assert refusal.value.hint == "merge with off_diagonal=0.5, or take them again with --off-diagonal"
+    with pytest.raises(RecipeError, match="were taken together with other checkpoints"):
+        cm.regmean_plus([a]).state_dict()
+    files = [path.with_name(f"{path.stem}.regmean_plus.safetensors") for path in (a, b)]
+    shutil.copy(files[0], kept := a.with_name("before.safetensors"))
+    cm.statistics_together([a, b], [DATA, DATA], images=4, off_diagonal=0.5, force=True)
+    with pytest.raises(RecipeError, match="were not taken together"):
+        cm.regmean_plus([a, b], statistics=[kept, files[1]], off_diagonal=0.5).state_dict()
+    cm.statistics_together([b, c], [DATA, DATA], images=5, force=True)
+    with pytest.raises(RecipeError, match="were not taken together"):
+        cm.regmean_plus([a, b]).state_dict()

@@ -8,6 +8,7 @@ import pytest
 from numpy.linalg import inv, norm, pinv, svd
 
 from clipmerge.ops import decompose
+from clipmerge.ops.decompose import polar
 from clipmerge.ops.matrices import ace, gram, iso_c, iso_cts, svc, tsv
 
 F64 = np.ndarray
@@ -182,6 +183,20 @@ def test_svc_after_iso_c_does_not_hang_on_the_basis_that_lapack_returns(shape: t
     turn = np.linalg.qr(generator.normal(size=(shape[0], shape[0])))[0]  # another basis of the rows' space
     turned = svc(*(turn @ task for task in tasks), merged=turn @ merged, alpha=0.1)
     np.testing.assert_allclose(turn.T @ turned, right_answer, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("weakest", [1e-2, 1e-4, 2e-5, 1e-7])
+def test_a_polar_factor_has_one_singular_value_however_weak_a_direction_was(weakest: float) -> None:
+    """SVC tells directions of one value from others by their values: Iso-C's must be equal."""
+    (drawn,) = draw(1, (40, 24))
+    u, _, vt = svd(drawn, full_matrices=False)
+    found = polar(u * np.geomspace(1, weakest, 24) @ vt)
+    values = svd(found, compute_uv=False)
+    kept = 24 if weakest > 1e-6 else int((np.geomspace(1, weakest, 24) > 1e-6).sum())
+    np.testing.assert_allclose(values[:kept], 1, rtol=0, atol=1e-11)
+    np.testing.assert_allclose(values[kept:], 0, rtol=0, atol=1e-11)
+    if kept == 24:
+        np.testing.assert_allclose(found, u @ vt, atol=1e-6)
 
 
 def test_svc_undoes_what_is_counted_twice() -> None:

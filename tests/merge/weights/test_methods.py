@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 
 import clipmerge as cm
-from clipmerge.errors import CheckpointError, NonFiniteError, RecipeError
+from clipmerge.errors import CheckpointError, DeviceError, NonFiniteError, RecipeError
 from clipmerge.ops import vectors
 from clipmerge.ops.spaces import merge_in
-from clipmerge.weights import blocks, measure
+from clipmerge.weights import blocks, measure, run
 from clipmerge.weights import weights as face
 from clipmerge.weights.digest import content_digest
 from clipmerge.weights.methods import METHODS, apply
 from clipmerge.weights.names import is_transposed
+from clipmerge.weights.plan import make_plan
 from clipmerge.weights.record import write_record
 from clipmerge.weights.weights import Weights
 
@@ -272,6 +273,41 @@ def test_every_method_of_task_vectors_works_in_a_space_that_they_share(
         backward = merged(name, [made[0], *made[:0:-1]], point, arrays, space=space)
         assert farthest(got, backward) == 0
     assert farthest(merged(name, made[:1] * 4, point, arrays, space=space), made[0]) < 1e-6
+
+
+DECOMPOSING = [(n, {}) for n, m in sorted(METHODS.items()) if m.on in ("matrices", "layers")]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*DECOMPOSING, ("ties", {"space": "core"}), ("dare", {"space": "knots"}), ("tsv", {"space": "core"})],
+)
+@pytest.mark.parametrize("damage", [list, _rank_2, _twice])
+def test_matrices_of_torch_give_the_same(
+    name: str,
+    options: dict[str, Any],
+    damage: Callable[..., list[Model]],
+    point: Point,
+    arrays: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a GPU is lent are arrays of torch: here they lie on the CPU."""
+    import torch
+
+    made = damage(models(4))
+    ours = merged(name, made, point, arrays, **options)
+    monkeypatch.setattr(run, "decomposing_gpu", lambda *_: torch.device("cpu"))
+    assert farthest(ours, merged(name, made, point, arrays, **options)) < 1e-7
+
+
+def test_a_gpu_is_asked_for_where_there_is_something_to_decompose(point: Point) -> None:
+    a, b = point("a"), point("b")
+    for expression in (a - b, apply("ties", [a - b]), apply("slerp", [a, b])):
+        assert run.decomposing_gpu(make_plan(expression), "nonsense") is None  # not even looked at
+    for expression in (apply("tsv", [a - b]), 2 * apply("ties", [apply("tsv", [a - b])])):
+        assert run.decomposing_gpu(make_plan(expression), "cpu") is None
+        with pytest.raises(DeviceError, match="'nonsense' is no device"):
+            run.decomposing_gpu(make_plan(expression), "nonsense")
 
 
 def test_a_space_is_an_option_like_others(point: Point) -> None:
