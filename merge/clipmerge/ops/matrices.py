@@ -11,7 +11,16 @@ from typing import Literal
 
 from array_api_compat import array_namespace
 
-from clipmerge.ops.decompose import CUT, Triplets, above_the_cut, polar, polar_and_values, triplets
+from clipmerge.ops.decompose import (
+    CUT,
+    Triplets,
+    above_the_cut,
+    divided,
+    polar,
+    polar_and_values,
+    solved,
+    triplets,
+)
 from clipmerge.types import Array
 
 _EQUAL = 1e-9
@@ -96,8 +105,7 @@ def gram_merge(terms: list[tuple[Array, Array, float]], ridge: float) -> Array:
         terms: c·W (m, n), G (n, n) symmetric, c.
     """
     fitted = sum(weighted @ square for weighted, square, _ in terms)
-    squares, basis = above_the_cut(sum(c * square for _, square, c in terms))
-    return (fitted @ basis / (squares + ridge)) @ basis.T
+    return divided(fitted, sum(c * square for _, square, c in terms), ridge)
 
 
 def ace(*vectors: Array, epsilon: float) -> Array:
@@ -109,24 +117,28 @@ def ace(*vectors: Array, epsilon: float) -> Array:
     Source: arXiv 2603.02945.
     """
     xp = array_namespace(*vectors)
-    fitted, covariance, mean = 0.0, 0.0, 0.0
+    fitted: Array = 0.0
+    covariance: Array = 0.0
+    mean: Array = 0.0
     for vector in vectors:
         centred = vector - vector.mean(0)
         square = centred.T @ centred
         fitted += centred @ square + epsilon * centred
         covariance += square
         mean += (vector.T @ vector).mean(0)
-    squares, axes = above_the_cut(covariance)
     ridge = len(vectors) * epsilon
-    inverse = 1 / (squares + ridge)
     # The inverse of a matrix plus a product of two vectors, by Sherman and Morrison. Where no task has anything, the
     # matrix is the ridge alone.
-    solved, inside = (fitted @ axes * inverse) @ axes.T, mean @ axes
-    outside = mean - inside @ axes.T
-    row = (inside * inverse) @ axes.T
-    if xp.linalg.vector_norm(outside) > CUT * xp.linalg.vector_norm(mean):
-        row = row + outside / ridge
-    return solved - solved.sum(1)[:, None] * row / (1 + row.sum())
+    both = solved(xp.concat([fitted, mean[None]]), covariance, ridge)
+    if both is not None:
+        first, row = both[:-1], both[-1]
+    else:
+        squares, axes = above_the_cut(covariance)
+        first, row = (((part @ axes) / (squares + ridge)) @ axes.T for part in (fitted, mean))
+        outside = mean - (mean @ axes) @ axes.T
+        if xp.linalg.vector_norm(outside) > CUT * xp.linalg.vector_norm(mean):
+            row = row + outside / ridge
+    return first - first.sum(1)[:, None] * row / (1 + row.sum())
 
 
 def svc(*vectors: Array, merged: Array | None, alpha: float) -> Array:

@@ -212,9 +212,9 @@ def test_the_largest_eigenpairs(
     size: int, count: int, by_address: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By LAPACK's address where its integers have 32 bits, else by scipy; here they have."""
-    assert decompose._address_of_dsyevr() is not None
+    assert decompose._lapack("dsyevr") is not None
     if not by_address:
-        monkeypatch.setattr(decompose, "_address_of_dsyevr", lambda: None)
+        monkeypatch.setattr(decompose, "_lapack", lambda _: None)
     matrix = draw(1, (size + 3, size))[0]
     gram = matrix.T @ matrix
     before = gram.copy()
@@ -224,3 +224,32 @@ def test_the_largest_eigenpairs(
     np.testing.assert_allclose(values, np.linalg.eigvalsh(gram)[size - count :], rtol=1e-12)
     np.testing.assert_allclose(gram @ vectors, vectors * values, atol=1e-11 * values[-1])
     np.testing.assert_allclose(vectors.T @ vectors, np.eye(count), atol=1e-12)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.3])
+@pytest.mark.parametrize("weakest", [1e-1, 1e-3, 0.9e-4, 1e-5, 0.0])
+def test_equations_are_solved_by_the_faster_way_where_it_is_as_good(
+    weakest: float, ridge: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Singular values down to 1e-4 of the largest go by Cholesky's factors; the answer is the pseudoinverse's."""
+    u, _, vt = svd(draw(1, (40, 24))[0], full_matrices=False)
+    laid = u * np.geomspace(1, max(weakest, 1e-9), 24) @ vt
+    matrix, square = draw(1, (10, 40), seed=1)[0] @ laid, laid.T @ laid
+    fast = decompose.solved(matrix, square, ridge)
+    assert (fast is not None) == (weakest >= 1e-3 or ridge > 0)
+    found = decompose.divided(matrix, square, ridge)
+    monkeypatch.setattr(decompose, "solved", lambda *_: None)
+    slow = decompose.divided(matrix, square, ridge)
+    assert norm(found - slow) < 1e-5 * norm(slow)  # the slow way leaves out what is below the cut
+    if fast is not None and weakest:
+        assert norm(slow @ (square + ridge * np.eye(24)) - matrix) < 1e-8 * norm(matrix)
+
+
+def test_rules_that_fit_give_the_same_by_eigenvectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks, wide = draw(4), draw(2, (6, 20))
+    every = ("actmat", "wudi", "ace")
+    fast = [RULES[name](*given) for name in every for given in (tasks, wide)]
+    monkeypatch.setattr(decompose, "_lapack", lambda _: None)
+    for ours, (name, given) in zip(fast, [(n, g) for n in every for g in (tasks, wide)], strict=True):
+        slow = RULES[name](*given)
+        assert norm(ours - slow) < 1e-6 * norm(slow), name
