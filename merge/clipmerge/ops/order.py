@@ -89,12 +89,14 @@ def _bracket(sample: Reals, rank: int, size: int, width: float) -> tuple[float, 
 def _inside(vectors: Sequence[Reals], brackets: dict[tuple[int, int], tuple[float, float]]) -> list[Reals]:
     """For each bracket: the magnitudes inside it, and (as one number) how many lie above."""
     parts: list[Reals] = []
-    magnitudes: dict[int, Reals] = {}
+    magnitudes, above, inside = np.empty_like(vectors[0]), *np.empty((2, vectors[0].size), bool)
+    held = None
     for (i, _), (low, high) in brackets.items():
-        if i not in magnitudes:
-            magnitudes[i] = np.abs(vectors[i])
-        above = magnitudes[i] > magnitudes[i].dtype.type(high)
-        from_low = magnitudes[i] >= magnitudes[i].dtype.type(low)
-        from_low ^= above
-        parts += [magnitudes[i][from_low], np.array([np.count_nonzero(above)], np.float64)]
+        if i != held:  # brackets of one vector follow each other
+            np.abs(vectors[i], out=magnitudes)
+            held = i
+        np.greater(magnitudes, magnitudes.dtype.type(high), out=above)
+        np.greater_equal(magnitudes, magnitudes.dtype.type(low), out=inside)
+        inside ^= above
+        parts += [magnitudes[inside], np.array([np.count_nonzero(above)], np.float64)]
     return parts

@@ -63,43 +63,45 @@ def ties(
     """
     if thresholds is None:
         thresholds = [kth_largest(vector, count_of(vector.size, density)) for vector in vectors]
-    summed, positive, up, held = elect(vectors, thresholds)
-    is_positive = summed > 0
-    tied = (summed == 0) & (held > 0)
-    if tied.any() and (float(np.sign(summed).sum()) if majority is None else majority()) > 0:
+    positive, negative, up, down = elect(vectors, thresholds)
+    is_positive = positive > -negative
+    tied = (positive == -negative) & (up > 0)
+    if tied.any() and (majority_of(positive, negative) if majority is None else majority()) > 0:
         is_positive |= tied
-    chosen = np.subtract(summed, positive, out=summed)
-    agreeing = np.subtract(held, up, out=held)
-    _put(chosen, positive, is_positive)
-    _put(agreeing, up, is_positive)
-    np.divide(chosen, np.maximum(agreeing, 1, out=agreeing), out=chosen)
-    return chosen
+    _put(negative, positive, is_positive)
+    _put(down, up, is_positive)
+    np.divide(negative, np.maximum(down, 1, out=down), out=negative)
+    return negative
 
 
 def elect(
     vectors: Sequence[Reals], thresholds: Sequence[float]
 ) -> tuple[Reals, Reals, np.ndarray, np.ndarray]:
-    """Sum trimmed vectors.
+    """Sum what trimmed vectors have above and below zero.
 
     Returns:
-        The sum, the sum of what is positive in it, and of how many vectors a positive entry, or any, was kept.
+        The sum of positive entries, the sum of negative ones, and of how many vectors either was kept.
     """
     like = vectors[0]
-    summed, positive = np.zeros_like(like), np.zeros_like(like)
+    positive, negative, part = np.zeros_like(like), np.zeros_like(like), np.empty_like(like)
     count = np.uint8 if len(vectors) < 256 else np.uint32
-    up, held = np.zeros(like.shape, count), np.zeros(like.shape, count)
+    up, down, keep = np.zeros(like.shape, count), np.zeros(like.shape, count), np.empty(like.shape, bool)
     # A task that left everything here alone has rounding at most, which must not vote; and what is kept is not zero.
     floor = max(CUT * max(thresholds), float(np.finfo(like.dtype).tiny))
-    part, keep, above = np.empty_like(like), np.empty(like.shape, bool), np.empty(like.shape, bool)
     for vector, threshold in zip(vectors, thresholds, strict=True):
         least = like.dtype.type(max(threshold, floor))
-        np.greater_equal(np.abs(vector, out=part), least, out=keep)
-        summed += np.multiply(vector, keep, out=part)  # four times faster than to select
-        held += keep
-        keep &= np.greater(vector, 0, out=above)
-        positive += np.multiply(vector, keep, out=part)
-        up += keep
-    return summed, positive, up, held
+        np.greater_equal(vector, least, out=keep)
+        positive += np.multiply(vector, keep, out=part)  # four times faster than to select
+        up += keep.view(np.uint8)
+        np.less_equal(vector, -least, out=keep)
+        negative += np.multiply(vector, keep, out=part)
+        down += keep.view(np.uint8)
+    return positive, negative, up, down
+
+
+def majority_of(positive: Reals, negative: Reals) -> float:
+    """Return the sum of elected signs."""
+    return float(np.count_nonzero(positive > -negative) - np.count_nonzero(positive < -negative))
 
 
 def _put(target: np.ndarray, values: np.ndarray, where: np.ndarray) -> None:

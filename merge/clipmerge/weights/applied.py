@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cache, lru_cache, partial, reduce
+from functools import lru_cache, partial, reduce
 from operator import add, itemgetter
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -20,7 +20,7 @@ from clipmerge.checkpoint.tensors import Checkpoint
 from clipmerge.dtypes import ITEMSIZE, Scratch, storage_dtype, widen
 from clipmerge.errors import NonFiniteError
 from clipmerge.ops.spaces import merge_in
-from clipmerge.types import Array, Floats, Reals
+from clipmerge.types import Array, Bytes, Floats, Reals
 from clipmerge.weights.expression import Applied, Expression, Leaf, checkpoints_of
 from clipmerge.weights.names import is_transposed, matrices_of
 from clipmerge.weights.plan import integer_factors
@@ -28,8 +28,8 @@ from clipmerge.weights.plan import integer_factors
 if TYPE_CHECKING:
     import torch
 
-Read: TypeAlias = Callable[[Checkpoint], Reals]
-"""Checkpoint → its numbers, as float32 where they are stored in so many bits or fewer, else float64."""
+Uses: TypeAlias = Mapping[Checkpoint, int]
+"""Checkpoint → how often it is read."""
 
 Seen: TypeAlias = Callable[[Checkpoint, npt.NDArray[Any]], None]
 """Called with what was read of a checkpoint, as stored."""
@@ -53,6 +53,131 @@ class Measured:
 
 
 Facts: TypeAlias = Mapping[Applied, Measured]
+
+
+class Pool:
+    """Arrays that are used again once it is cleared: first touch of fresh memory is slower than arithmetic."""
+
+    def __init__(self) -> None:
+        self._arrays: list[Bytes] = []
+        self._taken = 0
+
+    def take(self, numel: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """Return an array (numel,) that holds anything."""
+        size = numel * np.dtype(dtype).itemsize
+        if self._taken == len(self._arrays):
+            self._arrays.append(np.empty(size, np.uint8))
+        elif self._arrays[self._taken].size < size:
+            self._arrays[self._taken] = np.empty(size, np.uint8)
+        self._taken += 1
+        return self._arrays[self._taken - 1][:size].view(dtype)
+
+    def clear(self) -> None:
+        """Let what was taken be taken again."""
+        self._taken = 0
+
+
+class Read:
+    """Reads one tensor, or a stretch of one, of any checkpoint: float32 where it is stored in so many bits or fewer."""
+
+    def __call__(self, checkpoint: Checkpoint) -> Array:
+        raise NotImplementedError
+
+    def difference(self, one: Checkpoint, other: Checkpoint) -> Reals:
+        """Subtract in float32."""
+        return np.asarray(self(one) - self(other))
+
+
+class ReadWhole(Read):
+    """Reads a tensor; a checkpoint that is used again (a base) is read once and kept.
+
+    Args:
+        uses: how often each checkpoint will be read.
+        seen: called with what was read, as stored.
+    """
+
+    def __init__(self, reader: Reader, name: str, uses: Uses, seen: Seen | None = None) -> None:
+        self._reader, self._name, self._uses, self._seen = reader, name, uses, seen
+        self._held: dict[Checkpoint, Reals] = {}
+
+    def __call__(self, checkpoint: Checkpoint) -> Array:
+        if checkpoint in self._held:
+            return self._held[checkpoint]
+        tensor = checkpoint.tensors[self._name]
+        raw = self._reader.dense(tensor)
+        if self._seen is not None:
+            self._seen(checkpoint, raw)
+        flat = raw.reshape(-1)
+        numbers = widen(flat, tensor.dtype, Scratch(flat.size)) if flat.size else np.zeros(0, np.float32)
+        if self._uses[checkpoint] > 1:
+            self._held[checkpoint] = numbers.reshape(tensor.shape)
+        return numbers.reshape(tensor.shape)
+
+
+class ReadStretch(Read):
+    """Reads the elements [low, high) of a row-major tensor, each once.
+
+    Args:
+        uses: how often each checkpoint will be read.
+        scratch: for so many elements.
+        pool: where what is read lies, until the next stretch is.
+        seen: called with what was read, as stored.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        name: str,
+        low: int,
+        high: int,
+        uses: Uses,
+        scratch: Scratch,
+        pool: Pool,
+        seen: Seen | None = None,
+    ) -> None:
+        self._reader, self._name, self._low, self._high = reader, name, low, high
+        self._uses, self._scratch, self._pool, self._seen = uses, scratch, pool, seen
+        self._held: dict[Checkpoint, Reals] = {}
+        pool.clear()
+
+    def __call__(self, checkpoint: Checkpoint) -> Array:
+        if checkpoint not in self._held:
+            tensor = checkpoint.tensors[self._name]
+            raw = self._pool.take(self._high - self._low, storage_dtype(tensor.dtype))
+            self._reader.into(tensor, self._low * ITEMSIZE[tensor.dtype], raw.view(np.uint8))
+            if self._seen is not None:
+                self._seen(checkpoint, raw)
+            numbers = widen(raw, tensor.dtype, self._scratch)
+            if numbers is not raw:
+                np.copyto(held := self._pool.take(numbers.size, numbers.dtype), numbers)
+                numbers = held
+            self._held[checkpoint] = numbers
+        return self._held[checkpoint]
+
+    def difference(self, one: Checkpoint, other: Checkpoint) -> Reals:
+        """Subtract in float32, where the first one lies if nothing else needs it."""
+        first, second = self(one), self(other)
+        out = self._held.pop(one) if self._uses[one] == 1 else self._pool.take(first.size, first.dtype)
+        np.subtract(first, second, out=out)
+        return out
+
+
+class ReadLent(Read):
+    """Reads what another reads, each once, to a GPU."""
+
+    def __init__(self, read: Read, gpu: "torch.device") -> None:
+        self._read, self._gpu = read, gpu
+        self._held: dict[Checkpoint, Array] = {}
+
+    def __call__(self, checkpoint: Checkpoint) -> Array:
+        if checkpoint not in self._held:
+            self._held[checkpoint] = _lend(self._read(checkpoint), self._gpu)
+        return self._held[checkpoint]
+
+
+def uses_in(leaves: Iterable[Leaf]) -> Uses:
+    """Count how often leaves, and methods' operands in them, name each checkpoint."""
+    return Counter(checkpoint for leaf in leaves for checkpoint in checkpoints_of(leaf))
 
 
 def evaluate(weights: Expression, name: str, shape: tuple[int, ...], read: Read, facts: Facts) -> Floats:
@@ -83,15 +208,23 @@ def weighted(
     shape: tuple[int, ...],
     read: Read,
     facts: Facts,
+    memory: Floats | None = None,
 ) -> Floats:
-    """Σ factor·leaf / divisor in float64, added in the order given, from the first one on: -0 stays -0."""
+    """Σ factor·leaf / divisor in float64, added in the order given, from the first one on: -0 stays -0.
+
+    Args:
+        memory: where the sum may lie.
+    """
     summed: Floats | None = None
     for factor, leaf in terms:
         array: Array = (
             read(leaf) if isinstance(leaf, Checkpoint) else apply_to_tensor(leaf, name, shape, read, facts)
         )
         if summed is None:
-            summed = _wide_copy(array).reshape(shape)
+            if memory is None:
+                summed = _wide_copy(array).reshape(shape)
+            else:
+                np.copyto(summed := memory.reshape(shape), array)
             if factor != 1:
                 summed *= factor
         elif factor == 1:
@@ -207,7 +340,7 @@ def operands_of(applied: Applied, name: str, shape: tuple[int, ...], read: Read,
     """
     known, by_entry = facts.get(applied, Measured()), applied.method.on == "entries"
     gpu = known.gpu if applied.method.on in ("matrices", "layers") else None
-    lent = read if gpu is None else cache(lambda checkpoint: _lend(read(checkpoint), gpu))
+    lent = read if gpu is None else ReadLent(read, gpu)
     arrays = [_operand(operand, name, shape, read, facts, by_entry, lent) for operand in applied.operands]
     arrays = [_lend(array, gpu) for array in arrays]
     if known.groups is not None:
@@ -235,7 +368,7 @@ def _operand(
         plain = all(isinstance(leaf, Checkpoint) for leaf in operand.terms)
         return evaluate(operand, name, shape, lent if plain else read, facts)
     if pair := _difference(operand, name):  # one rounding in float32, and no detour
-        return np.asarray(read(pair[0]) - read(pair[1]))
+        return read.difference(*pair)
     return evaluate(operand, name, shape, read, facts).astype(np.float32)
 
 
@@ -251,63 +384,3 @@ def _difference(operand: Expression, name: str) -> tuple[Checkpoint, Checkpoint]
         case [(-1, Checkpoint() as b), (1, Checkpoint() as a)]:
             return a, b
     return None
-
-
-def read_whole(
-    reader: Reader,
-    name: str,
-    leaves: Iterable[Leaf],
-    seen: Seen | None = None,
-) -> Read:
-    """Return what reads a tensor of any checkpoint of `leaves`; one that is used again (a base) is read once and kept.
-
-    Args:
-        seen: called with what was read, as stored.
-    """
-    uses = Counter(c for leaf in leaves for c in checkpoints_of(leaf))
-    held: dict[Checkpoint, Reals] = {}
-
-    def read(checkpoint: Checkpoint) -> Reals:
-        if checkpoint in held:
-            return held[checkpoint]
-        tensor = checkpoint.tensors[name]
-        raw = reader.dense(tensor)
-        if seen is not None:
-            seen(checkpoint, raw)
-        flat = raw.reshape(-1)
-        numbers = widen(flat, tensor.dtype, Scratch(flat.size)) if flat.size else np.zeros(0, np.float32)
-        if uses[checkpoint] > 1:
-            held[checkpoint] = numbers.reshape(tensor.shape)
-        return numbers.reshape(tensor.shape)
-
-    return read
-
-
-def read_stretch(
-    reader: Reader,
-    name: str,
-    low: int,
-    high: int,
-    scratch: Scratch,
-    seen: Seen | None = None,
-) -> Read:
-    """Return what reads the elements [low, high) of a row-major tensor of any checkpoint, each once.
-
-    Args:
-        scratch: for so many elements.
-        seen: called with what was read, as stored.
-    """
-    held: dict[Checkpoint, Reals] = {}
-
-    def read(checkpoint: Checkpoint) -> Reals:
-        if checkpoint not in held:
-            tensor = checkpoint.tensors[name]
-            raw = np.empty(high - low, storage_dtype(tensor.dtype))
-            reader.into(tensor, low * ITEMSIZE[tensor.dtype], raw.view(np.uint8))
-            if seen is not None:
-                seen(checkpoint, raw)
-            numbers = widen(raw, tensor.dtype, scratch)
-            held[checkpoint] = numbers if numbers is raw else np.array(numbers)
-        return held[checkpoint]
-
-    return read

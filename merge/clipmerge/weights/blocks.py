@@ -20,7 +20,7 @@ from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import Checkpoint
 from clipmerge.dtypes import ITEMSIZE, Scratch, Singles, finite, narrow, storage_dtype, widen
 from clipmerge.types import Bytes, Floats
-from clipmerge.weights.applied import Facts, read_stretch, weighted
+from clipmerge.weights.applied import Facts, Pool, ReadStretch, uses_in, weighted
 from clipmerge.weights.digest import Digests
 from clipmerge.weights.fp16_sum import HalfSum
 from clipmerge.weights.plan import Step
@@ -52,6 +52,7 @@ class Buffers:
         self.scratch = Scratch(numel, torch)
         self.halves = HalfSum(numel, self.scratch)
         self.raw = np.empty(8 * numel, np.uint8)
+        self.pool = Pool()  # what methods read
         self.out = np.empty(8 * numel, np.uint8)
 
 
@@ -73,7 +74,7 @@ class Stretch:
     ) -> None:
         self._step, self._low, self._high, self._reader, self._digests = step, low, high, reader, digests
         self._inputs, self._facts = step.inputs, facts
-        self._sources = step.checkpoints
+        self._sources, self._uses = step.checkpoints, uses_in(leaf for _, leaf in step.terms)
         self._hashers = [blake3() if digests.wants(c, step.name) else None for c in self._sources]
 
     def compute(self, buffers: Buffers, not_finite: NotFinite) -> Iterator[tuple[int, Bytes]]:
@@ -119,8 +120,9 @@ class Stretch:
             if not finite(raw, source.tensors[step.name].dtype):  # a method that trims may swallow it
                 not_finite(step, raw)
 
-        read = read_stretch(self._reader, step.name, low, high, buffers.scratch, seen)
-        return weighted(step.terms, step.divisor, step.name, (high - low,), read, self._facts)
+        scratch, pool, total = buffers.scratch, buffers.pool, buffers.total[: high - low]
+        read = ReadStretch(self._reader, step.name, low, high, self._uses, scratch, pool, seen)
+        return weighted(step.terms, step.divisor, step.name, total.shape, read, self._facts, total)
 
     def _sum(self, low: int, high: int, buffers: Buffers) -> Singles | Floats:
         """Σ factor·input / divisor, as `narrow` takes it."""

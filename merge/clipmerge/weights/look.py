@@ -14,7 +14,7 @@ from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import Checkpoint, Tensor
 from clipmerge.dtypes import finite, to_float64
 from clipmerge.types import Floats, Progress
-from clipmerge.weights.applied import Facts, Measured, evaluate
+from clipmerge.weights.applied import Facts, Measured, ReadWhole, evaluate, uses_in
 from clipmerge.weights.blocks import BLOCK, MEMORY, default_threads
 from clipmerge.weights.check import check
 from clipmerge.weights.coefficient import Coefficient
@@ -279,9 +279,6 @@ def _aligned_pieces(
 ) -> Iterator[tuple[Floats, ...]]:
     """The same stretch of one tensor from every operand, stretch by stretch."""
 
-    def read(checkpoint: Checkpoint) -> Floats:
-        return to_float64(reader.dense(checkpoint.tensors[name]), checkpoint.tensors[name].dtype)
-
     def stretches(weights: Weights) -> Iterator[Floats]:
         leaf, coefficient = next(iter(weights.terms.items()))
         if len(weights.terms) == 1 and isinstance(leaf, Checkpoint) and coefficient.at(name) == 1:
@@ -289,6 +286,7 @@ def _aligned_pieces(
             yield from (to_float64(raw, tensor.dtype) for _, raw in reader.blocks(tensor, PIECE))
         else:
             shape = weights.tensor(name).shape
+            read = ReadWhole(reader, name, uses_in(weights.terms))
             computed = evaluate(weights, name, shape, read, facts).reshape(-1)
             yield from (computed[low : low + PIECE] for low in range(0, computed.size, PIECE))
 

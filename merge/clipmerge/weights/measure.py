@@ -10,13 +10,21 @@ import numpy as np
 import numpy.typing as npt
 
 from clipmerge.checkpoint.read import Reader
-from clipmerge.dtypes import Scratch
 from clipmerge.ops.decompose import CUT
 from clipmerge.ops.order import count_of, kth_largest_of_stream
-from clipmerge.ops.vectors import crumb_ranks, elect, equal_factors, total
+from clipmerge.ops.vectors import crumb_ranks, elect, equal_factors, majority_of, total
 from clipmerge.types import Progress, Reals
 from clipmerge.weights import blocks
-from clipmerge.weights.applied import Facts, Measured, evaluate, operands_of, read_stretch, read_whole
+from clipmerge.weights.applied import (
+    Facts,
+    Measured,
+    Read,
+    ReadStretch,
+    ReadWhole,
+    evaluate,
+    operands_of,
+    uses_in,
+)
 from clipmerge.weights.blocks import Buffers, default_threads, in_threads
 from clipmerge.weights.expression import Applied, Leaf, applied_in
 from clipmerge.weights.names import depths_of
@@ -52,6 +60,7 @@ class Model:
         self._applied, self._reader, self._facts = applied, reader, facts
         self._threads, self._on_progress = threads, on_progress
         self._steps = [step for step in plan.steps.values() if step.kind == "sum" and step.numel]
+        self._uses = uses_in([applied])
         self.names = [step.name for step in self._steps]
         self.size = sum(step.numel for step in self._steps)
 
@@ -88,7 +97,7 @@ class Model:
 
         def work(number: int, job: tuple[Step, int, int, bool], buffers: Buffers) -> Iterator[None]:
             nonlocal done
-            results[number] = function(job[0], self._arrays(*job, buffers.scratch))
+            results[number] = function(job[0], self._arrays(*job, buffers))
             if self._on_progress and not sampled:
                 with lock:
                     done += job[2] - job[1]
@@ -109,12 +118,15 @@ class Model:
             high = min(low + blocks.BLOCK, step.numel)
             yield step, low, min(high, low + SAMPLED) if sampled else high, False
 
-    def _arrays(self, step: Step, low: int, high: int, whole: bool, scratch: Scratch) -> list[Reals]:
+    def _arrays(self, step: Step, low: int, high: int, whole: bool, buffers: Buffers) -> list[Reals]:
         # Numbers that are not finite are looked for when the tensors are merged: here they harm nothing.
         if whole:
-            read, shape = read_whole(self._reader, step.name, [self._applied]), step.shape
+            read: Read = ReadWhole(self._reader, step.name, self._uses)
+            shape = step.shape
         else:
-            read, shape = read_stretch(self._reader, step.name, low, high, scratch), (high - low,)
+            memory = buffers.scratch, buffers.pool
+            read = ReadStretch(self._reader, step.name, low, high, self._uses, *memory)
+            shape = (high - low,)
         arrays = operands_of(self._applied, step.name, shape, read, self._facts)
         if self._applied.merged is not None:
             arrays.append(evaluate(self._applied.merged, step.name, shape, read, self._facts))
@@ -196,7 +208,7 @@ def ties(model: Model, *, density: float, scope: str, **_: Any) -> Mapping[str, 
         # Only needed where kept entries cancel exactly, which is rare: an extra pass then, by the first who asks.
         with lock:
             if not known:
-                signs = model.map(lambda v: float(np.sign(elect(v, thresholds)[0]).sum()), threads=1)
+                signs = model.map(lambda vectors: majority_of(*elect(vectors, thresholds)[:2]), threads=1)
                 known.append(sum(signs))
             return known[0]
 

@@ -14,7 +14,7 @@ from clipmerge.checkpoint.tensors import Checkpoint
 from clipmerge.dtypes import TABLE, Scratch, finite, narrow, storage_dtype, to_float64
 from clipmerge.errors import MismatchError, NonFiniteError
 from clipmerge.types import Bytes, Progress
-from clipmerge.weights.applied import Facts, read_whole, weighted
+from clipmerge.weights.applied import Facts, ReadWhole, uses_in, weighted
 from clipmerge.weights.blocks import (
     BLOCK,
     Buffers,
@@ -180,7 +180,7 @@ def _compute_whole(
         for source, array in zip(step.checkpoints, arrays, strict=True):
             digests.add_array(source, step.name, array)
         return _integers(step, arrays).reshape(-1).view(np.uint8)
-    read = read_whole(reader, step.name, [leaf for _, leaf in step.terms], seen)
+    read = ReadWhole(reader, step.name, uses_in(leaf for _, leaf in step.terms), seen)
     total = weighted(step.terms, step.divisor, step.name, step.shape, read, facts).reshape(-1)
     out = np.empty(total.size, storage_dtype(step.dtype))
     if not narrow(total, step.dtype, out, Scratch(total.size)) and not allow_nonfinite:
