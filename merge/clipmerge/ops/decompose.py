@@ -25,7 +25,9 @@ _ACCURATE = 1e-3
 _WELL_CONDITIONED = 1e-8
 """Equations are solved by Cholesky's factors where their condition is better than one over this: error about 1e-8."""
 _ACCURATE_POLAR = 1e-5
-"""And polar factors, for which weak directions may mix: orthogonal to 1e-12, and turned by at most about 1e-6."""
+"""And polar factors, for which weak directions may mix: orthogonal to 1e-9, and turned by at most about 1e-6."""
+_ORTHOGONAL = 3e-4
+"""Where a direction is weaker than this share, a polar factor by the Gram matrix gets a step that makes it orthogonal."""
 
 
 class Triplets(NamedTuple):
@@ -82,8 +84,8 @@ def polar_and_values(matrix: Array) -> tuple[Array, Array]:
         root = vectors / xp.sqrt(values)
         factor = matrix @ (root @ root.T)  # a matrix times its transpose costs half a product
         if (
-            squares[0] <= _ACCURATE**2 * squares[-1]
-        ):  # a step of Newton and Schulz: every singular value is 1 again
+            squares[0] <= _ORTHOGONAL**2 * squares[-1]
+        ):  # a step of Newton and Schulz: singular values are 1 again
             factor = 1.5 * factor - 0.5 * (factor @ (factor.T @ factor))
         return factor, values
     left, values, right = xp.linalg.svd(matrix, full_matrices=False)

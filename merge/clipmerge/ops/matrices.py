@@ -23,8 +23,8 @@ from clipmerge.ops.decompose import (
 )
 from clipmerge.types import Array
 
-_EQUAL = 1e-9
-"""Singular values that differ by less of the largest are one: rounding in float64 stays far below."""
+_EQUAL = 1e-8
+"""Singular values that differ by less of the largest are one: those of a polar factor stay below."""
 
 
 def tsv(*vectors: Array) -> Array:
