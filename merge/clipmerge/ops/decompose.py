@@ -25,9 +25,9 @@ _ACCURATE = 1e-3
 _WELL_CONDITIONED = 1e-8
 """Equations are solved by Cholesky's factors where their condition is better than one over this: error about 1e-8."""
 _ACCURATE_POLAR = 1e-5
-"""And polar factors, for which weak directions may mix: orthogonal to 1e-9, and turned by at most about 1e-6."""
-_ORTHOGONAL = 3e-4
-"""Where a direction is weaker than this share, a polar factor by the Gram matrix gets a step that makes it orthogonal."""
+"""And polar factors, for which weak directions may mix: error about 1e-6 in one direction of all."""
+_EVEN = 1e-4
+"""Singular values of a polar factor by the Gram matrix differ by 1e-8 where a direction is weaker than this share."""
 
 
 class Triplets(NamedTuple):
@@ -70,27 +70,36 @@ def polar(matrix: Array) -> Array:
 
 
 def polar_and_values(matrix: Array) -> tuple[Array, Array]:
-    """Return the polar factor and the singular values above the cut, in no order."""
+    """Return the polar factor and the singular values above the cut, in no order.
+
+    The factor's own singular values are equal to 1e-8, however weak a direction of the matrix was.
+    """
+    one, other, values = polar_in_two(matrix)
+    factor = one @ other
+    if values.shape[0] and values.min() <= _EVEN * values.max():  # one step of Newton and Schulz
+        tall = factor if matrix.shape[0] >= matrix.shape[1] else factor.T
+        square = tall.T @ tall
+        factor = 1.5 * factor - 0.5 * (factor @ square if tall is factor else square @ factor)
+    return factor, values
+
+
+def polar_in_two(matrix: Array) -> tuple[Array, Array, Array]:
+    """Return two matrices whose product is the polar factor, and the singular values above the cut, in no order."""
     rows, columns = matrix.shape
     if 0 in matrix.shape or not matrix.any():
-        return matrix * 0.0, matrix.reshape(-1)[:0]
+        return matrix[:, :0], matrix[:0], matrix.reshape(-1)[:0]
     if rows < columns:
-        factor, values = polar_and_values(matrix.T)
-        return factor.T, values
+        one, other, values = polar_in_two(matrix.T)
+        return other.T, one.T, values
     xp = array_namespace(matrix)
     squares, vectors = xp.linalg.eigh(matrix.T @ matrix)
     if squares[0] > _ACCURATE_POLAR**2 * squares[-1]:
         values = xp.sqrt(squares)
         root = vectors / xp.sqrt(values)
-        factor = matrix @ (root @ root.T)  # a matrix times its transpose costs half a product
-        if (
-            squares[0] <= _ORTHOGONAL**2 * squares[-1]
-        ):  # a step of Newton and Schulz: singular values are 1 again
-            factor = 1.5 * factor - 0.5 * (factor @ (factor.T @ factor))
-        return factor, values
+        return matrix, root @ root.T, values  # a matrix times its transpose costs half a product
     left, values, right = xp.linalg.svd(matrix, full_matrices=False)
     kept = values > CUT * values[0]
-    return left[:, kept] @ right[kept], values[kept]
+    return left[:, kept], right[kept], values[kept]
 
 
 def above_the_cut(gram: Array) -> tuple[Array, Array]:

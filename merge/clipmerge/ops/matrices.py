@@ -18,13 +18,14 @@ from clipmerge.ops.decompose import (
     divided,
     polar,
     polar_and_values,
+    polar_in_two,
     solved,
     triplets,
 )
 from clipmerge.types import Array
 
-_EQUAL = 1e-8
-"""Singular values that differ by less of the largest are one: those of a polar factor stay below."""
+_EQUAL = 1e-7
+"""Singular values within this share of the largest are one: those of a polar factor stay below."""
 
 
 def tsv(*vectors: Array) -> Array:
@@ -39,9 +40,10 @@ def tsv(*vectors: Array) -> Array:
     parts = [triplets(vector, count) for vector in vectors]
     floor = CUT * max((part.values[0] for part in parts if part.values.size), default=0.0)
     parts = [_above(part, floor) for part in parts]
-    left = polar(xp.concat([part.left for part in parts], axis=1))
-    right = polar(xp.concat([part.right for part in parts], axis=1))
-    return (left * xp.concat([part.values for part in parts])) @ right.T
+    left, after, _ = polar_in_two(xp.concat([part.left for part in parts], axis=1))
+    right, before, _ = polar_in_two(xp.concat([part.right for part in parts], axis=1))
+    between = (after * xp.concat([part.values for part in parts])) @ before.T
+    return left @ (between @ right.T) if len(left) >= len(right) else (left @ between) @ right.T
 
 
 def iso_c(*vectors: Array) -> Array:
@@ -180,9 +182,12 @@ def _settled(left: Array, values: Array, right: Array, reference: Array) -> tupl
     """
     xp = array_namespace(left)
     sizes = values.tolist()
-    edges = [i for i in range(1, len(sizes)) if sizes[i - 1] - sizes[i] > _EQUAL * sizes[0]]
+    edges = [0]
+    for i, size in enumerate(sizes):
+        if sizes[edges[-1]] - size > _EQUAL * sizes[0]:
+            edges.append(i)
     lefts, rights = [], []
-    for low, high in pairwise([0, *edges, len(sizes)]):
+    for low, high in pairwise([*edges, len(sizes)]):
         group, across = left[:, low:high], right[:, low:high]
         if high - low > 1:
             between = group.T @ reference @ across
