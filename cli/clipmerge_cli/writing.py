@@ -116,6 +116,7 @@ class Output(Talk):
         """
         if self.output is None:
             return None
+        self._say_gpu(weights, device)
         options: dict[str, Any] = {name: getattr(self, name) for name in ("force", *WRITING)}
         options |= {"metadata": record, "device": device, "on_progress": on_progress}
         if self.recalibrate is not None:
@@ -125,6 +126,15 @@ class Output(Talk):
 
             return save_folder(weights, self.output.parent, license=self.license, **options)
         return weights.save(self.output, **options)
+
+    def _say_gpu(self, weights: "Weights", device: str) -> None:
+        """Say which GPU decomposes matrices, where one does."""
+        from clipmerge.weights.run import decomposing_gpu
+
+        if (gpu := decomposing_gpu(weights.terms, device)) is not None:
+            from clipmerge.device import describe
+
+            self.say(f"matrices are decomposed on {describe(gpu, 'fp64')}")
 
     def say_twins(self, models: "Sequence[Weights]") -> None:
         """Say which inputs are one checkpoint, by the digests that are remembered: one given twice, or the base."""

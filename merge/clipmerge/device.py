@@ -129,7 +129,7 @@ def keep_on_device(
 
 
 def describe(device: torch.device, precision: str) -> str:
-    """Return what a summary line says: "cuda:0 (NVIDIA H100), bf16 autocast, heads and losses fp32"."""
+    """Return what a summary line says: "cuda:0 (NVIDIA H100), bf16 autocast, heads and losses fp32" or "…, fp64"."""
     card = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     how = f"{precision} autocast, heads and losses fp32" if precision in _AUTOCAST else precision
     return f"{device}{card}, {how}"

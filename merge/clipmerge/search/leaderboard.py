@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
+from clipmerge.checkpoint.open import open_checkpoint
 from clipmerge.checkpoint.tensors import Checkpoint
 from clipmerge.errors import SelectionError
 from clipmerge.evaluate.score import Score
@@ -15,11 +16,12 @@ from clipmerge.search.rules import Scores
 from clipmerge.search.sweep import MakeWeights, steps, sweep_scale
 from clipmerge.types import Progress
 from clipmerge.weights.coefficient import Scalar
+from clipmerge.weights.digest import content_digest
 from clipmerge.weights.expression import Applied
 from clipmerge.weights.methods import METHODS
 from clipmerge.weights.parse import parse
 from clipmerge.weights.record import FORMAT, write_record
-from clipmerge.weights.statistics_files import statistics_path
+from clipmerge.weights.statistics_files import statistics_path, statistics_record
 from clipmerge.weights.weights import Source, Weights, from_state_dict, mean, open_all
 
 if TYPE_CHECKING:
@@ -247,14 +249,21 @@ def default_methods(tasks: int) -> tuple[str, ...]:
 
 
 def methods_with_statistics(models: Sequence[Weights]) -> tuple[str, ...]:
-    """Return the methods whose statistics lie beside every model."""
-    lone = [model.checkpoints[0].path if len(model.checkpoints) == 1 else None for model in models]
-    return tuple(
-        name
-        for name, method in METHODS.items()
-        if method.statistics
-        and all(path is not None and statistics_path(path, method.statistics).is_file() for path in lone)
-    )
+    """Return the methods whose statistics lie beside every model, and were taken in this company where that counts."""
+    lone = [model.checkpoints[0] for model in models if len(model.checkpoints) == 1]
+    paths = [checkpoint.path for checkpoint in lone if checkpoint.path is not None]
+    if len(paths) < len(models):
+        return ()
+    fitting = []
+    for name, method in METHODS.items():
+        files = [statistics_path(path, method.statistics) for path in paths] if method.statistics else []
+        if not files or not all(file.is_file() for file in files):
+            continue
+        record = statistics_record(open_checkpoint(files[0])) or {}
+        together = record.get("together", {}).get("of")
+        if together is None or sorted(together) == sorted(map(content_digest, lone)):
+            fitting.append(name)
+    return tuple(fitting)
 
 
 def family_of(text: str, base: Weights, models: Sequence[Weights]) -> Callable[[Fraction], Weights]:

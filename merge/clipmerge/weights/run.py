@@ -26,7 +26,7 @@ from clipmerge.weights.blocks import (
     in_threads,
 )
 from clipmerge.weights.digest import Digests
-from clipmerge.weights.expression import applied_in
+from clipmerge.weights.expression import Leaf, applied_in
 from clipmerge.weights.measure import measure
 from clipmerge.weights.plan import Plan, Step
 
@@ -102,7 +102,7 @@ def execute(
 
     placed = [(plan.steps[name], sink, offset) for name, sink, offset in sinks]
     threads = threads or default_threads()
-    gpu = decomposing_gpu(plan, device)
+    gpu = decomposing_gpu((leaf for step in plan.steps.values() for _, leaf in step.terms), device)
     held = [item for item in placed if not item[0].streams]
     methods = applied_in(leaf for item in held for _, leaf in item[0].terms)
     with _one_blas_thread({applied.method.on for applied in methods}), _decomposing_on(gpu):
@@ -114,10 +114,9 @@ def execute(
     reader.unchanged()
 
 
-def decomposing_gpu(plan: Plan, device: "str | torch.device | None") -> "torch.device | None":
-    """Return the GPU on which a plan's matrices are decomposed; None: on the CPU, or there is nothing to decompose."""
-    methods = applied_in(leaf for step in plan.steps.values() for _, leaf in step.terms)
-    if str(device) == "cpu" or not any(applied.decomposes for applied in methods):
+def decomposing_gpu(leaves: Iterable[Leaf], device: "str | torch.device | None") -> "torch.device | None":
+    """Return the GPU on which leaves' matrices are decomposed; None: on the CPU, or there is nothing to decompose."""
+    if str(device) == "cpu" or not any(applied.decomposes for applied in applied_in(leaves)):
         return None
     from clipmerge.device import resolve_device
 

@@ -292,3 +292,14 @@ def test_statistics_that_were_taken_together_stay_together(
     cm.statistics_together([b, c], [DATA, DATA], images=5, force=True)
     with pytest.raises(RecipeError, match="were not taken together"):
         cm.regmean_plus([a, b]).state_dict()
+
+
+def test_a_leaderboard_runs_regmean_plus_in_its_own_company_alone(pair: list[Path]) -> None:
+    from clipmerge.search.leaderboard import methods_with_statistics
+
+    cm.statistics_together(pair, [DATA, DATA], images=4)
+    cm.statistics(pair[0], DATA, method="regmean", images=4)
+    both = [cm.load(path) for path in pair]
+    assert methods_with_statistics(both) == ("regmean_plus",)
+    assert methods_with_statistics(both[:1]) == ("regmean",)
+    assert methods_with_statistics([both[0], both[1] - both[0]]) == ()

@@ -22,7 +22,6 @@ from clipmerge.weights import weights as face
 from clipmerge.weights.digest import content_digest
 from clipmerge.weights.methods import METHODS, apply
 from clipmerge.weights.names import is_transposed
-from clipmerge.weights.plan import make_plan
 from clipmerge.weights.record import write_record
 from clipmerge.weights.weights import Weights
 
@@ -303,11 +302,11 @@ def test_matrices_of_torch_give_the_same(
 def test_a_gpu_is_asked_for_where_there_is_something_to_decompose(point: Point) -> None:
     a, b = point("a"), point("b")
     for expression in (a - b, apply("ties", [a - b]), apply("slerp", [a, b])):
-        assert run.decomposing_gpu(make_plan(expression), "nonsense") is None  # not even looked at
+        assert run.decomposing_gpu(expression.terms, "nonsense") is None  # not even looked at
     for expression in (apply("tsv", [a - b]), 2 * apply("ties", [apply("tsv", [a - b])])):
-        assert run.decomposing_gpu(make_plan(expression), "cpu") is None
+        assert run.decomposing_gpu(expression.terms, "cpu") is None
         with pytest.raises(DeviceError, match="'nonsense' is no device"):
-            run.decomposing_gpu(make_plan(expression), "nonsense")
+            run.decomposing_gpu(expression.terms, "nonsense")
 
 
 def test_a_space_is_an_option_like_others(point: Point) -> None:
