@@ -133,7 +133,7 @@ def solved(matrix: Array, gram: Array, ridge: float) -> Array | None:
     if dpotrf is None or dpocon is None or dpotrs is None:
         return None
     size, info, condition = _integer(len(gram)), ctypes.c_int(0), ctypes.c_double(0)
-    factor, solution = np.array(gram, np.float64), np.array(matrix, np.float64)
+    factor, solution = np.array(gram, np.float64), np.array(matrix, np.float64, order="C")
     factor[np.diag_indices_from(factor)] += ridge
     norm = ctypes.byref(ctypes.c_double(float(np.abs(factor).sum(0).max())))
     dpotrf(b"L", size, factor.ctypes, size, ctypes.byref(info))

@@ -338,7 +338,8 @@ def operands_of(applied: Applied, name: str, shape: tuple[int, ...], read: Read,
     They are float32 where single entries count and no checkpoint holds more, rounded once; else float64, on the GPU
     that the method decomposes on.
     """
-    known, by_entry = facts.get(applied, Measured()), applied.method.on == "entries"
+    known = facts.get(applied, Measured())
+    by_entry = applied.method.on == "entries" and not any(_holds_float64(o, name) for o in applied.operands)
     gpu = known.gpu if applied.method.on in ("matrices", "layers") else None
     lent = read if gpu is None else ReadLent(read, gpu)
     arrays = [_operand(operand, name, shape, read, facts, by_entry, lent) for operand in applied.operands]
@@ -364,7 +365,7 @@ def _operand(
     Args:
         lent: reads for sums of checkpoints alone; what is in methods' operands is read by `read`.
     """
-    if not by_entry or _holds_float64(operand, name):
+    if not by_entry:
         plain = all(isinstance(leaf, Checkpoint) for leaf in operand.terms)
         return evaluate(operand, name, shape, lent if plain else read, facts)
     if pair := _difference(operand, name):  # one rounding in float32, and no detour

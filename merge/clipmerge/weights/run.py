@@ -26,7 +26,7 @@ from clipmerge.weights.blocks import (
     in_threads,
 )
 from clipmerge.weights.digest import Digests
-from clipmerge.weights.expression import Leaf, applied_in
+from clipmerge.weights.expression import Applied, Leaf, applied_in
 from clipmerge.weights.measure import measure
 from clipmerge.weights.plan import Plan, Step
 
@@ -105,7 +105,7 @@ def execute(
     gpu = decomposing_gpu((leaf for step in plan.steps.values() for _, leaf in step.terms), device)
     held = [item for item in placed if not item[0].streams]
     methods = applied_in(leaf for item in held for _, leaf in item[0].terms)
-    with _one_blas_thread({applied.method.on for applied in methods}), _decomposing_on(gpu):
+    with _one_blas_thread(list(methods)), _decomposing_on(gpu):
         facts = measure(plan, reader, threads=threads, gpu=gpu, on_progress=on_progress)
         large = [item for item in held if item[0].numel > SMALL]
         small = (partial(whole, *item) for item in held if item[0].numel <= SMALL)
@@ -188,16 +188,12 @@ def _compute_whole(
 
 
 @contextmanager
-def _one_blas_thread(kinds: Collection[str]) -> Iterator[None]:
-    """Let matrix products run on the thread that asks: on more their last bits depend on how many there are.
-
-    Args:
-        kinds: what the methods that will run look at, as `Method.on` says it.
-    """
-    if not kinds:
+def _one_blas_thread(methods: Collection[Applied]) -> Iterator[None]:
+    """Let the products of methods run on the thread that asks: on more their last bits depend on how many there are."""
+    if not methods:
         yield
         return
-    if "matrices" in kinds:
+    if any(applied.decomposes for applied in methods):
         import scipy.linalg  # noqa: F401 - brings a BLAS of its own, which is limited only once it is there
     from threadpoolctl import threadpool_limits
 

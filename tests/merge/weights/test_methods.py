@@ -323,6 +323,18 @@ def test_a_space_is_an_option_like_others(point: Point) -> None:
             apply(name, [a - b], space="core")
 
 
+@pytest.mark.parametrize("name", sorted(n for n, m in METHODS.items() if m.takes == "vectors"))
+def test_one_model_in_float64_makes_all_of_it_float64(
+    name: str, point: Point, arrays: Callable[..., Any]
+) -> None:
+    """Entries are compared as they are: none is rounded to float32 because its neighbour was."""
+    made = models(4)
+    wide = [{k: np.asarray(v, "f8") for k, v in m.items()} for m in made]
+    wide[3] = {k: np.asarray(v + 1e-9) for k, v in wide[3].items()}
+    got = merged(name, [*made[:3], wide[3]], point, arrays)
+    assert farthest(got, merged(name, wide, point, arrays)) < 1e-9  # operands in another order
+
+
 def test_thresholds_are_of_the_whole_model(point: Point, arrays: Callable[..., Any], monkeypatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK", 64)  # several stretches in a tensor
     made = models(4)

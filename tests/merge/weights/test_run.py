@@ -360,23 +360,28 @@ def test_a_failure_stops_a_long_tensor_in_another_thread_at_its_next_block(
 
 
 BLAS = """
+import sys
 import numpy as np
 from threadpoolctl import threadpool_info
-from clipmerge.ops.decompose import triplets
+from clipmerge.ops.decompose import solved, triplets
+from clipmerge.weights.expression import Applied
+from clipmerge.weights.methods import METHODS
 from clipmerge.weights.run import _one_blas_thread
 def threads():
     return sorted(library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas")
-with _one_blas_thread({"matrices"}):
-    triplets(np.random.default_rng(0).standard_normal((64, 64)), 8)
+with _one_blas_thread([Applied(METHODS[sys.argv[1]], (), {})]):
+    drawn = np.random.default_rng(0).standard_normal((64, 64))
+    assert len(triplets(drawn, 8).values) == 8 and solved(drawn, drawn.T @ drawn, 1.0) is not None
     print(threads())
 print(threads())
 """
 
 
-def test_every_blas_keeps_to_one_thread_while_methods_run() -> None:
+@pytest.mark.parametrize("method", ["tsv", "regmean"])
+def test_every_blas_keeps_to_one_thread_while_methods_run(method: str) -> None:
     """scipy's is another than numpy's, and is loaded late: on two threads last bits depend on them."""
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "2", "OMP_NUM_THREADS": "2"}
-    command = [sys.executable, "-c", BLAS]
+    command = [sys.executable, "-c", BLAS, method]
     inside, after = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=True
     ).stdout.splitlines()
