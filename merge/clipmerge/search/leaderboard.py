@@ -21,7 +21,7 @@ from clipmerge.weights.expression import Applied
 from clipmerge.weights.methods import METHODS
 from clipmerge.weights.parse import parse
 from clipmerge.weights.record import FORMAT, write_record
-from clipmerge.weights.statistics_files import statistics_path, statistics_record
+from clipmerge.weights.statistics_files import company_of, statistics_path, statistics_record
 from clipmerge.weights.weights import Source, Weights, from_state_dict, mean, open_all
 
 if TYPE_CHECKING:
@@ -259,9 +259,8 @@ def methods_with_statistics(models: Sequence[Weights]) -> tuple[str, ...]:
         files = [statistics_path(path, method.statistics) for path in paths] if method.statistics else []
         if not files or not all(file.is_file() for file in files):
             continue
-        record = statistics_record(open_checkpoint(files[0])) or {}
-        together = record.get("together", {}).get("of")
-        if together is None or sorted(together) == sorted(map(content_digest, lone)):
+        company = company_of(statistics_record(open_checkpoint(files[0])) or {})
+        if company is None or company == sorted(map(content_digest, lone)):
             fitting.append(name)
     return tuple(fitting)
 

@@ -14,7 +14,7 @@ from clipmerge.types import Floats
 from clipmerge.weights.digest import Digests, content_digest
 from clipmerge.weights.expression import Applied, Expression, applied_in, total_of
 from clipmerge.weights.provenance import bases_of
-from clipmerge.weights.statistics_files import statistics_record
+from clipmerge.weights.statistics_files import company_of, statistics_record
 
 TENSORS, ELEMENTS = 32, 16
 """How many matrices of two checkpoints are compared, and how many elements of each: the cosine of unrelated numbers is
@@ -93,17 +93,16 @@ def refuse_foreign_statistics(weights: Expression) -> None:
 def _refuse_apart(applied: Applied) -> None:
     """Refuse statistics that were taken together with those of other checkpoints, or for other options."""
     records = [statistics_record(file) or {} for file in applied.statistics]
-    together = [record.get("together") for record in records]
-    if not any(together):
+    companies, name = [company_of(record) for record in records], applied.method.name
+    if not any(company is not None for company in companies):
         return
-    taken, name = together[0], applied.method.name
     again = f"take them again, of these checkpoints: clipmerge statistics --method {name} CKPT... --data DATA"
-    digests = sorted(content_digest(operand.reference) for operand in applied.operands)
-    if not isinstance(taken, dict) or any(other != taken for other in together):
+    if any(record.get("together") != records[0].get("together") for record in records):
         raise RecipeError(f"the statistics of {name} were not taken together", hint=again)
-    if sorted(taken.get("of", ())) != digests:
+    if companies[0] != sorted(content_digest(operand.reference) for operand in applied.operands):
         raise RecipeError(f"the statistics of {name} were taken together with other checkpoints", hint=again)
-    for option, value in taken.get("options", {}).items():
+    options = records[0]["together"].get("options")
+    for option, value in options.items() if isinstance(options, dict) else ():
         if applied.options.get(option) != value:
             raise RecipeError(
                 f"the statistics of {name} were taken for {option}={value}, not {applied.options.get(option)}",

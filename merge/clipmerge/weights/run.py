@@ -135,9 +135,8 @@ def _decomposing_on(gpu: "torch.device | None") -> Iterator[None]:
     from clipmerge.device import out_of_memory_hint
 
     with out_of_memory_hint("decompose on the CPU: --device cpu"):
-        torch.linalg.eigh(
-            torch.eye(2, dtype=torch.float64, device=gpu)
-        )  # torch cannot load it in several threads
+        # The first decomposition loads a library, which torch cannot do in several threads at once.
+        torch.linalg.eigh(torch.eye(2, dtype=torch.float64, device=gpu))
         yield
 
 

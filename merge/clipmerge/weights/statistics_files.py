@@ -3,7 +3,7 @@
 `evaluate/statistics.py` takes them; methods find them here, so that merging again needs neither images nor a model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,15 @@ def statistics_record(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """Return what a file of statistics says of itself; None for any other file."""
     record = read_record(checkpoint.metadata).get(KEY)
     return record if isinstance(record, dict) else None
+
+
+def company_of(record: Mapping[str, Any]) -> list[str] | None:
+    """Return the digests of all checkpoints that statistics were taken of together, sorted; None: of one alone."""
+    together = record.get("together")
+    if together is None:
+        return None
+    digests = together.get("of") if isinstance(together, dict) else None
+    return sorted(map(str, digests)) if isinstance(digests, list) else []
 
 
 def is_statistics(path: str | Path) -> bool:
