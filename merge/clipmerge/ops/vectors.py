@@ -64,8 +64,10 @@ def ties(
     if thresholds is None:
         thresholds = [kth_largest(vector, count_of(vector.size, density)) for vector in vectors]
     positive, negative, up, down = elect(vectors, thresholds)
-    is_positive = positive > -negative
-    tied = (positive == -negative) & (up > 0)
+    opposed = -negative
+    is_positive = positive > opposed
+    tied = positive == opposed
+    tied &= up > 0
     if tied.any() and (majority_of(positive, negative) if majority is None else majority()) > 0:
         is_positive |= tied
     _put(negative, positive, is_positive)

@@ -286,8 +286,8 @@ def apply_to_tensor(applied: Applied, name: str, shape: tuple[int, ...], read: R
             return method.function(*arrays, **keywords)
         if merged is not None:
             return merged
-        summed = reduce(add, arrays)
-        return _back(summed if method.takes_merged else summed / len(arrays))
+        summed: Reals = reduce(add, arrays)
+        return summed if method.takes_merged else summed / len(arrays)
     function = method.function if method.on == "matrices" else _on_the_cpu(method.function)
     parts = []
     for number, rows in enumerate(np.split(np.arange(shape[0]), count)):
@@ -335,12 +335,12 @@ def _is_lent(array: Array) -> bool:
 def operands_of(applied: Applied, name: str, shape: tuple[int, ...], read: Read, facts: Facts) -> list[Array]:
     """Compute a method's operands: equal ones once, scaled where that was asked for.
 
-    They are float32 where single entries count and no checkpoint holds more, rounded once; else float64, on the GPU
-    that the method decomposes on.
+    They are float32 where single entries count and no checkpoint holds more, rounded once; else float64, and on the GPU
+    where there are matrices in them that it decomposes.
     """
     known = facts.get(applied, Measured())
     by_entry = applied.method.on == "entries" and not any(_holds_float64(o, name) for o in applied.operands)
-    gpu = known.gpu if applied.method.on in ("matrices", "layers") else None
+    gpu = known.gpu if _is_decomposed(applied, name, shape) else None
     lent = read if gpu is None else ReadLent(read, gpu)
     arrays = [_operand(operand, name, shape, read, facts, by_entry, lent) for operand in applied.operands]
     arrays = [_lend(array, gpu) for array in arrays]
@@ -349,6 +349,14 @@ def operands_of(applied: Applied, name: str, shape: tuple[int, ...], read: Read,
     if known.factors is not None:
         arrays = [array * float(factor) for array, factor in zip(arrays, known.factors, strict=True)]
     return arrays
+
+
+def _is_decomposed(applied: Applied, name: str, shape: tuple[int, ...]) -> bool:
+    """Whether the method's own function takes matrices out of this tensor."""
+    if applied.method.on == "layers":
+        return all(name in file.tensors for file in applied.statistics)
+    fused = bool(applied.options.get("fused"))
+    return applied.method.on == "matrices" and matrices_of(name, shape, fused=fused) > 0
 
 
 def _operand(
