@@ -170,7 +170,8 @@ def _groups(model: Model) -> list[list[int]] | None:
     for sampled in (True, False):
         inner = sum(model.map(lambda arrays: _inner(arrays[: model.tasks]), sampled))
         norms = np.diag(inner)
-        apart = norms[:, None] + norms[None] - 2 * inner
+        with np.errstate(invalid="ignore"):  # what is not finite is refused when the tensors are merged
+            apart = norms[:, None] + norms[None] - 2 * inner
         same = (apart <= SAME**2 * norms) & (norms > CUT**2 * norms.max(initial=0.0))
         groups: list[list[int]] = []
         for i in range(len(norms)):

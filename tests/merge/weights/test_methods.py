@@ -177,6 +177,20 @@ def test_task_vectors_beyond_fp16_are_computed_and_what_overflows_is_refused_by_
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_no_method_swallows_what_is_not_finite(
+    name: str, wrong: float, point: Point, arrays: Callable[..., Any]
+) -> None:
+    """Trimming drops entries, and ranking passes over them: the inputs are looked at before."""
+    for which in range(1 if name == "slerp" else 3):
+        for key in ("visual.transformer.resblocks.1.mlp.c_fc.weight", "ln_final.weight"):
+            made = models(4)
+            made[which][key].flat[3] = wrong
+            with pytest.raises(NonFiniteError, match=f"'{key}' holds 1 value that is not finite"):
+                merged(name, made, point, arrays)
+
+
 def _rank_2(made: list[Model]) -> list[Model]:
     key, rng = "visual.transformer.resblocks.1.mlp.c_fc.weight", np.random.default_rng(1)
     base = made[0][key]
