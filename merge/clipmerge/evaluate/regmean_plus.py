@@ -83,9 +83,9 @@ def statistics_together(
     if any(lacks_text(w.names) for w in models):
         towers = "image"
     place, given = resolve_device(device), Given(model, templates)
-    options: dict[str, Any] = {"prompted": towers == "both"}
+    prompted = towers == "both"
     samples = [
-        Sample.of(w, split, given, images, seed, place, on_progress, **options)
+        Sample.of(w, split, given, images, seed, place, on_progress, prompted)
         for w, split in zip(models, splits, strict=True)
     ]
     sums: list[dict[str, Tensor]] = [{} for _ in models]

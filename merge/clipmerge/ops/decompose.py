@@ -22,12 +22,12 @@ CUT = 1e-6
 
 _ACCURATE = 1e-3
 """Singular vectors by the Gram matrix are taken down to this share of the largest value: error about 1e-10."""
-_WELL_CONDITIONED = 1e-8
-"""Equations are solved by Cholesky's factors where their condition is better than one over this: error about 1e-8."""
 _ACCURATE_POLAR = 1e-5
 """And polar factors, for which weak directions may mix: error about 1e-6 in one direction of all."""
 _EVEN = 1e-4
-"""Singular values of a polar factor by the Gram matrix differ by 1e-8 where a direction is weaker than this share."""
+"""Where a direction is weaker than this share, singular values of a polar factor by the Gram matrix differ by 1e-8."""
+_WELL_CONDITIONED = 1e-8
+"""Equations are solved by Cholesky's factors where their condition is better than one over this: error about 1e-8."""
 
 
 class Triplets(NamedTuple):
@@ -74,12 +74,14 @@ def polar_and_values(matrix: Array) -> tuple[Array, Array]:
 
     The factor's own singular values are equal to 1e-8, however weak a direction of the matrix was.
     """
+    rows, columns = matrix.shape
+    if rows < columns:
+        factor, values = polar_and_values(matrix.T)
+        return factor.T, values
     one, other, values = polar_in_two(matrix)
     factor = one @ other
     if values.shape[0] and values.min() <= _EVEN * values.max():  # one step of Newton and Schulz
-        tall = factor if matrix.shape[0] >= matrix.shape[1] else factor.T
-        square = tall.T @ tall
-        factor = 1.5 * factor - 0.5 * (factor @ square if tall is factor else square @ factor)
+        factor = 1.5 * factor - 0.5 * (factor @ (factor.T @ factor))
     return factor, values
 
 
