@@ -3,7 +3,6 @@
 What a method needs to know of the whole model (`Measured`) is found before, by `measure.py`.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -12,27 +11,19 @@ from operator import add, itemgetter
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 from array_api_compat import array_namespace
 
-from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import Checkpoint
-from clipmerge.dtypes import ITEMSIZE, Scratch, storage_dtype, widen
 from clipmerge.errors import NonFiniteError
 from clipmerge.ops.spaces import merge_in
-from clipmerge.types import Array, Bytes, Floats, Reals
-from clipmerge.weights.expression import Applied, Expression, Leaf, checkpoints_of
+from clipmerge.types import Array, Floats, Reals
+from clipmerge.weights.expression import Applied, Expression, Leaf
 from clipmerge.weights.names import is_transposed, matrices_of
 from clipmerge.weights.plan import integer_factors
+from clipmerge.weights.reading import Read, ReadLent, back, is_lent, lend
 
 if TYPE_CHECKING:
     import torch
-
-Uses: TypeAlias = Mapping[Checkpoint, int]
-"""Checkpoint → how often it is read."""
-
-Seen: TypeAlias = Callable[[Checkpoint, npt.NDArray[Any]], None]
-"""Called with what was read of a checkpoint, as stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,131 +44,6 @@ class Measured:
 
 
 Facts: TypeAlias = Mapping[Applied, Measured]
-
-
-class Pool:
-    """Arrays that are used again once it is cleared: first touch of fresh memory is slower than arithmetic."""
-
-    def __init__(self) -> None:
-        self._arrays: list[Bytes] = []
-        self._taken = 0
-
-    def take(self, numel: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        """Return an array (numel,) that holds anything."""
-        size = numel * np.dtype(dtype).itemsize
-        if self._taken == len(self._arrays):
-            self._arrays.append(np.empty(size, np.uint8))
-        elif self._arrays[self._taken].size < size:
-            self._arrays[self._taken] = np.empty(size, np.uint8)
-        self._taken += 1
-        return self._arrays[self._taken - 1][:size].view(dtype)
-
-    def clear(self) -> None:
-        """Let what was taken be taken again."""
-        self._taken = 0
-
-
-class Read:
-    """Reads one tensor, or a stretch of one, of any checkpoint: float32 where it is stored in so many bits or fewer."""
-
-    def __call__(self, checkpoint: Checkpoint) -> Array:
-        raise NotImplementedError
-
-    def difference(self, one: Checkpoint, other: Checkpoint) -> Reals:
-        """Subtract in float32."""
-        return np.asarray(self(one) - self(other))
-
-
-class ReadWhole(Read):
-    """Reads a tensor; a checkpoint that is used again (a base) is read once and kept.
-
-    Args:
-        uses: how often each checkpoint will be read.
-        seen: called with what was read, as stored.
-    """
-
-    def __init__(self, reader: Reader, name: str, uses: Uses, seen: Seen | None = None) -> None:
-        self._reader, self._name, self._uses, self._seen = reader, name, uses, seen
-        self._held: dict[Checkpoint, Reals] = {}
-
-    def __call__(self, checkpoint: Checkpoint) -> Array:
-        if checkpoint in self._held:
-            return self._held[checkpoint]
-        tensor = checkpoint.tensors[self._name]
-        raw = self._reader.dense(tensor)
-        if self._seen is not None:
-            self._seen(checkpoint, raw)
-        flat = raw.reshape(-1)
-        numbers = widen(flat, tensor.dtype, Scratch(flat.size)) if flat.size else np.zeros(0, np.float32)
-        if self._uses[checkpoint] > 1:
-            self._held[checkpoint] = numbers.reshape(tensor.shape)
-        return numbers.reshape(tensor.shape)
-
-
-class ReadStretch(Read):
-    """Reads the elements [low, high) of a row-major tensor, each once.
-
-    Args:
-        uses: how often each checkpoint will be read.
-        scratch: for so many elements.
-        pool: where what is read lies, until the next stretch is.
-        seen: called with what was read, as stored.
-    """
-
-    def __init__(
-        self,
-        reader: Reader,
-        name: str,
-        low: int,
-        high: int,
-        uses: Uses,
-        scratch: Scratch,
-        pool: Pool,
-        seen: Seen | None = None,
-    ) -> None:
-        self._reader, self._name, self._low, self._high = reader, name, low, high
-        self._uses, self._scratch, self._pool, self._seen = uses, scratch, pool, seen
-        self._held: dict[Checkpoint, Reals] = {}
-        pool.clear()
-
-    def __call__(self, checkpoint: Checkpoint) -> Array:
-        if checkpoint not in self._held:
-            tensor = checkpoint.tensors[self._name]
-            raw = self._pool.take(self._high - self._low, storage_dtype(tensor.dtype))
-            self._reader.into(tensor, self._low * ITEMSIZE[tensor.dtype], raw.view(np.uint8))
-            if self._seen is not None:
-                self._seen(checkpoint, raw)
-            numbers = widen(raw, tensor.dtype, self._scratch)
-            if numbers is not raw:
-                np.copyto(held := self._pool.take(numbers.size, numbers.dtype), numbers)
-                numbers = held
-            self._held[checkpoint] = numbers
-        return self._held[checkpoint]
-
-    def difference(self, one: Checkpoint, other: Checkpoint) -> Reals:
-        """Subtract in float32, where the first one lies if nothing else needs it."""
-        first, second = self(one), self(other)
-        out = self._held.pop(one) if self._uses[one] == 1 else self._pool.take(first.size, first.dtype)
-        np.subtract(first, second, out=out)
-        return out
-
-
-class ReadLent(Read):
-    """Reads what another reads, each once, to a GPU."""
-
-    def __init__(self, read: Read, gpu: "torch.device") -> None:
-        self._read, self._gpu = read, gpu
-        self._held: dict[Checkpoint, Array] = {}
-
-    def __call__(self, checkpoint: Checkpoint) -> Array:
-        if checkpoint not in self._held:
-            self._held[checkpoint] = _lend(self._read(checkpoint), self._gpu)
-        return self._held[checkpoint]
-
-
-def uses_in(leaves: Iterable[Leaf]) -> Uses:
-    """Count how often leaves, and methods' operands in them, name each checkpoint."""
-    return Counter(checkpoint for leaf in leaves for checkpoint in checkpoints_of(leaf))
 
 
 def evaluate(weights: Expression, name: str, shape: tuple[int, ...], read: Read, facts: Facts) -> Floats:
@@ -231,7 +97,7 @@ def weighted(
             summed += array
         elif factor == -1:
             summed -= array
-        elif _is_lent(array):
+        elif is_lent(array):
             summed += _wide_copy(array) * factor
         else:
             summed += np.multiply(array, factor, dtype=np.float64)
@@ -244,7 +110,7 @@ def weighted(
 
 def _wide_copy(array: Array) -> Array:
     """Return a copy in float64, where the array is."""
-    return array.clone().double() if _is_lent(array) else np.array(array, np.float64)
+    return array.clone().double() if is_lent(array) else np.array(array, np.float64)
 
 
 def apply_to_tensor(applied: Applied, name: str, shape: tuple[int, ...], read: Read, facts: Facts) -> Reals:
@@ -267,7 +133,7 @@ def apply_to_tensor(applied: Applied, name: str, shape: tuple[int, ...], read: R
         keywords["statistics"] = [read(file) for file in applied.statistics] if there else None
         if method.on == "layers" and there:
             keywords["statistics"] = [
-                _lend(np.asarray(s, np.float64), known.gpu) for s in keywords["statistics"]
+                lend(np.asarray(s, np.float64), known.gpu) for s in keywords["statistics"]
             ]
     merged = None
     if applied.merged is not None:
@@ -276,7 +142,7 @@ def apply_to_tensor(applied: Applied, name: str, shape: tuple[int, ...], read: R
     if method.on != "matrices" and space is None:
         if method.takes_merged:
             keywords["merged"] = None if merged is None else merged.astype(arrays[0].dtype, copy=False)
-        return _back(method.function(*arrays, **keywords))
+        return back(method.function(*arrays, **keywords))
     if not all(array_namespace(array).isfinite(array).all() for array in arrays):
         message = f"{method.name} cannot work on {name!r}, which is not finite"
         raise NonFiniteError(message, hint="leave that checkpoint out")
@@ -294,13 +160,13 @@ def apply_to_tensor(applied: Applied, name: str, shape: tuple[int, ...], read: R
         part = slice(rows[0], rows[-1] + 1)
         more: dict[str, Any] = {}
         if method.takes_merged:
-            more["merged"] = None if merged is None else _lend(merged[part], known.gpu)
+            more["merged"] = None if merged is None else lend(merged[part], known.gpu)
         if "name" in keywords and count > 1:
             more["name"] = f"{name}[{number}]"  # what is drawn for q is not drawn for k
         merge = partial(function, **{**keywords, **more})
-        matrices = [_lend(array[part], known.gpu) for array in arrays]
+        matrices = [lend(array[part], known.gpu) for array in arrays]
         merged_part = merge(*matrices) if space is None else merge_in(str(space), merge, *matrices)
-        parts.append(_back(merged_part))
+        parts.append(back(merged_part))
     return np.concatenate(parts) if count > 1 else parts[0]
 
 
@@ -308,28 +174,10 @@ def _on_the_cpu(function: Callable[..., Reals]) -> Callable[..., Array]:
     """Return a rule of entries, which computes in numpy, for matrices that may be on a GPU."""
 
     def call(*arrays: Array, **keywords: Any) -> Array:
-        gpu = arrays[0].device if _is_lent(arrays[0]) else None
-        return _lend(function(*map(_back, arrays), **keywords), gpu)
+        gpu = arrays[0].device if is_lent(arrays[0]) else None
+        return lend(function(*map(back, arrays), **keywords), gpu)
 
     return call
-
-
-def _lend(array: Array, gpu: "torch.device | None") -> Array:
-    """Return an array where it is to be computed with."""
-    if gpu is None or _is_lent(array):
-        return array
-    import torch
-
-    return torch.from_numpy(np.asarray(array)).to(gpu)
-
-
-def _back(array: Array) -> Reals:
-    """Return an array as one of numpy."""
-    return array.cpu().numpy() if _is_lent(array) else np.asarray(array)
-
-
-def _is_lent(array: Array) -> bool:
-    return not isinstance(array, np.ndarray | np.generic)
 
 
 def operands_of(applied: Applied, name: str, shape: tuple[int, ...], read: Read, facts: Facts) -> list[Array]:
@@ -343,7 +191,7 @@ def operands_of(applied: Applied, name: str, shape: tuple[int, ...], read: Read,
     gpu = known.gpu if _is_decomposed(applied, name, shape) else None
     lent = read if gpu is None else ReadLent(read, gpu)
     arrays = [_operand(operand, name, shape, read, facts, by_entry, lent) for operand in applied.operands]
-    arrays = [_lend(array, gpu) for array in arrays]
+    arrays = [lend(array, gpu) for array in arrays]
     if known.groups is not None:
         arrays = [reduce(add, each) / len(each) for each in ([arrays[i] for i in g] for g in known.groups)]
     if known.factors is not None:

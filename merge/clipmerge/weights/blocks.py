@@ -20,10 +20,11 @@ from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import Checkpoint
 from clipmerge.dtypes import ITEMSIZE, Scratch, Singles, finite, narrow, storage_dtype, widen
 from clipmerge.types import Bytes, Floats
-from clipmerge.weights.applied import Facts, Pool, ReadStretch, uses_in, weighted
+from clipmerge.weights.applied import Facts, weighted
 from clipmerge.weights.digest import Digests
 from clipmerge.weights.fp16_sum import HalfSum
 from clipmerge.weights.plan import Step
+from clipmerge.weights.reading import Pool, ReadStretch, uses_in
 
 BLOCK = 1 << 18
 """Elements, about, that a thread takes at a time, reads with one call an input and writes with one.

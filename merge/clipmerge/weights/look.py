@@ -14,7 +14,7 @@ from clipmerge.checkpoint.read import Reader
 from clipmerge.checkpoint.tensors import Checkpoint, Tensor
 from clipmerge.dtypes import finite, to_float64
 from clipmerge.types import Floats, Progress
-from clipmerge.weights.applied import Facts, Measured, ReadWhole, evaluate, uses_in
+from clipmerge.weights.applied import Facts, Measured, evaluate
 from clipmerge.weights.blocks import BLOCK, MEMORY, default_threads
 from clipmerge.weights.check import check
 from clipmerge.weights.coefficient import Coefficient
@@ -24,6 +24,7 @@ from clipmerge.weights.measure import measure
 from clipmerge.weights.names import TOWERS, block_of, tower_of
 from clipmerge.weights.notation import identifiers_of, notation, sum_text
 from clipmerge.weights.plan import Plan, Step, make_plan
+from clipmerge.weights.reading import ReadWhole, uses_in
 from clipmerge.weights.record import read_record
 from clipmerge.weights.run import SMALL
 from clipmerge.weights.weights import Weights, as_checkpoint, as_weights

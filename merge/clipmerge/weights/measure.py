@@ -15,20 +15,12 @@ from clipmerge.ops.order import count_of, kth_largest_of_stream
 from clipmerge.ops.vectors import crumb_ranks, elect, equal_factors, majority_of, total
 from clipmerge.types import Progress, Reals
 from clipmerge.weights import blocks
-from clipmerge.weights.applied import (
-    Facts,
-    Measured,
-    Read,
-    ReadStretch,
-    ReadWhole,
-    evaluate,
-    operands_of,
-    uses_in,
-)
+from clipmerge.weights.applied import Facts, Measured, evaluate, operands_of
 from clipmerge.weights.blocks import Buffers, default_threads, in_threads
 from clipmerge.weights.expression import Applied, Leaf, applied_in
 from clipmerge.weights.names import depths_of
 from clipmerge.weights.plan import Plan, Step
+from clipmerge.weights.reading import Read, ReadStretch, ReadWhole, uses_in
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ from clipmerge.checkpoint.tensors import Checkpoint
 from clipmerge.dtypes import TABLE, Scratch, finite, narrow, storage_dtype, to_float64
 from clipmerge.errors import MismatchError, NonFiniteError
 from clipmerge.types import Bytes, Progress
-from clipmerge.weights.applied import Facts, ReadWhole, uses_in, weighted
+from clipmerge.weights.applied import Facts, weighted
 from clipmerge.weights.blocks import (
     BLOCK,
     Buffers,
@@ -29,6 +29,7 @@ from clipmerge.weights.digest import Digests
 from clipmerge.weights.expression import Applied, Leaf, applied_in
 from clipmerge.weights.measure import measure
 from clipmerge.weights.plan import Plan, Step
+from clipmerge.weights.reading import ReadWhole, uses_in
 
 if TYPE_CHECKING:
     import torch
