@@ -84,6 +84,20 @@ def test_a_uniform_soup_is_written_without_importing_torch(ckpt: dict[str, str],
     assert shares(out)["notation"] == "mean([ft0, ft1, ft2])"
 
 
+def test_a_soup_whose_scores_are_all_remembered_needs_no_model_named(
+    ckpt: dict[str, str], tiny_spec: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoints record their model; the second time none of them is loaded."""
+    given = [tmp_path / f"ft{i}.safetensors" for i in range(3)]
+    for path in given:
+        cm.load(ckpt[path.stem]).save(path, metadata={"model": tiny_spec.to_metadata()})
+    command = ["soup", *map(str, given), "--greedy", "--val", VAL, "--limit", "60"]
+    first, _ = run(capsys, *command, "-o", str(tmp_path / "one.safetensors"))
+    second, _ = run(capsys, *command, "-o", str(tmp_path / "two.safetensors"))
+    assert first == second
+    assert shares(tmp_path / "two.safetensors")["model"]["name"] == "tiny"
+
+
 def test_a_greedy_soup_writes_what_it_chose_and_says_why(
     ckpt: dict[str, str], scoring: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -75,8 +75,11 @@ class Predictor:
     # -- the model and the data ---------------------------------------------------------------------------
 
     def spec(self) -> ModelSpec:
-        """Return the model of the weights that are loaded; before any are, the one that was given."""
-        return self._spec or self.given.spec()
+        """Return the model of the weights that are loaded; before any are, the one that was given or agreed on.
+
+        None are loaded where every score was remembered.
+        """
+        return self._spec or self.given.spec(self._agreed)
 
     def setup(self, split: str, weights: Weights | None = None) -> Setup:
         """Decide how weights, by default those that are loaded, are scored on a split.
